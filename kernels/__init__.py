@@ -1,0 +1,6 @@
+"""Kernel families: one folder each, every implementation of the same mathematics side by side."""
+
+from secant.kernels.lbfgs import BACKENDS as _LBFGS
+
+#: Family -> backend -> module path.
+FAMILIES: dict[str, dict[str, str]] = {"lbfgs": _LBFGS}

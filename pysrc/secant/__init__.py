@@ -1,0 +1,24 @@
+"""secant: second-order information made cheap for PyTorch.
+
+The name is the secant equation, B s = y. `secant.ops` holds the functions over the fused kernels, `secant.optim` the
+optimizers over them.
+"""
+
+import torch as _torch  # noqa: F401  (first: the extension binds to the OpenMP runtime that torch loads)
+
+from secant import ops, optim
+from secant._errors import BackendError, SecantWarning
+from secant._version import __version__
+from secant.backends import current_backend, use_backend
+from secant.ops.lbfgs import LBFGSHistory
+
+__all__ = [
+    "BackendError",
+    "LBFGSHistory",
+    "SecantWarning",
+    "__version__",
+    "current_backend",
+    "ops",
+    "optim",
+    "use_backend",
+]

@@ -1,0 +1,9 @@
+"""Exceptions and warnings of the package."""
+
+
+class SecantWarning(UserWarning):
+    """A choice that costs speed was made for the user, and why."""
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot serve the call."""

@@ -1,0 +1,133 @@
+"""Which implementations exist here, why the others do not, and which one serves a call.
+
+`auto` takes the first backend of `ORDER` that is available and supports the device and dtype, once per (family, device,
+dtype). An explicit choice, by `use_backend` or the environment variable SECANT_BACKEND, that cannot be met raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from secant._errors import BackendError, SecantWarning
+from secant.kernels import FAMILIES
+
+#: Preference of `auto`, best first.
+ORDER = ("cuda", "triton", "nvrtc", "cpu", "reference")
+
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("secant_backend", default=None)
+_default = os.environ.get("SECANT_BACKEND", "auto")
+_auto: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
+_modules: dict[tuple[str, str], ModuleType | str] = {}
+
+
+def _check_name(name: str, origin: str) -> str:
+    if name != "auto" and name not in ORDER:
+        raise ValueError(f"{origin}: expected one of {('auto', *ORDER)}, got {name!r}")
+    return name
+
+
+_check_name(_default, "SECANT_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op inside the block by one backend.
+
+    Args:
+        name: "auto", "cuda", "triton", "nvrtc", "cpu" or "reference".
+
+    Raises:
+        ValueError: for another name. A backend that cannot serve a call inside the block raises
+            `secant.BackendError` at that call, with the reason.
+
+    Example:
+        >>> with secant.use_backend("reference"):
+        ...     d = secant.ops.two_loop(g, s, y)
+    """
+    token = _chosen.set(_check_name(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def current_backend() -> str:
+    """Name of the backend in force: the innermost `use_backend`, else SECANT_BACKEND, else "auto"."""
+    return _chosen.get() or _default
+
+
+def load(family: str, name: str) -> ModuleType | str:
+    """The module that implements `family` on backend `name`, or the reason why there is none here."""
+    key = (family, name)
+    if key not in _modules:
+        path = FAMILIES[family].get(name)
+        found: ModuleType | str
+        if path is None:
+            found = f"the {family} family has no {name} implementation"
+        else:
+            try:
+                found = importlib.import_module(path)
+            except ImportError as error:
+                found = f"cannot import {error.name or path}: {error}"
+            else:
+                found = found.available() or found
+        _modules[key] = found
+    return _modules[key]
+
+
+def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The implementation that serves `family` for vectors of this device and dtype.
+
+    Raises:
+        BackendError: when the explicitly chosen backend is not available or does not support them.
+    """
+    name = _chosen.get() or _default
+    if name != "auto":
+        module = load(family, name)
+        reason = module if isinstance(module, str) else module.supports(device, dtype)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} was chosen for secant.{family} and cannot serve it: {reason}")
+        assert isinstance(module, ModuleType)
+        return module
+    key = (family, device, dtype)
+    module = _auto.get(key)
+    if module is None:
+        module = _auto[key] = _resolve_auto(family, device, dtype)
+    return module
+
+
+def _resolve_auto(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    reasons = []
+    for name in ORDER:
+        module = load(family, name)
+        reason = module if isinstance(module, str) else module.supports(device, dtype)
+        if reason is None:
+            assert isinstance(module, ModuleType)
+            if name == "reference":
+                warnings.warn(
+                    f"secant.{family} falls back to the reference implementation for {dtype} on {device}: "
+                    + "; ".join(reasons),
+                    SecantWarning,
+                    stacklevel=4,
+                )
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend serves secant.{family} for {dtype} on {device}: {'; '.join(reasons)}")
+
+
+def table() -> list[tuple[str, str, str | None]]:
+    """Rows (family, backend, reason): reason is None for a backend that is available here."""
+    rows = []
+    for family in FAMILIES:
+        for name in ORDER:
+            module = load(family, name)
+            rows.append((family, name, module if isinstance(module, str) else None))
+    return rows

@@ -1,0 +1,444 @@
+"""Limited-memory quasi-Newton directions: `two_loop` and `LBFGSHistory`.
+
+The mathematics, the bytes that must move and the error bound are in `kernels/lbfgs/README.md`; the contract between this
+module and the kernels is in `kernels/lbfgs/reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secant import backends
+from secant.ops import _gate
+
+MAX_HISTORY = 256
+STORAGE = (torch.float32, torch.float64, torch.bfloat16)
+
+_lib = torch.library.Library("secant", "FRAGMENT")
+_lib.define("lbfgs_two_loop(Tensor grad, Tensor s, Tensor y, float? gamma, Tensor(a!) out) -> ()")
+_lib.define(
+    "lbfgs_update(Tensor(a!) s_ring, Tensor(b!) y_ring, Tensor(c!) sy, Tensor(d!) yy, Tensor(e!) head, "
+    "Tensor(f!) count, Tensor(g!) stats, Tensor? grad, Tensor? s, Tensor? y, Tensor? y_prev, Tensor t, float tol, "
+    "Tensor(h!)? out, Tensor(i!)? prev_out) -> ()"
+)
+
+
+def _two_loop_kernel(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
+    backends.resolve("lbfgs", grad.device, grad.dtype).two_loop(grad, s, y, gamma, out)
+
+
+def _update_kernel(s_ring: Tensor, *args: Any) -> None:
+    vector = args[7] if args[7] is not None else args[6]  # s, else grad
+    backends.resolve("lbfgs", vector.device, vector.dtype).update(s_ring, *args)
+
+
+def _no_op(*args: Any) -> None:
+    """Fake implementation: every result is written into an argument."""
+
+
+for _name, _kernel in (("lbfgs_two_loop", _two_loop_kernel), ("lbfgs_update", _update_kernel)):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"secant::{_name}", _no_op, lib=_lib)
+
+
+def two_loop(
+    grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Quasi-Newton direction d = -H grad from curvature pairs, by the L-BFGS two-loop recursion.
+
+    H is the inverse-Hessian approximation that m BFGS updates build from H_0 = gamma I,
+
+        H_{i+1} = (I - rho_i s_i y_i^T) H_i (I - rho_i y_i s_i^T) + rho_i s_i s_i^T,    rho_i = 1 / (s_i . y_i),
+
+    so that H y = s holds for the newest pair. Dot products are accumulated in float64.
+
+    Args:
+        grad: (n,) or (B, n), float32 or float64; bfloat16 and float16 are computed in float32.
+        s: (m, n) or (B, m, n): steps, oldest first, 0 <= m <= 256; float32, float64, bfloat16 or float16, any strides.
+        y: as `s`, of the same dtype: gradient differences.
+        gamma: scale of H_0, a positive number. None: s.y / y.y of the newest valid pair, 1 when there is none.
+        out: as `grad`; receives the result. It may be `grad` itself, and must not overlap `s` or `y`.
+
+    Returns:
+        d, as `grad`. A pair whose s.y or y.y is not finite or whose s.y <= 0 is ignored; a non-finite `grad` gives a
+        non-finite d. Differentiable in `grad` (forward and reverse mode: the map is linear and symmetric), and not in
+        `s` and `y`.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shapes, devices, layouts or `gamma` do not fit, or `out` overlaps an input.
+
+    References:
+        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4, p. 178.
+
+    Example:
+        >>> g, s = torch.randn(5), torch.randn(3, 5)
+        >>> secant.ops.two_loop(g, s, 2 * s)        # Hessian 2 I: the Newton step
+        >>> # equals -g / 2
+    """
+    op = "two_loop"
+    _gate.tensor(op, "grad", grad, _gate.REAL + _gate.HALF)
+    if grad.dim() not in (1, 2):
+        raise _gate.fail(op, "grad", "shape (n,) or (B, n)", f"shape {tuple(grad.shape)}")
+    for name, pair in (("s", s), ("y", y)):
+        _gate.tensor(op, name, pair, STORAGE + (torch.float16,), grad.device)
+        want = grad.shape[:-1] + (pair.shape[-2] if pair.dim() == grad.dim() + 1 else -1, grad.shape[-1])
+        if pair.shape != want:
+            form = "(m, n)" if grad.dim() == 1 else "(B, m, n)"
+            raise _gate.fail(op, name, f"shape {form} for grad of shape {tuple(grad.shape)}", f"shape {tuple(pair.shape)}")
+    if s.shape != y.shape:
+        raise _gate.fail(op, "y", f"the shape of s, {tuple(s.shape)}", f"shape {tuple(y.shape)}")
+    if s.dtype != y.dtype:
+        raise TypeError(f"{op}: y: expected the dtype of s, {s.dtype}, got {y.dtype}")
+    if s.shape[-2] > MAX_HISTORY:
+        raise _gate.fail(op, "s", f"at most {MAX_HISTORY} pairs", s.shape[-2])
+    if gamma is not None and not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
+        raise _gate.fail(op, "gamma", "None or a positive finite number", repr(gamma))
+    if out is not None:
+        _gate.shaped(op, "out", out, tuple(grad.shape), grad.dtype, grad.device)
+        for name, pair in (("s", s), ("y", y)):
+            if _gate.overlaps(out, pair):
+                raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
+        if out is not grad and _gate.overlaps(out, grad) and (
+            out.data_ptr() != grad.data_ptr() or out.stride() != grad.stride()
+        ):
+            raise _gate.fail(op, "out", "grad itself or no overlap with it", "partly overlapping memory")
+    if torch.is_grad_enabled() and (grad.requires_grad or s.requires_grad or y.requires_grad):
+        if s.requires_grad or y.requires_grad:
+            raise _gate.fail(op, "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
+        if out is not None:
+            raise _gate.fail(op, "out", "None when grad requires grad", "a tensor")
+        return _TwoLoop.apply(grad, s, y, gamma)
+    if torch.autograd.forward_ad._current_level >= 0:  # a dual level is open: the tangent of grad must follow
+        return _TwoLoop.apply(grad, s, y, gamma)
+    if torch._C._functorch.maybe_current_level() is not None:  # inside vmap, grad, jvp
+        return _TwoLoop.apply(grad, s, y, gamma)
+    return _two_loop(grad, s, y, gamma, out)
+
+
+def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> Tensor:
+    """Checked arguments: canonical layout, dispatch, and back."""
+    g = grad if grad.dtype in _gate.REAL else grad.float()
+    g = g.contiguous()
+    if s.dtype is torch.float16:
+        s, y = s.float(), y.float()
+    s = s if s.stride(-1) == 1 or s.shape[-1] <= 1 else s.contiguous()
+    y = y if y.stride(-1) == 1 or y.shape[-1] <= 1 else y.contiguous()
+    direct = out is not None and out.dtype == g.dtype and out.is_contiguous()
+    d = out if direct and out is not None else torch.empty_like(g)
+    if g.numel():
+        args = (g, s, y, gamma, d) if g.dim() == 2 else (g[None], s[None], y[None], gamma, d[None])
+        if torch.compiler.is_compiling():
+            torch.ops.secant.lbfgs_two_loop(*args)
+        else:
+            _two_loop_kernel(*args)
+    if out is not None:
+        return out if direct else out.copy_(d)
+    return d if d.dtype == grad.dtype else d.to(grad.dtype)
+
+
+class _TwoLoop(torch.autograd.Function):
+    """d = -H g is linear in g with a symmetric H: its derivative, its transpose and itself are one map."""
+
+    @staticmethod
+    def forward(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None) -> Tensor:
+        return _two_loop(grad, s, y, gamma, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, s, y, ctx.gamma = inputs
+        ctx.save_for_backward(s, y)
+        ctx.save_for_forward(s, y)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        s, y = ctx.saved_tensors
+        return _TwoLoop.apply(v, s, y, ctx.gamma), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, s_tangent: Any, y_tangent: Any, _: Any) -> Tensor:  # type: ignore[override]
+        if s_tangent is not None or y_tangent is not None:
+            raise RuntimeError("two_loop: not differentiable in s and y")
+        s, y = ctx.saved_tensors
+        return _TwoLoop.apply(tangent, s, y, ctx.gamma)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], grad: Tensor, s: Tensor, y: Tensor, gamma: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+
+        def lead(x: Tensor, dim: int | None) -> Tensor:
+            return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+
+        grad, s, y = (lead(x, d) for x, d in zip((grad, s, y), in_dims[:3], strict=True))
+        flat = _TwoLoop.apply(
+            grad.flatten(0, -2), s.flatten(0, -3) if s.dim() > 3 else s, y.flatten(0, -3) if y.dim() > 3 else y, gamma
+        )
+        return flat.reshape(grad.shape), 0
+
+
+class Stats(NamedTuple):
+    """What a step of `LBFGSHistory` knows at no extra cost; float64 views, () or (B,), on the device.
+
+    gd: g.d. g_norm: |g|_2. g_max: |g|_inf. sy: s.y. s_norm: |s|. y_norm: |y|. accepted: 1.0 if the pair entered the
+    history. gamma: scale of H_0.
+    """
+
+    gd: Tensor
+    g_norm: Tensor
+    g_max: Tensor
+    sy: Tensor
+    s_norm: Tensor
+    y_norm: Tensor
+    accepted: Tensor
+    gamma: Tensor
+
+
+class LBFGSHistory:
+    """Curvature pairs of L-BFGS in rings of fixed shape, with the Gram matrices that turn a direction into two passes.
+
+    With S^T g, Y^T g and the Gram matrices s_i.y_j and y_i.y_j the two-loop recursion runs on coefficients, so a
+    direction reads the history twice (4 m n elements) and needs one reduction. Nothing here reads a value back to the
+    host: which pairs are valid, where the ring starts and how many pairs it holds live on the device.
+
+    Args:
+        n: length of a vector, >= 1.
+        history_size: m, number of pairs kept, 1 to 256.
+        batch: None for one problem, or B >= 1 independent problems, each with its own ring.
+        dtype: of gradients and directions, float32 (default) or float64.
+        device: of all tensors.
+        storage_dtype: of the pairs: float32, float64 or bfloat16; None: `dtype`. The Gram matrices are computed from
+            the stored values, so the pairs stay consistent when they are rounded.
+        curvature_tol: a pair enters when s.y > curvature_tol |s| |y| and everything is finite; a rejected pair changes
+            nothing. None: the machine epsilon of `dtype`.
+
+    Attributes:
+        s, y: (m, n) or (B, m, n) rings. sy, yy: float64 (m, m) Gram matrices by slot. head, count: int32 () or (B,),
+        next slot and number of pairs. stats: `Stats` of the last call.
+
+    References:
+        Byrd, Nocedal, Schnabel, Representations of quasi-Newton matrices, Math. Program. 63 (1994), section 3.
+        Chen, Wang, Zhou, Large-scale L-BFGS using MapReduce, NIPS 2014, Algorithm 2 (the recursion on coefficients).
+
+    Example:
+        >>> history = secant.LBFGSHistory(1000, 10)
+        >>> history.append(s, y)
+        >>> d = history.direction(grad)
+    """
+
+    def __init__(
+        self,
+        n: int,
+        history_size: int,
+        *,
+        batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        storage_dtype: torch.dtype | None = None,
+        curvature_tol: float | None = None,
+    ) -> None:
+        op = "LBFGSHistory"
+        for name, value, low, high in (
+            ("n", n, 1, None),
+            ("history_size", history_size, 1, MAX_HISTORY),
+            ("batch", 1 if batch is None else batch, 1, None),
+        ):
+            if not isinstance(value, int) or value < low or (high is not None and value > high):
+                upper = f" to {high}" if high else " or more"
+                raise _gate.fail(op, name, f"an integer, {low}{upper}", repr(value))
+        if dtype not in _gate.REAL:
+            raise TypeError(f"{op}: dtype: expected torch.float32 or torch.float64, got {dtype}")
+        storage_dtype = dtype if storage_dtype is None else storage_dtype
+        if storage_dtype not in STORAGE:
+            raise TypeError(f"{op}: storage_dtype: expected float32, float64 or bfloat16, got {storage_dtype}")
+        tol = torch.finfo(dtype).eps if curvature_tol is None else curvature_tol
+        if not (isinstance(tol, (int, float)) and 0 <= tol < 1):
+            raise _gate.fail(op, "curvature_tol", "a number in [0, 1)", repr(tol))
+        self.n, self.history_size, self.batch = n, history_size, batch
+        self.dtype, self.storage_dtype, self.curvature_tol = dtype, storage_dtype, float(tol)
+        self.device = torch.empty(0, device=device).device
+        b, m = batch or 1, history_size
+        kw: dict[str, Any] = {"device": self.device}
+        self._s = torch.zeros(b, m, n, dtype=storage_dtype, **kw)
+        self._y = torch.zeros(b, m, n, dtype=storage_dtype, **kw)
+        self._sy = torch.zeros(b, m, m, dtype=torch.float64, **kw)
+        self._yy = torch.zeros(b, m, m, dtype=torch.float64, **kw)
+        self._head = torch.zeros(b, dtype=torch.int32, **kw)
+        self._count = torch.zeros(b, dtype=torch.int32, **kw)
+        self._stats = torch.zeros(b, len(Stats._fields), dtype=torch.float64, **kw)
+        self._one = torch.ones(1, dtype=torch.float64, **kw)
+
+    def __repr__(self) -> str:
+        batch = f", batch={self.batch}" if self.batch is not None else ""
+        return (
+            f"LBFGSHistory(n={self.n}, history_size={self.history_size}{batch}, dtype={self.dtype}, "
+            f"device={self.device}, storage_dtype={self.storage_dtype})"
+        )
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x if self.batch is not None else x[0]
+
+    @property
+    def s(self) -> Tensor:
+        """Ring of steps, (m, n) or (B, m, n), by slot."""
+        return self._view(self._s)
+
+    @property
+    def y(self) -> Tensor:
+        """Ring of gradient differences, (m, n) or (B, m, n), by slot."""
+        return self._view(self._y)
+
+    @property
+    def sy(self) -> Tensor:
+        """s_i.y_j by slot, float64, 0 where i is newer than j (the recursion never asks for those)."""
+        return self._view(self._sy)
+
+    @property
+    def yy(self) -> Tensor:
+        """y_i.y_j by slot, float64."""
+        return self._view(self._yy)
+
+    @property
+    def head(self) -> Tensor:
+        """Slot that the next accepted pair takes, int32, () or (B,)."""
+        return self._view(self._head)
+
+    @property
+    def count(self) -> Tensor:
+        """Number of pairs held, int32, () or (B,)."""
+        return self._view(self._count)
+
+    @property
+    def stats(self) -> Stats:
+        """Scalars of the last call, as views of `stats_tensor`."""
+        return Stats(*(self._stats if self.batch is not None else self._stats[0]).unbind(-1))
+
+    @property
+    def stats_tensor(self) -> Tensor:
+        """The scalars of the last call in one float64 tensor, (8,) or (B, 8), columns as `Stats`: one transfer."""
+        return self._view(self._stats)
+
+    def _vector(self, op: str, name: str, x: Tensor) -> Tensor:
+        shape = (self.n,) if self.batch is None else (self.batch, self.n)
+        _gate.shaped(op, name, x, shape, self.dtype, self.device)
+        return x.contiguous().view(self.batch or 1, self.n)
+
+    def append(self, s: Tensor, y: Tensor) -> Tensor:
+        """Offer the pair (s, y); it enters the ring when it passes the gate, in place of the oldest when that is full.
+
+        Args:
+            s: (n,) or (B, n), of `dtype`: a step. y: likewise, the change of the gradient along it.
+
+        Returns:
+            1.0 or 0.0, float64, () or (B,), on the device: whether the pair entered. A rejected pair changes nothing.
+
+        Raises:
+            TypeError, ValueError: dtype, shape or device do not fit.
+        """
+        s2, y2 = self._vector("append", "s", s), self._vector("append", "y", y)
+        self._update(None, s2, y2, None, 1.0, None, None)
+        return self.stats.accepted.clone()
+
+    def direction(self, grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """d = -H grad, with H_0 = gamma I, gamma = s.y / y.y of the newest pair (1 when there is none).
+
+        Args:
+            grad: (n,) or (B, n), of `dtype`. out: likewise, contiguous; receives d, and may be `grad`.
+
+        Returns:
+            d. `stats` then holds g.d, |g|_2, |g|_inf and gamma of this call.
+
+        Raises:
+            TypeError, ValueError: dtype, shape or device do not fit.
+        """
+        g = self._vector("direction", "grad", grad)
+        d = torch.empty_like(grad, memory_format=torch.contiguous_format) if out is None else out
+        self._update(g, None, None, None, 1.0, self._output("direction", "out", d), None)
+        return d
+
+    def step(self, grad: Tensor, prev_grad: Tensor, direction: Tensor, t: float | Tensor) -> Stats:
+        """One fused update and direction: what an L-BFGS iteration does between two line searches.
+
+        Forms s = t * direction and y = grad - prev_grad, offers the pair, computes the new direction and advances:
+        `prev_grad` becomes a copy of `grad` and `direction` becomes d = -H grad, both in place.
+
+        Args:
+            grad: (n,) or (B, n), of `dtype`: gradient at the new point.
+            prev_grad: likewise, contiguous: gradient at the last point; overwritten with `grad`.
+            direction: likewise, contiguous: the direction that led here; overwritten with the new one.
+            t: step length, a number or a float64 tensor of () or (B,) on the device.
+
+        Returns:
+            `Stats` of the step, on the device.
+
+        Raises:
+            TypeError, ValueError: dtype, shape or device do not fit, or `prev_grad` or `direction` is not contiguous or
+            overlaps another argument.
+        """
+        g = self._vector("step", "grad", grad)
+        p = self._output("step", "prev_grad", prev_grad)
+        d = self._output("step", "direction", direction)
+        for name, a, b in (("prev_grad", p, g), ("direction", d, g), ("direction", d, p)):
+            if _gate.overlaps(a, b):
+                raise _gate.fail("step", name, "no overlap with the other vectors", "overlapping memory")
+        if isinstance(t, Tensor):
+            shape = () if self.batch is None else (self.batch,)
+            if t.dtype is not torch.float64 or t.device != self.device or t.shape not in ((), shape):
+                raise _gate.fail("step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _gate.describe(t))
+            t = t.reshape(-1).contiguous()
+        self._update(g, d, g, p, t, d, p)
+        return self.stats
+
+    def _output(self, op: str, name: str, x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", f"strides {x.stride()}")
+        return self._vector(op, name, x)
+
+    def _update(
+        self,
+        grad: Tensor | None,
+        s: Tensor | None,
+        y: Tensor | None,
+        y_prev: Tensor | None,
+        t: float | Tensor,
+        out: Tensor | None,
+        prev_out: Tensor | None,
+    ) -> None:
+        state = (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats)
+        if torch.compiler.is_compiling():
+            # In the schema a tensor t stands for both: mutated arguments may not appear twice, so s and y_prev are
+            # copies where the kernel would have worked in place.
+            t = t if isinstance(t, Tensor) else self._one * t
+            s = s.clone() if s is not None and out is not None else s
+            y_prev = y_prev.clone() if y_prev is not None else None
+            torch.ops.secant.lbfgs_update(*state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
+        else:
+            _update_kernel(*state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
+
+    def reset(self) -> None:
+        """Forget every pair; the next direction is -grad."""
+        for x in (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats):
+            x.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rings, Gram matrices and counters: six tensors of fixed shape (references, as torch's modules give)."""
+        return {"s": self.s, "y": self.y, "sy": self.sy, "yy": self.yy, "head": self.head, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy a `state_dict` into this history; the shapes and dtypes must be those of this history.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a tensor has another shape or dtype.
+        """
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise _gate.fail("load_state_dict", "state", f"keys {sorted(own)}", sorted(state))
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != own[key].shape or value.dtype != own[key].dtype:
+                raise _gate.fail("load_state_dict", f"state[{key!r}]", _gate.describe(own[key]), _gate.describe(value))
+        for key, value in state.items():
+            own[key].copy_(value)

@@ -1,0 +1,1 @@
+"""Line searches and the other inner solvers of the optimizers."""
