@@ -1,0 +1,59 @@
+// What the CUDA sources of every family take from the hardware: integer names, 16-byte accesses, asynchronous copies into
+// shared memory, dynamic shared memory, and the wait of a grid barrier. No header is included, so that NVRTC needs no
+// include path: the text of this file goes in front of the text of a family's cuda.cu. csrc/standin/cuda_on_cpu.h
+// implements the same names on the CPU.
+#pragma once
+
+typedef long long i64;
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define SECANT_DEVICE static __device__ __forceinline__
+#define SECANT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define SECANT_UNROLL _Pragma("unroll")
+#define SECANT_UNROLL_4 _Pragma("unroll 4")
+
+// N elements in as few accesses of at most 16 bytes as they need; p is aligned to min(16, N sizeof(X)).
+template <class X, int N>
+struct alignas(N * sizeof(X) < 16 ? N * sizeof(X) : 16) Packet {
+  X v[N];
+};
+
+template <int N, class X>
+SECANT_DEVICE void load_wide(const X* p, X* x) {
+  constexpr int step = N * sizeof(X) <= 16 ? N : int(16 / sizeof(X));
+  SECANT_UNROLL
+  for (int k = 0; k < N; k += step) {
+    const Packet<X, step> packet = *reinterpret_cast<const Packet<X, step>*>(p + k);
+    SECANT_UNROLL
+    for (int e = 0; e < step; ++e) x[k + e] = packet.v[e];
+  }
+}
+
+template <int N, class X>
+SECANT_DEVICE void store_wide(X* p, const X* x) {
+  constexpr int step = N * sizeof(X) <= 16 ? N : int(16 / sizeof(X));
+  SECANT_UNROLL
+  for (int k = 0; k < N; k += step) {
+    Packet<X, step> packet;
+    SECANT_UNROLL
+    for (int e = 0; e < step; ++e) packet.v[e] = x[k + e];
+    *reinterpret_cast<Packet<X, step>*>(p + k) = packet;
+  }
+}
+
+// 16 bytes from global to shared memory without passing through registers; visible to the issuing thread after
+// copy_async_wait().
+SECANT_DEVICE void copy_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+SECANT_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Returns once *flag differs from `old`. The writer must be running: cooperative launches only.
+SECANT_DEVICE void wait_while_equal(const u32* flag, u32 old) {
+  while (*reinterpret_cast<const volatile u32*>(flag) == old) __nanosleep(40);
+}
