@@ -3,9 +3,10 @@
 Every backend module of this family has the four functions below, with these signatures. The public functions of
 `secant.ops.lbfgs` check and allocate; what arrives here is valid:
 
-* everything is batched: vectors are (B, n), rings (B, m, n), Gram matrices (B, m, m); a flat problem has B = 1;
+* rings are (B, m, n), Gram matrices (B, m, m) and counters (B,), with B = 1 for a flat problem; vectors are (B, n), or
+  (n,) for a flat problem; the `s` and `y` of `two_loop` are (B, m, n), or (m, n) for a flat problem;
 * vectors are contiguous, of dtype T in {float32, float64}; rings are contiguous, of dtype T' in {float32, float64,
-  bfloat16}; in `two_loop` the last dimension of `s` and `y` is contiguous and the other strides are free;
+  bfloat16}; in `two_loop` the last dimension of `s` and `y` is contiguous and the other strides are free, m, n >= 1;
 * `sy`, `yy` and `stats` are float64, `head` and `count` int32, all on the device of the vectors;
 * no function reads a value back to the host.
 
@@ -36,8 +37,12 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x[None]
+
+
 def _recursion(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> Tensor:
-    """d = -H g for pairs ordered oldest to newest; a pair with rho = 0 takes no part. All float64."""
+    """D = -H g for pairs ordered oldest to newest; a pair with rho = 0 takes no part. All float64."""
     m = s.shape[-2]
     q = -g
     alpha = torch.zeros_like(rho)
@@ -69,18 +74,18 @@ def _masked(s: Tensor, y: Tensor, sy: Tensor, yy: Tensor) -> tuple[Tensor, Tenso
 
 
 def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
-    """out = -H grad, with pairs oldest first in `s`, `y`.
+    """Out = -H grad, with pairs oldest first in `s`, `y`.
 
     A pair whose s.y or y.y is not finite, or whose s.y <= 0, is ignored. `gamma` None: s.y / y.y of the newest valid
     pair, 1 when there is none; else H_0 = gamma I.
     """
-    if s.shape[-2] == 0:
-        out.copy_(grad).mul_(-(1.0 if gamma is None else gamma))
-        return
-    g, s64, y64 = grad.double(), s.double(), y.double()
+    g, s64, y64 = _rows(grad).double(), s.double(), y.double()
+    if s.dim() == 2:
+        s64, y64 = s64[None], y64[None]
     sy, yy = (s64 * y64).sum(-1), (y64 * y64).sum(-1)
     s64, y64, rho, auto = _masked(s64, y64, sy, yy)
-    out.copy_(_recursion(g, s64, y64, rho, auto if gamma is None else torch.full_like(auto, gamma)))
+    d = _recursion(g, s64, y64, rho, auto if gamma is None else torch.full_like(auto, gamma))
+    out.copy_(d.view(out.shape))
 
 
 def update(
@@ -110,7 +115,7 @@ def update(
     Gram matrices, by slot: sy[i, j] = s_i.y_j where i is as old as j or older, 0 where i is newer (the recursion never
     asks for those); yy is symmetric. An empty slot holds zeros everywhere, so that sy[i, i] = 0 marks it: rho = 0.
 
-    `t` is a number or a float64 tensor of (B,) or (1,). `out` (when given, with `grad`) receives d = -H grad with
+    `t` is a number or a float64 tensor of (B,) or (1,) on the device. `out` (when given, with `grad`) receives d = -H grad with
     H_0 = gamma I as in `two_loop`; it may be the tensor `s`. `prev_out` (when given) receives `grad`; it may be the
     tensor `y_prev`. `stats` (B, 8) receives the columns `STATS`: g.d, |grad|_2, |grad|_inf (NaN if any entry is), s'.y',
     |s'|, |y'|, 1.0 if accepted, gamma; entries that this call had no cause to compute are 0.
@@ -120,8 +125,8 @@ def update(
     if s is not None:
         assert y is not None
         step = t.to(s.dtype)[:, None] if isinstance(t, Tensor) else t
-        s_new = (s * step).to(s_ring.dtype)
-        y_new = (y if y_prev is None else y - y_prev).to(y_ring.dtype)
+        s_new = (_rows(s) * step).to(s_ring.dtype)
+        y_new = _rows(y if y_prev is None else y - y_prev).to(y_ring.dtype)
         s64, y64 = s_new.double(), y_new.double()
         new_sy, new_ss, new_yy = (s64 * y64).sum(-1), (s64 * s64).sum(-1), (y64 * y64).sum(-1)
         finite = torch.isfinite(new_sy) & torch.isfinite(new_ss) & torch.isfinite(new_yy)
@@ -148,10 +153,10 @@ def update(
         s64, y64, rho, gamma = _masked(
             s_ring.gather(1, take).double(), y_ring.gather(1, take).double(), diag_sy, diag_yy
         )
-        g = grad.double()
+        g = _rows(grad).double()
         d = _recursion(g, s64, y64, rho, gamma)
         stats[:, 0], stats[:, 1] = (g * d).sum(-1), torch.linalg.vector_norm(g, dim=-1)
         stats[:, 2], stats[:, 7] = g.abs().amax(-1), gamma
         if prev_out is not None:
             prev_out.copy_(grad)
-        out.copy_(d)
+        out.copy_(d.view(out.shape))

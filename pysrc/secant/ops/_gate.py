@@ -21,7 +21,9 @@ def describe(x: object) -> str:
     return f"{type(x).__name__} {x!r}"
 
 
-def tensor(op: str, name: str, x: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:
+def tensor(
+    op: str, name: str, x: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
+) -> Tensor:
     """Check that `x` is a strided tensor of an allowed dtype, on `device` when that is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -42,6 +44,11 @@ def shaped(op: str, name: str, x: object, shape: tuple[int, ...], dtype: torch.d
     if x.shape != shape:
         raise fail(op, name, f"shape {shape}", f"shape {tuple(x.shape)}")
     return x
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors with memory of their own kind, not a subclass that stands for something else."""
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def overlaps(a: Tensor, b: Tensor) -> bool:

@@ -46,9 +46,7 @@ for _name, _kernel in (("lbfgs_two_loop", _two_loop_kernel), ("lbfgs_update", _u
     torch.library.register_fake(f"secant::{_name}", _no_op, lib=_lib)
 
 
-def two_loop(
-    grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, out: Tensor | None = None
-) -> Tensor:
+def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, out: Tensor | None = None) -> Tensor:
     """Quasi-Newton direction d = -H grad from curvature pairs, by the L-BFGS two-loop recursion.
 
     H is the inverse-Hessian approximation that m BFGS updates build from H_0 = gamma I,
@@ -81,6 +79,46 @@ def two_loop(
         >>> secant.ops.two_loop(g, s, 2 * s)        # Hessian 2 I: the Newton step
         >>> # equals -g / 2
     """
+    if out is None and gamma is None and not torch.compiler.is_compiling() and not _is_transformed(grad, s, y):
+        plan = _plans.get(_plan_key(grad, s, y))
+        if plan is not None:
+            d = torch.empty_like(grad)
+            plan(grad, s, y, None, d)
+            return d
+    _check_two_loop(grad, s, y, gamma, out)
+    if not _is_transformed(grad, s, y):
+        return _two_loop(grad, s, y, gamma, out)
+    if s.requires_grad or y.requires_grad:
+        raise _gate.fail("two_loop", "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
+    if out is not None:
+        raise _gate.fail("two_loop", "out", "None when grad is being differentiated", "a tensor")
+    return _TwoLoop.apply(grad, s, y, gamma)
+
+
+def _is_transformed(grad: Tensor, s: Tensor, y: Tensor) -> bool:
+    """Whether autograd, forward AD or a functorch transform has to see the call."""
+    return (
+        ((grad.requires_grad or s.requires_grad or y.requires_grad) and torch.is_grad_enabled())
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+# What the gate has seen and passed: everything that it and the dispatch look at, so that equal keys take the same way.
+_plans: dict[Any, Any] = {}
+
+
+def _plan_key(grad: Tensor, s: Tensor, y: Tensor) -> Any:
+    try:
+        return (
+            grad.shape, s.shape, y.shape, grad.dtype, s.dtype, y.dtype, grad.device, s.device, y.device,
+            grad.is_contiguous(), s.stride(), y.stride(), type(grad), type(s), type(y), backends.current_backend(),
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # no tensor, or no strides: the gate says so
+        return None
+
+
+def _check_two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> None:
     op = "two_loop"
     _gate.tensor(op, "grad", grad, _gate.REAL + _gate.HALF)
     if grad.dim() not in (1, 2):
@@ -90,7 +128,9 @@ def two_loop(
         want = grad.shape[:-1] + (pair.shape[-2] if pair.dim() == grad.dim() + 1 else -1, grad.shape[-1])
         if pair.shape != want:
             form = "(m, n)" if grad.dim() == 1 else "(B, m, n)"
-            raise _gate.fail(op, name, f"shape {form} for grad of shape {tuple(grad.shape)}", f"shape {tuple(pair.shape)}")
+            raise _gate.fail(
+                op, name, f"shape {form} for grad of shape {tuple(grad.shape)}", f"shape {tuple(pair.shape)}"
+            )
     if s.shape != y.shape:
         raise _gate.fail(op, "y", f"the shape of s, {tuple(s.shape)}", f"shape {tuple(y.shape)}")
     if s.dtype != y.dtype:
@@ -104,25 +144,17 @@ def two_loop(
         for name, pair in (("s", s), ("y", y)):
             if _gate.overlaps(out, pair):
                 raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
-        if out is not grad and _gate.overlaps(out, grad) and (
-            out.data_ptr() != grad.data_ptr() or out.stride() != grad.stride()
+        if (
+            out is not grad
+            and _gate.overlaps(out, grad)
+            and (out.data_ptr() != grad.data_ptr() or out.stride() != grad.stride())
         ):
             raise _gate.fail(op, "out", "grad itself or no overlap with it", "partly overlapping memory")
-    if torch.is_grad_enabled() and (grad.requires_grad or s.requires_grad or y.requires_grad):
-        if s.requires_grad or y.requires_grad:
-            raise _gate.fail(op, "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
-        if out is not None:
-            raise _gate.fail(op, "out", "None when grad requires grad", "a tensor")
-        return _TwoLoop.apply(grad, s, y, gamma)
-    if torch.autograd.forward_ad._current_level >= 0:  # a dual level is open: the tangent of grad must follow
-        return _TwoLoop.apply(grad, s, y, gamma)
-    if torch._C._functorch.maybe_current_level() is not None:  # inside vmap, grad, jvp
-        return _TwoLoop.apply(grad, s, y, gamma)
-    return _two_loop(grad, s, y, gamma, out)
 
 
 def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> Tensor:
     """Checked arguments: canonical layout, dispatch, and back."""
+    given = (grad, s, y)
     g = grad if grad.dtype in _gate.REAL else grad.float()
     g = g.contiguous()
     if s.dtype is torch.float16:
@@ -131,12 +163,18 @@ def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tens
     y = y if y.stride(-1) == 1 or y.shape[-1] <= 1 else y.contiguous()
     direct = out is not None and out.dtype == g.dtype and out.is_contiguous()
     d = out if direct and out is not None else torch.empty_like(g)
-    if g.numel():
-        args = (g, s, y, gamma, d) if g.dim() == 2 else (g[None], s[None], y[None], gamma, d[None])
-        if torch.compiler.is_compiling():
-            torch.ops.secant.lbfgs_two_loop(*args)
+    if s.shape[-2] == 0:
+        torch.mul(g, -1.0 if gamma is None else -gamma, out=d)
+    elif g.numel():
+        if torch.compiler.is_compiling() or not _gate.is_plain(g, s, y):
+            torch.ops.secant.lbfgs_two_loop(g, s, y, gamma, d)
         else:
-            _two_loop_kernel(*args)
+            kernel = backends.resolve("lbfgs", g.device, g.dtype).two_loop
+            kernel(g, s, y, gamma, d)
+            if g is grad and s is given[1] and y is given[2]:
+                if len(_plans) >= 1024:
+                    _plans.clear()
+                _plans[_plan_key(grad, s, y)] = kernel
     if out is not None:
         return out if direct else out.copy_(d)
     return d if d.dtype == grad.dtype else d.to(grad.dtype)
@@ -270,7 +308,10 @@ class LBFGSHistory:
         self._head = torch.zeros(b, dtype=torch.int32, **kw)
         self._count = torch.zeros(b, dtype=torch.int32, **kw)
         self._stats = torch.zeros(b, len(Stats._fields), dtype=torch.float64, **kw)
-        self._one = torch.ones(1, dtype=torch.float64, **kw)
+        self._stats_views = Stats(*(self._stats if batch is not None else self._stats[0]).unbind(-1))
+        self._state = (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats)
+        self._shape = torch.Size((n,) if batch is None else (batch, n))
+        self._bytes = b * n * torch.finfo(dtype).bits // 8
 
     def __repr__(self) -> str:
         batch = f", batch={self.batch}" if self.batch is not None else ""
@@ -315,7 +356,7 @@ class LBFGSHistory:
     @property
     def stats(self) -> Stats:
         """Scalars of the last call, as views of `stats_tensor`."""
-        return Stats(*(self._stats if self.batch is not None else self._stats[0]).unbind(-1))
+        return self._stats_views
 
     @property
     def stats_tensor(self) -> Tensor:
@@ -323,9 +364,20 @@ class LBFGSHistory:
         return self._view(self._stats)
 
     def _vector(self, op: str, name: str, x: Tensor) -> Tensor:
-        shape = (self.n,) if self.batch is None else (self.batch, self.n)
-        _gate.shaped(op, name, x, shape, self.dtype, self.device)
-        return x.contiguous().view(self.batch or 1, self.n)
+        """A checked input, contiguous."""
+        if type(x) is Tensor and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
+            if x.layout is torch.strided:
+                return x.contiguous()
+        return _gate.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).contiguous()
+
+    def _output(self, op: str, name: str, x: Tensor, *others: Tensor) -> Tensor:
+        """A checked output: contiguous as it is, and apart from the other vectors (all of one size)."""
+        if self._vector(op, name, x) is not x:
+            raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", f"strides {x.stride()}")
+        for other in others:
+            if abs(x.data_ptr() - other.data_ptr()) < self._bytes:
+                raise _gate.fail(op, name, "no overlap with the other vectors", "overlapping memory")
+        return x
 
     def append(self, s: Tensor, y: Tensor) -> Tensor:
         """Offer the pair (s, y); it enters the ring when it passes the gate, in place of the oldest when that is full.
@@ -344,7 +396,7 @@ class LBFGSHistory:
         return self.stats.accepted.clone()
 
     def direction(self, grad: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """d = -H grad, with H_0 = gamma I, gamma = s.y / y.y of the newest pair (1 when there is none).
+        """D = -H grad, with H_0 = gamma I, gamma = s.y / y.y of the newest pair (1 when there is none).
 
         Args:
             grad: (n,) or (B, n), of `dtype`. out: likewise, contiguous; receives d, and may be `grad`.
@@ -356,8 +408,10 @@ class LBFGSHistory:
             TypeError, ValueError: dtype, shape or device do not fit.
         """
         g = self._vector("direction", "grad", grad)
-        d = torch.empty_like(grad, memory_format=torch.contiguous_format) if out is None else out
-        self._update(g, None, None, None, 1.0, self._output("direction", "out", d), None)
+        d = torch.empty_like(g) if out is None else self._output("direction", "out", out)
+        if out is not None and out is not grad and abs(d.data_ptr() - g.data_ptr()) < self._bytes:
+            raise _gate.fail("direction", "out", "grad itself or no overlap with it", "overlapping memory")
+        self._update(g, None, None, None, 1.0, d, None)
         return d
 
     def step(self, grad: Tensor, prev_grad: Tensor, direction: Tensor, t: float | Tensor) -> Stats:
@@ -380,23 +434,17 @@ class LBFGSHistory:
             overlaps another argument.
         """
         g = self._vector("step", "grad", grad)
-        p = self._output("step", "prev_grad", prev_grad)
-        d = self._output("step", "direction", direction)
-        for name, a, b in (("prev_grad", p, g), ("direction", d, g), ("direction", d, p)):
-            if _gate.overlaps(a, b):
-                raise _gate.fail("step", name, "no overlap with the other vectors", "overlapping memory")
+        p = self._output("step", "prev_grad", prev_grad, g)
+        d = self._output("step", "direction", direction, g, p)
         if isinstance(t, Tensor):
             shape = () if self.batch is None else (self.batch,)
             if t.dtype is not torch.float64 or t.device != self.device or t.shape not in ((), shape):
-                raise _gate.fail("step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _gate.describe(t))
+                raise _gate.fail(
+                    "step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _gate.describe(t)
+                )
             t = t.reshape(-1).contiguous()
         self._update(g, d, g, p, t, d, p)
         return self.stats
-
-    def _output(self, op: str, name: str, x: Tensor) -> Tensor:
-        if not x.is_contiguous():
-            raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", f"strides {x.stride()}")
-        return self._vector(op, name, x)
 
     def _update(
         self,
@@ -408,20 +456,20 @@ class LBFGSHistory:
         out: Tensor | None,
         prev_out: Tensor | None,
     ) -> None:
-        state = (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats)
         if torch.compiler.is_compiling():
-            # In the schema a tensor t stands for both: mutated arguments may not appear twice, so s and y_prev are
-            # copies where the kernel would have worked in place.
-            t = t if isinstance(t, Tensor) else self._one * t
+            # An argument that is written may not appear twice in a schema, so the inputs that the kernel would have
+            # replaced in place are copies here; and a schema has one type for t.
+            t = t if isinstance(t, Tensor) else torch.full((1,), t, dtype=torch.float64, device=self.device)
             s = s.clone() if s is not None and out is not None else s
             y_prev = y_prev.clone() if y_prev is not None else None
-            torch.ops.secant.lbfgs_update(*state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
+            torch.ops.secant.lbfgs_update(*self._state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
         else:
-            _update_kernel(*state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
+            kernel = backends.resolve("lbfgs", self.device, self.dtype)
+            kernel.update(*self._state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
 
     def reset(self) -> None:
         """Forget every pair; the next direction is -grad."""
-        for x in (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats):
+        for x in self._state:
             x.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,150 @@
+// The module secant._cpu: CPU detection, and the kernels of every family behind raw pointers.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/lbfgs/cpu.h"
+#include "bandwidth.h"
+#include "parallel.h"
+
+// One namespace per instruction set that the build compiled; SECANT_ISAS is X(name) for each, best last.
+#define X(isa)                              \
+  namespace isa {                           \
+  extern const secant::LbfgsCpu lbfgs;      \
+  extern const secant::Bandwidth bandwidth; \
+  }
+SECANT_ISAS
+#undef X
+
+namespace py = pybind11;
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const secant::LbfgsCpu* lbfgs;
+  const secant::Bandwidth* bandwidth;
+};
+
+const Isa kBuilt[] = {
+#define X(isa) {#isa, &isa::lbfgs, &isa::bandwidth},
+    SECANT_ISAS
+#undef X
+};
+
+bool cpu_has(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == "avx2")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return isa == "baseline" || isa == "neon";
+}
+
+const Isa& choose() {
+  const char* wanted = std::getenv("SECANT_ISA");
+  const Isa* best = nullptr;
+  std::string names;
+  for (const Isa& isa : kBuilt) {
+    if (!cpu_has(isa.name)) continue;
+    best = &isa;
+    names += std::string(names.empty() ? "" : ", ") + isa.name;
+    if (wanted != nullptr && std::string(wanted) == isa.name) return isa;
+  }
+  if (wanted != nullptr && *wanted != '\0')
+    throw std::runtime_error("SECANT_ISA: expected one of " + names + " (what this CPU and this build have), got '" +
+                             wanted + "'");
+  if (best == nullptr) throw std::runtime_error("no instruction set of this build runs on this CPU");
+  return *best;
+}
+
+const Isa& isa() {
+  static const Isa& chosen = choose();
+  return chosen;
+}
+
+template <class T = void>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void lbfgs_update(int vectors, int rings, int64_t batch, int64_t m, int64_t n, uintptr_t s_ring, uintptr_t y_ring,
+                  uintptr_t sy, uintptr_t yy, uintptr_t head, uintptr_t count, uintptr_t stats, uintptr_t grad,
+                  uintptr_t s, uintptr_t y, uintptr_t y_prev, uintptr_t t_ptr, int64_t t_stride, double t, double tol,
+                  uintptr_t out, uintptr_t prev_out, int threads) {
+  const secant::LbfgsUpdate args{batch,
+                                 m,
+                                 n,
+                                 ptr(s_ring),
+                                 ptr(y_ring),
+                                 ptr<double>(sy),
+                                 ptr<double>(yy),
+                                 ptr<int32_t>(head),
+                                 ptr<int32_t>(count),
+                                 ptr<double>(stats),
+                                 ptr(grad),
+                                 ptr(s),
+                                 ptr(y),
+                                 ptr(y_prev),
+                                 ptr<double>(t_ptr),
+                                 t_stride,
+                                 t,
+                                 tol,
+                                 ptr(out),
+                                 ptr(prev_out),
+                                 threads};
+  py::gil_scoped_release release;
+  isa().lbfgs->update[vectors][rings](args);
+}
+
+void lbfgs_two_loop(int vectors, int rings, int64_t batch, int64_t m, int64_t n, uintptr_t grad, uintptr_t s,
+                    int64_t s_batch, int64_t s_row, uintptr_t y, int64_t y_batch, int64_t y_row, double gamma,
+                    uintptr_t out, int panel, int threads) {
+  const secant::LbfgsTwoLoop args{batch, m,       n,     ptr(grad), ptr(s),   ptr(y), s_batch,
+                                  s_row, y_batch, y_row, gamma,     ptr(out), panel,  threads};
+  py::gil_scoped_release release;
+  isa().lbfgs->two_loop[vectors][rings](args);
+}
+
+double read_bandwidth(uintptr_t data, int64_t bytes, int repeats) {
+  py::gil_scoped_release release;
+  return isa().bandwidth->read(ptr<const void>(data), bytes, repeats);
+}
+
+py::dict build_config() {
+  py::list sets, usable;
+  for (const Isa& i : kBuilt) {
+    sets.append(i.name);
+    if (cpu_has(i.name)) usable.append(i.name);
+  }
+  py::dict d;
+  d["compiler"] = SECANT_COMPILER;
+  d["isas"] = sets;
+  d["isas_usable"] = usable;
+  d["isa"] = isa().name;
+#ifdef _OPENMP
+  d["openmp"] = _OPENMP;
+#else
+  d["openmp"] = py::none();
+#endif
+  d["threads"] = secant::max_threads();
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "SIMD kernels of secant; arguments are raw pointers that secant.ops has checked.";
+  isa();  // a wrong SECANT_ISA is an import error, not a surprise later
+  m.def("build_config", &build_config, "Compiler, instruction sets, OpenMP version and threads.");
+  m.def("lbfgs_update", &lbfgs_update);
+  m.def("lbfgs_two_loop", &lbfgs_two_loop);
+  m.def("read_bandwidth", &read_bandwidth, "Best bytes per second over `repeats` reads of a buffer by all threads.");
+}
