@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from secant.ops import _gate
-from secant.ops.lbfgs import MAX_HISTORY, STORAGE, LBFGSHistory
+from secant.ops.lbfgs import MAX_HISTORY, STORAGE, LBFGSHistory, Stats
 from secant.optim._flat import FlatParameters, check_parameters
 from secant.solvers.line_search import Trial, strong_wolfe
 
-#: The options that decide which buffers there are.
+#: The options that decide which buffers there are, and all that the groups share.
 _LAYOUT = ("history_size", "history_dtype", "curvature_tol", "line_search_fn", "maximize")
+_TOLERANCES = ("tolerance_grad", "tolerance_change", "tolerance_grad_rel", "tolerance_change_rel")
+_SHARED = (*_LAYOUT, *_TOLERANCES, "max_iter", "max_eval")
+_GD, _G_MAX = Stats._fields.index("gd"), Stats._fields.index("g_max")
+#: Trials beyond the default max_eval for a search whose first trial is not finite; eight undo a step 1e9 too long.
+_SPARE_TRIALS = 10
 _VECTORS = ("prev_grad", "direction", "start")
 
 
@@ -57,7 +62,7 @@ class LBFGS(torch.optim.Optimizer):
       halved. The last step of a call without line search is not evaluated, as in torch; if the next call finds it
       non-finite, it halves it then. No step turns a finite parameter into a non-finite one.
     * **max_eval** given as a number is never exceeded. The default None means max_iter * 5 // 4, counted as torch does,
-      which lets the last line search of a call go one evaluation over.
+      which lets the last line search of a call go one evaluation over, and ten more if its first trial is not finite.
     * **Parameter groups.** lr may differ between groups, everything else is shared. With R = diag(lr_k / max lr) the
       direction is d = -R^(1/2) H R^(1/2) g and the step is tried at t = max lr: it always descends, the first step is
       lr_k times the gradient, and lr = 0 freezes a group as if it were not there. With unequal lr, `tolerance_grad`
@@ -103,7 +108,7 @@ class LBFGS(torch.optim.Optimizer):
         ...     loss = (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
         ...     loss.backward()
         ...     return loss
-        >>> optimizer.step(closure)     # the loss at the start, 24.2; x is now (1, 1) to 1e-5
+        >>> optimizer.step(closure)     # the loss at the start, 24.2; x is now (1, 1) to 1e-4
     """
 
     _own: dict[str, Any]  # the state, filed in self.state under the first parameter
@@ -117,7 +122,7 @@ class LBFGS(torch.optim.Optimizer):
     _direction_views: list[Tensor]
     _start: list[Tensor]
     _scale: Tensor | None
-    _unread: list[Tensor]  # what describes the direction, while it is only on the device
+    _unread: tuple[Tensor, ...]  # what describes the direction, while it is only on the device
     _about: _Direction
     _maximize: bool
     _packed: bool
@@ -237,9 +242,9 @@ class LBFGS(torch.optim.Optimizer):
             self._history.direction(torch.mul(g, self._scale, out=d), out=d)
             d.mul_(self._scale)
         state["t"] = 0.0
-        self._unread = [self._stats, *torch.aminmax(d)]
+        self._unread = (self._stats, *torch.aminmax(d))
         if state["n_iter"] == 0:
-            self._unread.append(d.abs().sum())
+            self._unread += (d.abs().sum(),)
 
     def _move(self, closure: Callable[[], Any], t: float, *, last: bool) -> _Moved | None:
         """Move by t d, and evaluate there unless this is the last step of the call.
@@ -290,7 +295,9 @@ class LBFGS(torch.optim.Optimizer):
         trials = self._limit - self._own["func_evals"] + (options["max_eval"] is None)
         self._away = False
         here = self._try(closure, t)
-        if self._is_optimal() or not self._descends():
+        if options["max_eval"] is None and not (math.isfinite(here.value) and math.isfinite(here.slope)):
+            trials += _SPARE_TRIALS
+        if self._is_optimal() or not self._descends():  # known before the search unless numbers travel together
             self._return_to(0.0)
             return None
         search = strong_wolfe(
@@ -381,34 +388,35 @@ class LBFGS(torch.optim.Optimizer):
 
     def _read(self, loss: Any = None, *scalars: Tensor) -> list[float]:
         """Bring a loss and other scalars to the host, and what is not yet known of the direction: one transfer."""
-        head: list[float] = []
-        tensors = [*scalars, *self._unread]
+        tensors = (*scalars, *self._unread)
+        values: list[float] = []
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
             if loss.device == self._flat.device:
-                tensors.insert(0, loss.detach())
+                tensors = (loss, *tensors)
             else:
-                head.append(float(loss))
+                values.append(loss.item())
         elif isinstance(loss, Real):
-            head.append(float(loss))
+            values.append(float(loss))
         elif loss is not None:
             raise TypeError(
                 f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_gate.describe(loss)}"
             )
         if self._packed:
-            head += torch.cat([x.reshape(-1) for x in tensors]).tolist()
+            values += torch.cat([x.reshape(-1) for x in tensors]).tolist()
         else:
             for x in tensors:
-                head += x.tolist() if x.dim() else (x.item(),)
-        if loss is not None and self._maximize:
-            head[0] = -head[0]
-        known = len(scalars) + (loss is not None)
+                values += x.tolist() if x.dim() else (x.item(),)
+        if self._maximize and loss is not None:
+            values[0] = -values[0]
         if self._unread:
-            stats, (low, high, *total) = head[known : known + 8], head[known + 8 :]
-            self._about = _Direction(stats[0], stats[2], max(-low, high), total[0] if total else 0.0)
-            self._unread = []
+            known = len(scalars) + (loss is not None)
+            values, about = values[:known], values[known:]
+            low, high, *total = about[len(Stats._fields) :]
+            self._about = _Direction(about[_GD], about[_G_MAX], max(-low, high), total[0] if total else 0.0)
+            self._unread = ()
             if self._own["n_iter"] == 0:
                 self._own["first_grad_max"] = self._about.grad_max
-        return head[:known]
+        return values
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients.
@@ -443,7 +451,7 @@ class LBFGS(torch.optim.Optimizer):
             if not group["params"]:
                 raise _gate.fail("LBFGS", "params", "at least one parameter in every group", "an empty group")
             _check_options(group)
-            for key in self.defaults.keys() - {"lr"}:
+            for key in _SHARED:
                 if group[key] != first[key]:
                     raise _gate.fail(
                         "LBFGS", key, f"{first[key]!r} in every group (only lr may differ)", repr(group[key])
@@ -481,8 +489,9 @@ class LBFGS(torch.optim.Optimizer):
         """
         options = self.param_groups[0]
         layout = tuple(options[key] for key in _LAYOUT)
-        if layout == self._layout and not self._flat.moved():
-            return self._own
+        state = self.state[options["params"][0]]
+        if layout == self._layout and state is self._own and not self._flat.moved():
+            return state
         flat = FlatParameters("LBFGS", self._params)
         history = LBFGSHistory(
             flat.numel,
@@ -494,7 +503,6 @@ class LBFGS(torch.optim.Optimizer):
         )
         tensors = {name: flat.vector() for name in _VECTORS} | history.state_dict()
         numbers = {"func_evals": 0, "n_iter": 0, "t": 0.0, "first_grad_max": 0.0}
-        state = self.state[self._params[0]]
         if state:
             _check_state(state, tensors, numbers)
             for name, x in tensors.items():
@@ -506,24 +514,25 @@ class LBFGS(torch.optim.Optimizer):
         self._layout, self._own, self._flat, self._history = layout, state, flat, history
         self._prev_grad, self._direction, start = (tensors[name] for name in _VECTORS)
         self._direction_views, self._start = flat.views(self._direction), flat.views(start)
-        self._stats, self._unread = history.stats_tensor, []
+        self._stats, self._unread = history.stats_tensor, ()
         self._maximize = options["maximize"]
         self._grad = flat.vector() if self._maximize else flat.grad
         if options["line_search_fn"] is not None:
             self._best_grad = flat.vector()
         # Where a transfer costs nothing every number is read at once; elsewhere they travel together.
         self._packed = flat.device.type != "cpu"
-        # x + s cannot overflow for any finite x when |s| is below half a unit in the last place of the largest number.
+        # x + s cannot overflow for any finite x when |s| is below half a unit in the last place of the largest number,
+        # max * eps / 4; half of that leaves room for the rounding of s.
         info = torch.finfo(flat.dtype)
-        self._longest = 0.25 * info.max * info.eps
+        self._longest = 0.125 * info.max * info.eps
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._layout = None
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in _SHARED:
+                group.setdefault(key, self.defaults[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the run continues from it bit for bit.
@@ -580,7 +589,7 @@ def _check_options(options: dict[str, Any]) -> None:
         options["max_eval"] is None or is_int("max_eval", 1 + searching),
         "None or an integer >= " + ("2 (a line search needs one trial)" if searching else "1"),
     )
-    for name in ("tolerance_grad", "tolerance_change", "tolerance_grad_rel", "tolerance_change_rel"):
+    for name in _TOLERANCES:
         value = options[name]
         check(name, isinstance(value, (int, float)) and 0.0 <= value < math.inf, "a finite number >= 0")
     size = options["history_size"]

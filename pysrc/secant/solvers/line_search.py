@@ -184,7 +184,7 @@ def strong_wolfe(
             return Step(new, True, used)
         if new.slope * (ends[1 - low].t - ends[low].t) >= 0.0:
             ends[1 - low] = ends[low]
-        ends[low] = new
+        ends[low], fraction = new, 1.0
     return Step(ends[low], False, used)
 
 

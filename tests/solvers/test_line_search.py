@@ -1,0 +1,191 @@
+"""The strong Wolfe search on functions of one variable."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from secant.solvers import Step, Trial, cubic_minimizer, strong_wolfe
+
+
+def search(phi, t=1.0, **options) -> tuple[Step, list[Trial]]:
+    """Run the search on phi(t) -> (value, slope); the step and the trials made, in order."""
+    trials = [Trial(t, *phi(t))]
+    asks = strong_wolfe(Trial(0.0, *phi(0.0)), trials[0], **options)
+    try:
+        t, best = next(asks)
+        while True:
+            # What may still be returned is the start or an earlier finite trial.
+            assert best == 0.0 or any(best == x.t and math.isfinite(x.value) for x in trials)
+            trials.append(Trial(t, *phi(t)))
+            t, best = asks.send(trials[-1])
+    except StopIteration as end:
+        step = end.value
+    assert step.evaluations == len(trials)
+    assert step.trial.t == 0.0 or step.trial in trials
+    return step, trials
+
+
+def is_wolfe(phi, t, c1=1e-4, c2=0.9) -> bool:
+    (f0, g0), (f, g) = phi(0.0), phi(t)
+    return f <= f0 + c1 * t * g0 and abs(g) <= c2 * abs(g0)
+
+
+@given(
+    minimum=st.floats(1e-3, 1e3),
+    curvature=st.floats(1e-3, 1e3),
+    wave=st.floats(0.0, 0.9),
+    first=st.floats(1e-3, 1e3),
+)
+def test_step_satisfies_both_conditions(minimum, curvature, wave, first):
+    """A parabola with ripples, bounded below: where it descends at 0, Wolfe steps exist (N&W Lemma 3.1)."""
+
+    def phi(t):
+        u = t - minimum
+        return (
+            curvature * (0.5 * u * u + wave * math.sin(u)),
+            curvature * (u + wave * math.cos(u)),
+        )
+
+    if not phi(0.0)[1] < 0.0:
+        return
+    step, _ = search(phi, first, max_evaluations=100, tolerance=0.0)
+    # 100 trials shrink or grow a bracket by far more than the six orders between first and minimum.
+    assert step.wolfe
+    assert is_wolfe(phi, step.trial.t)
+
+
+@given(scale=st.floats(1e-6, 1e6), first=st.floats(1e-6, 1e6))
+def test_cubic_minimizer_is_exact_on_cubics(scale, first):
+    """F(t) = t^3 - 3 t has its minimum at 1, whichever points it is seen from."""
+
+    def at(t):
+        return Trial(scale * t, t**3 - 3.0 * t, (3.0 * t * t - 3.0) / scale)
+
+    for left, right in ((0.0, 2.0), (2.0, 0.0), (0.5, 3.0)):
+        # Each of the dozen operations rounds once; d1 cancels at most one digit here.
+        assert cubic_minimizer(at(left), at(right), 0.0, 4.0 * scale) == pytest.approx(scale, rel=1e-13)
+    assert cubic_minimizer(at(0.0), at(2.0), 1.5 * scale, 1.8 * scale) == 1.5 * scale
+    assert cubic_minimizer(at(0.0), at(2.0), 0.1 * scale, 0.2 * scale) == 0.2 * scale
+
+
+def test_cubic_minimizer_bisects_where_there_is_no_minimum():
+    # Values and slopes of t^3 + t: its derivative has no zero.
+    assert cubic_minimizer(Trial(0.0, 0.0, 1.0), Trial(1.0, 2.0, 4.0), 0.0, 1.0) == 0.5
+    # One point seen twice, and slopes whose product overflows.
+    assert cubic_minimizer(Trial(1.0, 0.0, 1.0), Trial(1.0, 0.0, 1.0), 0.0, 3.0) == 1.5
+    assert cubic_minimizer(Trial(0.0, 0.0, -1e300), Trial(1.0, 0.0, 1e300), 0.0, 1.0) == 0.5
+
+
+def test_first_trial_is_taken_when_it_will_do():
+    step, trials = search(lambda t: ((t - 1.0) ** 2, 2.0 * (t - 1.0)), 1.0)
+    assert step == Step(trials[0], True, 1)
+
+
+def test_short_first_trial_is_extrapolated_at_most_tenfold():
+    step, trials = search(lambda t: (0.5 * (t - 1000.0) ** 2, t - 1000.0), 1.0)
+    assert step.wolfe
+    assert [x.t for x in trials[:2]] == [1.0, 10.0]
+    assert all(b.t <= 10.0 * a.t for a, b in itertools.pairwise(trials))
+
+
+def log_barrier(t):
+    """-log(1 - t) - 3 t: a minimum at t = 2/3, NaN from t = 1 on."""
+    return (-math.log(1.0 - t) - 3.0 * t, 1.0 / (1.0 - t) - 3.0) if t < 1.0 else (math.nan, math.nan)
+
+
+@pytest.mark.parametrize("first", [1.0, 1.5, 40.0, 1e9])
+def test_log_going_nan_makes_the_step_shorter(first):
+    step, trials = search(log_barrier, first)
+    assert step.wolfe
+    assert is_wolfe(log_barrier, step.trial.t)
+    # Back from 1e9 = 2^30 the trials at 2^(-k (k + 1) / 2) take eight to come below 1; a few more to be accepted.
+    assert len(trials) <= 12
+
+
+def test_nan_while_extrapolating_ends_inside_the_domain():
+    """Phi falls steeply all the way to a cliff: there is no Wolfe step, but there are lower points."""
+
+    def cliff(t):
+        return (-t, -1.0) if t < 5.0 else (math.inf, 1.0)
+
+    step, _ = search(cliff, 1.0)
+    assert not step.wolfe
+    assert 1.0 <= step.trial.t < 5.0
+    # The bracket ends when its width is below the tolerance, or the evaluations do.
+    assert step.trial.value == -step.trial.t
+
+
+@pytest.mark.parametrize(
+    ("value", "slope"), [(math.nan, 1.0), (math.inf, 1.0), (-math.inf, -1.0), (0.0, math.nan), (-1.0, -math.inf)]
+)
+def test_no_finite_point_returns_to_the_start(value, slope):
+    step, _ = search(lambda t: (1.0, -1.0) if t == 0.0 else (value, slope), 1.0)
+    assert step.trial == Trial(0.0, 1.0, -1.0)
+    assert not step.wolfe
+
+
+def test_a_hole_inside_the_bracket_is_stepped_around():
+    def holed(t):
+        return ((t - 1.0) ** 2, 2.0 * (t - 1.0)) if not 0.4 < t < 1.2 else (math.nan, math.nan)
+
+    step, _ = search(holed, 3.0, c2=0.5)
+    assert math.isfinite(step.trial.value)
+    assert step.trial.value < 1.0
+
+
+def test_flat_tail():
+    """exp(-1/t^2) backwards: slope and curvature vanish to all orders towards the minimum."""
+
+    def flat(t):
+        u = 1.0 - t
+        return (math.exp(-1.0 / u**2), -2.0 / u**3 * math.exp(-1.0 / u**2)) if abs(u) > 0.04 else (0.0, 0.0)
+
+    for first in (1e-3, 0.5, 1.0, 30.0):
+        step, _ = search(flat, first)
+        assert step.wolfe
+        assert is_wolfe(flat, step.trial.t)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+def test_evaluations_are_limited(most):
+    # A slope that never flattens: no Wolfe step exists, every trial is lower.
+    step, trials = search(lambda t: (-t, -1.0), 1.0, max_evaluations=most)
+    assert len(trials) == most
+    assert step == Step(trials[-1], False, most)
+    # And one where every trial is higher.
+    step, trials = search(lambda t: (t, -1.0 if t == 0.0 else 1.0), 1.0, max_evaluations=most)
+    assert len(trials) == most
+    assert step.trial.t == 0.0
+
+
+def test_a_narrow_bracket_ends_the_search():
+    # Higher for every t > 0, by a jump: the bracket shrinks towards 0 until size * width < tolerance.
+    def jump(t):
+        return (0.0, -1.0) if t == 0.0 else (1.0, 1.0)
+
+    step, wide = search(jump, 1.0, tolerance=1e-2, max_evaluations=100)
+    _, narrow = search(jump, 1.0, tolerance=1e-2, size=100.0, max_evaluations=100)
+    assert step.trial.t == 0.0
+    assert 1e-3 < wide[-1].t < 1e-1
+    assert len(narrow) > len(wide)
+
+
+@pytest.mark.parametrize(
+    ("start", "first", "options", "name"),
+    [
+        (Trial(0.0, 1.0, 1.0), Trial(1.0, 0.0, 0.0), {}, "start"),
+        (Trial(0.0, 1.0, 0.0), Trial(1.0, 0.0, 0.0), {}, "start"),
+        (Trial(0.0, math.nan, -1.0), Trial(1.0, 0.0, 0.0), {}, "start"),
+        (Trial(0.0, 1.0, math.nan), Trial(1.0, 0.0, 0.0), {}, "start"),
+        (Trial(0.0, 1.0, -math.inf), Trial(1.0, 0.0, 0.0), {}, "start"),
+        (Trial(0.0, 1.0, -1.0), Trial(0.0, 0.0, 0.0), {}, "first"),
+        (Trial(0.0, 1.0, -1.0), Trial(math.inf, 0.0, 0.0), {}, "first"),
+        (Trial(0.0, 1.0, -1.0), Trial(1.0, 0.0, 0.0), {"c1": 0.5, "c2": 0.4}, "c1, c2"),
+        (Trial(0.0, 1.0, -1.0), Trial(1.0, 0.0, 0.0), {"max_evaluations": 0}, "max_evaluations"),
+    ],
+)
+def test_errors_name_the_argument(start, first, options, name):
+    with pytest.raises(ValueError, match=f"strong_wolfe: {name}: expected"):
+        next(strong_wolfe(start, first, **options))
