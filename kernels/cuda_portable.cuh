@@ -1,6 +1,6 @@
-// What the CUDA sources of every family take from the hardware: integer names, 16-byte accesses, asynchronous copies into
-// shared memory, dynamic shared memory, and the wait of a grid barrier. No header is included, so that NVRTC needs no
-// include path: the text of this file goes in front of the text of a family's cuda.cu. csrc/standin/cuda_on_cpu.h
+// What the CUDA sources of every family take from the hardware: integer names, 16-byte accesses, asynchronous copies
+// into shared memory, dynamic shared memory, and the wait of a grid barrier. No header is included, so that NVRTC needs
+// no include path: the text of this file goes in front of the text of a family's cuda.cu. csrc/standin/cuda_on_cpu.h
 // implements the same names on the CPU.
 #pragma once
 
@@ -13,6 +13,7 @@ typedef unsigned short u16;
 #define SECANT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define SECANT_UNROLL _Pragma("unroll")
 #define SECANT_UNROLL_4 _Pragma("unroll 4")
+#define SECANT_LOOP _Pragma("unroll 1")  // a loop that stays one: unrolling would cost registers and gain nothing
 
 // N elements in as few accesses of at most 16 bytes as they need; p is aligned to min(16, N sizeof(X)).
 template <class X, int N>
@@ -46,12 +47,20 @@ SECANT_DEVICE void store_wide(X* p, const X* x) {
 // 16 bytes from global to shared memory without passing through registers; visible to the issuing thread after
 // copy_async_wait().
 SECANT_DEVICE void copy_async16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
                "l"(global)
                : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
 }
 
-SECANT_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+SECANT_DEVICE void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 // Returns once *flag differs from `old`. The writer must be running: cooperative launches only.
 SECANT_DEVICE void wait_while_equal(const u32* flag, u32 old) {

@@ -1,18 +1,21 @@
-// CUDA C++ on the CPU, for tests only: the names that kernels/cuda_portable.cuh and a family's cuda.cu use, so that the very
-// source that runs on a GPU runs under g++ and AddressSanitizer. It proves logic (indices, barriers, aliasing), not speed
-// and not precision modes.
+// CUDA C++ on the CPU, for tests only: the names that kernels/cuda_portable.cuh and a family's cuda.cu use, so that the
+// very source that runs on a GPU runs under g++ and AddressSanitizer. It proves logic (indices, barriers, aliasing),
+// not speed and not precision modes.
 //
 // A block is an operating-system thread; its CUDA threads are fibers (ucontext) that one scheduler resumes in an order
-// shuffled by a seed, and that change hands only at __syncthreads, __syncwarp, warp collectives and waits. Between two of
-// those a thread runs to the end before its neighbour starts, which is the worst case for a missing barrier: what a
-// neighbour should have written is not there yet, or is already overwritten. A barrier that not all threads reach at the
-// same line, a collective whose lanes disagree and a wait that nothing ends are reported as errors.
+// drawn from a seed, and that change hands only at __syncthreads, __syncwarp, warp collectives and waits. The worst
+// case for a missing barrier is a neighbour that is far ahead or far behind, so the scheduler keeps to one warp, mostly
+// as long as that warp can go on, and then draws another: what a neighbour should have written is not there yet, or is
+// already overwritten. A barrier that not all threads reach at the same line, a collective whose lanes disagree and a
+// wait that nothing ends are reported as errors.
 //
-// Shared memory is filled with 0xff bytes (NaN) at the start of a block. Asynchronous copies happen at the wait, not before.
+// Shared memory is filled with 0xff bytes (NaN) at the start of a block. Asynchronous copies happen at the wait, not
+// before.
 //
 // Use: include this file, then the .cu file, then write a table of kernels:
 //     static const secant_standin::Kernel kKernels[] = {SECANT_STANDIN_KERNEL(name, Params), ...};
-// and call secant_standin::launch(kernel, grid, block, shared bytes, seed, parameters): an empty string, or what went wrong.
+// and call secant_standin::launch(kernel, grid, block, shared bytes, seed, parameters): an empty string, or what went
+// wrong.
 #pragma once
 
 #include <setjmp.h>
@@ -56,6 +59,7 @@ typedef unsigned short u16;
 #define SECANT_DYNAMIC_SHARED(name) unsigned char* name = secant_standin::block().shared.get()
 #define SECANT_UNROLL
 #define SECANT_UNROLL_4
+#define SECANT_LOOP
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -64,6 +68,7 @@ struct dim3 {
 namespace secant_standin {
 
 constexpr int kWarp = 32;
+constexpr unsigned kPatience = 64;  // the scheduler leaves a warp that could go on once in so many rounds
 
 enum class State { ready, barrier, collective, waiting, done };
 
@@ -72,8 +77,8 @@ struct Copy {
   const void* from;
 };
 
-// A fiber starts through ucontext, which sets up its stack. After that _setjmp and _longjmp change stacks without the two
-// system calls that swapcontext makes for the signal mask; AddressSanitizer needs swapcontext.
+// A fiber starts through ucontext, which sets up its stack. After that _setjmp and _longjmp change stacks without the
+// two system calls that swapcontext makes for the signal mask; AddressSanitizer needs swapcontext.
 struct Point {
   ucontext_t context;
   jmp_buf jump;
@@ -85,8 +90,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;
   State state = State::ready;
-  int line = 0;              // of the barrier or collective it stands at
-  unsigned mask = 0;         // lanes of the collective
+  int line = 0;       // of the barrier or collective it stands at
+  unsigned mask = 0;  // lanes of the collective
   uint64_t sent = 0, received[kWarp] = {};
   const u32* flag = nullptr;  // wait_while_equal
   u32 old = 0;
@@ -183,51 +188,54 @@ inline uint64_t* exchange(uint64_t value, unsigned mask, int line) {
   return f.received;
 }
 
-// Releases the barrier or the collectives whose threads have all come; an error message when they disagree.
-inline std::string release(BlockState& b) {
+// Releases the collectives of the warp that starts at `first` whose lanes have all come; an error where they disagree.
+inline std::string release_warp(BlockState& b, int first) {
   const int threads = int(b.fibers.size());
-  int at_barrier = 0, line = 0;
+  for (int lane = 0; lane < kWarp && first + lane < threads; ++lane) {
+    const Fiber& f = b.fibers[first + lane];
+    if (f.state != State::collective) continue;
+    if (!(f.mask >> lane & 1u)) return "a lane calls a warp collective whose mask leaves it out";
+    bool complete = true;
+    for (int other = 0; other < kWarp; ++other) {
+      if (!(f.mask >> other & 1u)) continue;
+      if (first + other >= threads) return "the mask of a warp collective names lanes that do not exist";
+      const Fiber& o = b.fibers[first + other];
+      if (o.state != State::collective) {
+        complete = false;
+      } else if (o.mask != f.mask || o.line != f.line) {
+        return "divergent warp collective: lanes wait at lines " + std::to_string(f.line) + " and " +
+               std::to_string(o.line);
+      }
+    }
+    if (!complete) continue;
+    const unsigned mask = f.mask;
+    uint64_t sent[kWarp];
+    for (int from = 0; from < kWarp; ++from)
+      sent[from] = mask >> from & 1u ? b.fibers[first + from].sent : ~uint64_t(0);
+    for (int to = 0; to < kWarp; ++to) {
+      if (!(mask >> to & 1u)) continue;
+      std::memcpy(b.fibers[first + to].received, sent, sizeof(sent));
+      b.fibers[first + to].state = State::ready;
+    }
+  }
+  return "";
+}
+
+// Releases the barrier if every thread stands at it; an error where threads stand at different ones.
+inline std::string release_block(BlockState& b) {
+  size_t at_barrier = 0;
+  int line = 0;
   for (const Fiber& f : b.fibers) {
     if (f.state != State::barrier) continue;
     ++at_barrier;
     if (line != 0 && line != f.line) {
-      return "divergent __syncthreads: threads wait at lines " + std::to_string(line) + " and " + std::to_string(f.line);
+      return "divergent __syncthreads: threads wait at lines " + std::to_string(line) + " and " +
+             std::to_string(f.line);
     }
     line = f.line;
   }
-  if (at_barrier == threads) {
+  if (at_barrier == b.fibers.size()) {
     for (Fiber& f : b.fibers) f.state = State::ready;
-  }
-  for (int first = 0; first < threads; first += kWarp) {
-    for (int lane = 0; lane < kWarp && first + lane < threads; ++lane) {
-      Fiber& f = b.fibers[first + lane];
-      if (f.state != State::collective) continue;
-      if (!(f.mask >> lane & 1u)) return "a lane calls a warp collective whose mask leaves it out";
-      bool complete = true;
-      for (int other = 0; other < kWarp; ++other) {
-        if (!(f.mask >> other & 1u)) continue;
-        if (first + other >= threads) return "the mask of a warp collective names lanes that do not exist";
-        const Fiber& o = b.fibers[first + other];
-        if (o.state != State::collective) {
-          complete = false;
-        } else if (o.mask != f.mask || o.line != f.line) {
-          return "divergent warp collective: lanes wait at lines " + std::to_string(f.line) + " and " +
-                 std::to_string(o.line);
-        }
-      }
-      if (!complete) continue;
-      for (int to = 0; to < kWarp; ++to) {
-        if (!(f.mask >> to & 1u)) continue;
-        Fiber& t = b.fibers[first + to];
-        for (int from = 0; from < kWarp; ++from) {
-          t.received[from] = f.mask >> from & 1u ? b.fibers[first + from].sent : ~uint64_t(0);
-        }
-      }
-      const unsigned mask = f.mask;
-      for (int to = 0; to < kWarp; ++to) {
-        if (mask >> to & 1u) b.fibers[first + to].state = State::ready;
-      }
-    }
   }
   return "";
 }
@@ -251,42 +259,56 @@ inline void run_block(Launch& launch, dim3 index, uint64_t seed) {
     makecontext(&context, trampoline, 0);
   }
   std::mt19937_64 random(seed);
-  std::vector<int> ready;
+  std::vector<int> ready, warps;
+  int first = 0;  // of the warp at work
   auto since = std::chrono::steady_clock::now();
   while (!launch.failed) {
     ready.clear();
-    int done = 0, waiting = 0;
-    for (int i = 0; i < threads; ++i) {
+    for (int i = first; i < std::min(first + kWarp, threads); ++i) {
       Fiber& f = b.fibers[i];
       if (f.state == State::waiting && __atomic_load_n(f.flag, __ATOMIC_ACQUIRE) != f.old) f.state = State::ready;
       if (f.state == State::ready) ready.push_back(i);
-      done += f.state == State::done;
-      waiting += f.state == State::waiting;
+    }
+    if (!ready.empty()) {
+      std::shuffle(ready.begin(), ready.end(), random);
+      for (const int i : ready) {
+        b.current = i;
+        void* save = nullptr;
+        enter_stack(&save, b.fibers[i].stack.get(), kStack);
+        const bool started = b.fibers[i].started;
+        b.fibers[i].started = true;
+        change(b.scheduler, b.fibers[i].point, started);
+        entered_stack(save, nullptr, nullptr);
+      }
+      const std::string error = release_warp(b, first);
+      if (!error.empty()) launch.fail(error);
+      since = std::chrono::steady_clock::now();
+      if (random() % kPatience != 0) continue;
+    }
+    const std::string error = release_block(b);
+    if (!error.empty()) launch.fail(error);
+    int done = 0, waiting = 0;
+    warps.clear();
+    for (int i = 0; i < threads; ++i) {
+      const State state = b.fibers[i].state;
+      done += state == State::done;
+      waiting += state == State::waiting;
+      const bool can_go_on = state == State::ready || state == State::waiting;
+      if (can_go_on && (warps.empty() || warps.back() != i / kWarp * kWarp)) warps.push_back(i / kWarp * kWarp);
     }
     if (done == threads) break;
-    if (ready.empty()) {
-      if (waiting == 0) {
-        launch.fail("deadlock: " + std::to_string(done) + " of " + std::to_string(threads) +
-                    " threads of a block have ended and the others wait at a barrier or collective");
-      } else if (std::chrono::steady_clock::now() - since > std::chrono::seconds(20)) {
+    if (warps.empty()) {
+      launch.fail("deadlock: " + std::to_string(done) + " of " + std::to_string(threads) +
+                  " threads of a block have ended and the others wait at a barrier or collective");
+      break;
+    }
+    if (ready.empty() && waiting > 0) {
+      if (std::chrono::steady_clock::now() - since > std::chrono::seconds(20)) {
         launch.fail("deadlock: a block waits for a flag that no other block changes");
       }
       std::this_thread::yield();
-      continue;
     }
-    std::shuffle(ready.begin(), ready.end(), random);
-    for (const int i : ready) {
-      b.current = i;
-      void* save = nullptr;
-      enter_stack(&save, b.fibers[i].stack.get(), kStack);
-      const bool started = b.fibers[i].started;
-      b.fibers[i].started = true;
-      change(b.scheduler, b.fibers[i].point, started);
-      entered_stack(save, nullptr, nullptr);
-    }
-    const std::string error = release(b);
-    if (!error.empty()) launch.fail(error);
-    since = std::chrono::steady_clock::now();
+    first = warps[random() % warps.size()];
   }
   current_block() = nullptr;
 }
@@ -417,21 +439,20 @@ inline void wait_while_equal(const u32* flag, u32 old) {
   secant_standin::yield(secant_standin::State::waiting, 0);
 }
 
-#define SECANT_STANDIN_KERNEL(name, Params) \
-  { #name, [](const void* p) { name(*static_cast<const Params*>(p)); } }
+#define SECANT_STANDIN_KERNEL(name, Params) {#name, [](const void* p) { name(*static_cast<const Params*>(p)); }}
 
 // A C function for ctypes: launches by name, and returns "" or the error (valid until the thread's next call).
 #define SECANT_STANDIN_EXPORT(kernels)                                                                               \
-  extern "C" const char* secant_standin_launch(const char* name, unsigned grid_x, unsigned grid_y, unsigned threads,  \
-                                               size_t shared_bytes, int cooperative, uint64_t seed,                   \
-                                               const void* parameters) {                                              \
-    static thread_local std::string error;                                                                            \
-    error = std::string("no kernel ") + name;                                                                         \
-    for (const secant_standin::Kernel& kernel : kernels) {                                                            \
-      if (std::string(kernel.name) == name) {                                                                         \
-        error = secant_standin::launch(kernel, {grid_x, grid_y, 1}, {threads, 1, 1}, shared_bytes, cooperative != 0,   \
-                                       seed, parameters);                                                             \
-      }                                                                                                               \
-    }                                                                                                                 \
-    return error.c_str();                                                                                             \
+  extern "C" const char* secant_standin_launch(const char* name, unsigned grid_x, unsigned grid_y, unsigned threads, \
+                                               size_t shared_bytes, int cooperative, uint64_t seed,                  \
+                                               const void* parameters) {                                             \
+    static thread_local std::string error;                                                                           \
+    error = std::string("no kernel ") + name;                                                                        \
+    for (const secant_standin::Kernel& kernel : kernels) {                                                           \
+      if (std::string(kernel.name) == name) {                                                                        \
+        error = secant_standin::launch(kernel, {grid_x, grid_y, 1}, {threads, 1, 1}, shared_bytes, cooperative != 0, \
+                                       seed, parameters);                                                            \
+      }                                                                                                              \
+    }                                                                                                                \
+    return error.c_str();                                                                                            \
   }

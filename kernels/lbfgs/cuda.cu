@@ -4,7 +4,7 @@
 // coefficients are float64, vectors are combined in T. A problem is worked on by a "group" (a warp or a block), or by
 // several blocks that meet in global memory. Every sum has a fixed order, so results repeat bit for bit.
 //
-//   lbfgs_update_block     with a workspace: many blocks a problem. Either two plain launches, one a pass, where the last
+//   lbfgs_update_block     with a workspace: many blocks a problem. Either two plain launches, one a pass, and the last
 //                          block of the first solves; or one cooperative launch of both passes with a grid barrier and
 //                          part of the history kept in shared memory. Without a workspace: one block a problem.
 //   lbfgs_update_warp      one warp a problem
@@ -32,14 +32,14 @@ struct TwoLoop {
 namespace {
 
 constexpr u32 kAll = 0xffffffffu;
-constexpr int kBlock = 256;   // threads of every block
+constexpr int kBlock = 256;             // threads of every block
 constexpr int kFirst = 1, kSecond = 2;  // passes of an update in this launch
-constexpr int kStaged = 32;   // up to this m the Gram matrices are solved from shared memory
-constexpr int kExtras = 8;    // sums that concern no row: s'y' s's' y'y' s'g y'g gg, max|g|, unused
-constexpr int kMeetings = 256;  // problems that many blocks work on, in one launch
-constexpr int kPanel = 16;    // pairs of a panel
-constexpr int kTile = 24;     // sums of a 4 x 4 tile: s_i.y_j (16), s_i.q (4), y_i.y_i (4)
-constexpr int kTiles = 10;    // tiles of the upper triangle of a panel
+constexpr int kStaged = 32;             // up to this m the Gram matrices are solved from shared memory
+constexpr int kExtras = 8;              // sums that concern no row: s'y' s's' y'y' s'g y'g gg, max|g|, unused
+constexpr int kMeetings = 256;          // problems that many blocks work on, in one launch
+constexpr int kPanel = 16;              // pairs of a panel
+constexpr int kTile = 24;               // sums of a 4 x 4 tile: s_i.y_j (16), s_i.q (4), y_i.y_i (4)
+constexpr int kTiles = 10;              // tiles of the upper triangle of a panel
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
@@ -118,8 +118,8 @@ SECANT_DEVICE double warp_sums(double (&v)[N]) {
 
 // ---------------------------------------------------------------------------------------------------- chunks
 
-// A chunk is what a group handles at a time: kEach elements a thread, in 16-byte pieces of H where everything is aligned
-// (Wide), else one by one with the group's stride, so that a warp's access is contiguous either way.
+// A chunk is what a group handles at a time: kEach elements a thread, in 16-byte pieces of H where everything is
+// aligned (Wide), else one by one with the group's stride, so that a warp's access is contiguous either way.
 template <class H>
 struct Each {
   static constexpr int vec = 16 / int(sizeof(H)), value = vec > 4 ? vec : 4;
@@ -186,7 +186,8 @@ SECANT_DEVICE void stage(H* to, const H* from, int rank, int length) {
   }
 }
 
-// The chunks of one group: first, first + stride, ... below total; `resident` of them, the last ones, live in shared memory.
+// The chunks of one group: first, first + stride, ... below total; `resident` of them, the last ones, live in shared
+// memory.
 struct Walk {
   i64 first, stride, count, plain;  // count: chunks of this group; plain: those of them read from global memory
 };
@@ -258,6 +259,7 @@ SECANT_DEVICE int list_rows(const Update& a, i64 b, const Scratch& x) {
   const int lane = G::rank();
   if (lane < 32) {
     int total = 0;
+    SECANT_LOOP
     for (int first = 0; first < a.m; first += 32) {
       const int i = first + lane;
       const bool take = i < a.m && valid_pair(sy[i * (a.m + 1)], yy[i * (a.m + 1)]);
@@ -279,15 +281,18 @@ SECANT_DEVICE void dots(const Update& a, i64 b, const Scratch& x, const Walk& w,
   constexpr int each = Each<H>::value, chunk = ChunkOf<H, G::size>::value;
   const int rank = G::rank(), lane = rank % 32;
   double* mine = x.sums + (rank / 32) * (4 * a.m + kExtras);
+  SECANT_LOOP
   for (int v = lane; v < 4 * rows + kExtras; v += 32) mine[v] = 0.0;
   __syncwarp();
   const H* s_ring = reinterpret_cast<const H*>(a.s_ring) + b * a.m * a.n;
   const H* y_ring = reinterpret_cast<const H*>(a.y_ring) + b * a.m * a.n;
   H* history = reinterpret_cast<H*>(x.history);
+  SECANT_LOOP
   for (i64 c = w.plain; c < w.count; ++c) {  // start the copies of what stays, then work on the rest meanwhile
     const i64 base = (w.first + c * w.stride) * chunk;
     const int length = a.n - base < chunk ? int(a.n - base) : chunk;
     H* to = history + (c - w.plain) * (2 * a.m) * chunk;
+    SECANT_LOOP
     for (int r = 0; r < rows; ++r) {
       const i64 at = x.rows[r] * a.n + base;
       stage<Wide, H, G::size>(to + 2 * r * chunk, s_ring + at, rank, length);
@@ -296,6 +301,7 @@ SECANT_DEVICE void dots(const Update& a, i64 b, const Scratch& x, const Walk& w,
   }
   const T t = a.s ? step_length<T>(a, b) : T(0);
   T largest = T(0);
+  SECANT_LOOP
   for (i64 c = 0; c < w.count; ++c) {
     const bool resident = c >= w.plain;
     if (c == w.plain) copy_async_wait();
@@ -332,6 +338,7 @@ SECANT_DEVICE void dots(const Update& a, i64 b, const Scratch& x, const Walk& w,
     const double total = warp_sums<8>(extra);
     if (lane < 6) mine[4 * rows + lane] += total;
     const H* here = history + (c - w.plain) * (2 * a.m) * chunk;
+    SECANT_LOOP
     for (int r = 0; r < rows; r += 2) {
       const bool pair = r + 1 < rows;
       const i64 row0 = x.rows[r] * a.n + base, row1 = x.rows[pair ? r + 1 : r] * a.n + base;
@@ -372,8 +379,10 @@ SECANT_DEVICE void add_warps(const Scratch& x, int m, int rows) {
   if (G::warps == 1) return;
   const int width = 4 * m + kExtras;
   G::sync();
+  SECANT_LOOP
   for (int v = G::rank(); v < 4 * rows + kExtras; v += G::size) {
     double total = x.sums[v];
+    SECANT_LOOP
     for (int k = 1; k < G::warps; ++k) {
       const double other = x.sums[k * width + v];
       total = v == 4 * rows + 6 ? nan_max(total, other) : total + other;
@@ -390,12 +399,14 @@ SECANT_DEVICE void recursion(const double* sy, const double* yy, double* solve, 
   const int rank = G::rank(), lane = rank % 32;
   double *sg = solve, *yg = solve + m, *alpha = solve + 2 * m, *z = solve + 3 * m, *rho = solve + 4 * m;
   const auto slot = [=](int age) { return oldest + age < m ? oldest + age : oldest + age - m; };
+  SECANT_LOOP
   for (int i = rank; i < m; i += G::size) {
     const double d = sy[i * (m + 1)];
     rho[i] = valid_pair(d, yy[i * (m + 1)]) ? 1.0 / d : 0.0;
   }
   G::sync();
   double gamma = 1.0;
+  SECANT_LOOP
   for (int k = m - 1; k >= 0; --k) {
     const int i = slot(k);
     if (rho[i] != 0.0) {
@@ -405,8 +416,10 @@ SECANT_DEVICE void recursion(const double* sy, const double* yy, double* solve, 
   }
   if (rank < 32) {
     if (m <= kStaged) {  // subtract each alpha from all older rows at once: a short chain, column access
+      SECANT_LOOP
       for (int k = lane; k < m; k += 32) alpha[k] = -sg[k];
       __syncwarp();
+      SECANT_LOOP
       for (int k = m - 1; k >= 0; --k) {
         const int j = slot(k);
         const double r = rho[j], value = r != 0.0 ? r * alpha[j] : 0.0;
@@ -416,9 +429,11 @@ SECANT_DEVICE void recursion(const double* sy, const double* yy, double* solve, 
         __syncwarp();
       }
     } else {  // one dot product a row: row access, contiguous in global memory
+      SECANT_LOOP
       for (int k = m - 1; k >= 0; --k) {
         const int i = slot(k);
         double sum = 0.0;
+        SECANT_LOOP
         for (int newer = k + 1 + lane; newer < m; newer += 32) {
           const int j = slot(newer);
           if (alpha[j] != 0.0) sum += alpha[j] * sy[i * m + j];
@@ -431,8 +446,10 @@ SECANT_DEVICE void recursion(const double* sy, const double* yy, double* solve, 
     }
   }
   G::sync();
+  SECANT_LOOP
   for (int i = rank; i < m; i += G::size) {
     double sum = yg[i];
+    SECANT_LOOP
     for (int j = 0; j < m; ++j) {
       if (alpha[j] != 0.0) sum += alpha[j] * yy[j * m + i];
     }
@@ -440,9 +457,11 @@ SECANT_DEVICE void recursion(const double* sy, const double* yy, double* solve, 
   }
   G::sync();
   if (rank < 32) {
+    SECANT_LOOP
     for (int k = 0; k < m; ++k) {
       const int i = slot(k);
       const double r = rho[i], delta = r != 0.0 ? alpha[i] - r * z[i] : 0.0;
+      SECANT_LOOP
       for (int newer = k + 1 + lane; newer < m && r != 0.0; newer += 32) {
         const int j = slot(newer);
         z[j] += delta * sy[i * m + j];
@@ -450,6 +469,7 @@ SECANT_DEVICE void recursion(const double* sy, const double* yy, double* solve, 
       if (lane == 0) coef[2 + i] = delta;
       __syncwarp();
     }
+    SECANT_LOOP
     for (int i = lane; i < m; i += 32) coef[2 + m + i] = -gamma * alpha[i];
     if (lane == 0) coef[0] = -gamma;
   }
@@ -468,19 +488,20 @@ SECANT_DEVICE void finish(const Update& a, i64 b, const Scratch& x, int rows, do
   int* head = reinterpret_cast<int*>(a.head) + b;
   const int p = *head;
   const double norms = sqrt(extra[1]) * sqrt(extra[2]);
-  const bool accepted =
-      a.s && finite(extra[0]) && finite(extra[1]) && finite(extra[2]) && extra[0] > a.tol * norms;
+  const bool accepted = a.s && finite(extra[0]) && finite(extra[1]) && finite(extra[2]) && extra[0] > a.tol * norms;
   const bool staged = m <= kStaged;
   double *tsy = sy, *tyy = yy;
   if (staged) {
     tsy = x.gram;
     tyy = x.gram + m * m;
+    SECANT_LOOP
     for (int v = rank; v < m * m; v += G::size) {
       tsy[v] = sy[v];
       tyy[v] = yy[v];
     }
   }
   G::sync();  // every thread has read head, and the matrices are staged
+  SECANT_LOOP
   for (int i = rank; i < m; i += G::size) {
     const int at = x.place[i];
     const bool held = at != 0xffff;
@@ -522,6 +543,7 @@ SECANT_DEVICE void finish(const Update& a, i64 b, const Scratch& x, int rows, do
   if (rank < 32) {
     double gd = 0.0;
     if (a.out) {  // g.d = -gamma g.g + sum of coefficients times dots
+      SECANT_LOOP
       for (int i = rank; i < m; i += 32) {
         const double cs = coef[2 + i], cy = coef[2 + m + i];
         if (cs != 0.0) gd += cs * sg[i];
@@ -556,6 +578,7 @@ SECANT_DEVICE void combine(const Update& a, i64 b, const Scratch& x, const Walk&
   const H* history = reinterpret_cast<const H*>(x.history);
   if (rank < 32) {  // rows with a coefficient, ascending; the new pair comes from registers
     int total = 0;
+    SECANT_LOOP
     for (int first = 0; first < m && a.out; first += 32) {
       const int i = first + rank;
       const bool take = i < m && i != put && (coef[2 + i] != 0.0 || coef[2 + m + i] != 0.0);
@@ -569,6 +592,7 @@ SECANT_DEVICE void combine(const Update& a, i64 b, const Scratch& x, const Walk&
   const int rows = int(x.solve[0]);
   const T t = put >= 0 ? step_length<T>(a, b) : T(0);
   const T cg = a.out ? T(coef[0]) : T(0);
+  SECANT_LOOP
   for (i64 c = w.count - 1; c >= 0; --c) {
     const bool resident = c >= w.plain;
     const i64 base = (w.first + c * w.stride) * chunk;
@@ -593,6 +617,7 @@ SECANT_DEVICE void combine(const Update& a, i64 b, const Scratch& x, const Walk&
       SECANT_UNROLL
       for (int k = 0; k < each; ++k) d[k] *= cg;
     }
+    SECANT_LOOP
     for (int r = rows - 1; r >= 0; r -= 2) {
       const bool pair = r > 0;
       const int i0 = x.rows[r], i1 = x.rows[pair ? r - 1 : r];
@@ -617,10 +642,10 @@ SECANT_DEVICE void combine(const Update& a, i64 b, const Scratch& x, const Walk&
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- meeting of blocks
+// --------------------------------------------------------------------------------------------- meeting of blocks
 
-// Workspace: 16 bytes of counters for each of at most kMeetings problems, zero between launches; then for each problem its
-// coefficients and the sums of its blocks, [value][block].
+// Workspace: 16 bytes of counters for each of at most kMeetings problems, zero between launches; then for each problem
+// its coefficients and the sums of its blocks, [value][block].
 struct Meeting {
   u32 *ticket, *turn;
   double *coef, *partial;
@@ -639,6 +664,7 @@ SECANT_DEVICE Meeting meeting(u64 work, i64 b, i64 work_stride, int coefs) {
 // Publishes `width` sums of this block and tells whether it is the last one to do so.
 SECANT_DEVICE bool arrive(const Meeting& x, const double* sums, int width, u32* flag) {
   const int rank = int(threadIdx.x), blocks = int(gridDim.x);
+  SECANT_LOOP
   for (int v = rank; v < width; v += kBlock) x.partial[i64(v) * blocks + blockIdx.x] = sums[v];
   __threadfence();
   __syncthreads();
@@ -654,6 +680,7 @@ SECANT_DEVICE bool arrive(const Meeting& x, const double* sums, int width, u32* 
 // The last block adds the sums of all, in the order of the blocks. `top` is the index of a maximum among them, or -1.
 SECANT_DEVICE void gather(const Meeting& x, double* sums, int width, int top) {
   const int lane = int(threadIdx.x % 32u), warp = int(threadIdx.x / 32u), blocks = int(gridDim.x);
+  SECANT_LOOP
   for (int v = warp * 4; v < width; v += kBlock / 32 * 4) {
     double sum[4] = {};
     SECANT_UNROLL
@@ -661,6 +688,7 @@ SECANT_DEVICE void gather(const Meeting& x, double* sums, int width, int top) {
       if (v + k >= width) continue;
       const double* from = x.partial + i64(v + k) * blocks;
       if (v + k == top) {
+        SECANT_LOOP
         for (int j = lane; j < blocks; j += 32) sum[k] = nan_max(sum[k], from[j]);
       } else {
         SECANT_UNROLL_4
@@ -679,8 +707,9 @@ SECANT_DEVICE void gather(const Meeting& x, double* sums, int width, int top) {
   __syncthreads();
 }
 
-// The passes of one problem by one group, or (meet) by the gridDim.x blocks of a grid row. Between the passes of a fused
-// launch the blocks wait for the last one to solve; without kSecond the launch ends there, and one of kSecond alone goes on.
+// The passes of one problem by one group, or (meet) by the gridDim.x blocks of a grid row. Between the passes of a
+// fused launch the blocks wait for the last one to solve; without kSecond the launch ends there, and one of kSecond
+// alone goes on.
 template <class T, class H, class G>
 SECANT_DEVICE void update_problem(const Update& a, i64 b, const Scratch& x, bool meet_blocks) {
   const Meeting meet = meeting(a.work, meet_blocks ? b : 0, a.work_stride, 2 * a.m + 2);
@@ -720,6 +749,7 @@ SECANT_DEVICE void update_problem(const Update& a, i64 b, const Scratch& x, bool
   }
   if (!second) return;
   if (meet_blocks) {
+    SECANT_LOOP
     for (int v = G::rank(); v < 2 * a.m + 2; v += G::size) x.coef[v] = meet.coef[v];
   }
   G::sync();
@@ -735,6 +765,7 @@ SECANT_DEVICE void update_block(const Update& a, unsigned char* memory) {
   const Scratch x = scratch(memory, a.m, Block::warps);
   const bool meet_blocks = a.work != 0;
   const i64 first = meet_blocks ? i64(blockIdx.y) : i64(blockIdx.x), stride = meet_blocks ? a.batch : i64(gridDim.x);
+  SECANT_LOOP
   for (i64 b = first; b < a.batch; b += stride) {
     update_problem<T, H, Block>(a, b, x, meet_blocks);
     __syncthreads();  // the next problem reuses the shared memory
@@ -745,6 +776,7 @@ template <class T, class H>
 SECANT_DEVICE void update_warp(const Update& a, unsigned char* memory) {
   const i64 warps = blockDim.x / 32u, warp = threadIdx.x / 32u;
   const Scratch x = scratch(memory + warp * a.group_bytes, a.m, 1);
+  SECANT_LOOP
   for (i64 b = blockIdx.x * warps + warp; b < a.batch; b += gridDim.x * warps) {
     update_problem<T, H, Warp>(a, b, x, false);
     __syncwarp();
@@ -753,8 +785,8 @@ SECANT_DEVICE void update_warp(const Update& a, unsigned char* memory) {
 
 // ---------------------------------------------------------------------------------------------------- two_loop, panels
 
-// Coefficients of a problem in the workspace: gamma, whether it is known, then alpha, delta, rho by age (m each) and the
-// kPanel x kPanel matrix s_i.y_j of every panel.
+// Coefficients of a problem in the workspace: gamma, whether it is known, then alpha, delta, rho by age (m each) and
+// the kPanel x kPanel matrix s_i.y_j of every panel.
 struct Panels {
   double *gamma, *alpha, *delta, *rho, *gram;
 };
@@ -781,6 +813,7 @@ SECANT_DEVICE void add_rows(double (&q)[Each<H>::value], const H* ring, i64 row,
                             int high, int length) {
   constexpr int each = Each<H>::value;
   const int rank = int(threadIdx.x);
+  SECANT_LOOP
   for (int i = high - 1; i >= low; i -= 2) {
     const bool pair = i > low;
     const double c0 = sign * c[i], c1 = pair ? sign * c[i - 1] : 0.0;
@@ -806,10 +839,10 @@ SECANT_DEVICE void load_rows(const H* ring, i64 row, int first, int limit, int l
 template <bool Wide, class T, class H>
 SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
   constexpr int each = Each<H>::value, chunk = ChunkOf<H, kBlock>::value, piece = ChunkOf<H, 32>::value;
-  double* sums = reinterpret_cast<double*>(memory);     // kTiles x kTile
-  double* gram = sums + kTiles * kTile;                 // kPanel x (kPanel + 2): s_i.y_j, then s_i.q, then y_i.y_i
+  double* sums = reinterpret_cast<double*>(memory);  // kTiles x kTile
+  double* gram = sums + kTiles * kTile;              // kPanel x (kPanel + 2): s_i.y_j, then s_i.q, then y_i.y_i
   u32* flag = reinterpret_cast<u32*>(gram + kPanel * (kPanel + 2));
-  T* buffer = reinterpret_cast<T*>(flag + 4);           // 2 x chunk: q of this chunk and of the last one
+  T* buffer = reinterpret_cast<T*>(flag + 4);  // 2 x chunk: q of this chunk and of the last one
   const i64 b = blockIdx.y;
   const int rank = int(threadIdx.x), lane = rank % 32, warp = rank / 32, m = a.m;
   const Meeting meet = meeting(a.work, b, a.work_stride, panel_coefs(m));
@@ -820,8 +853,10 @@ SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
   const H* y = reinterpret_cast<const H*>(a.y) + b * a.y_batch;
   const T* source = reinterpret_cast<const T*>(a.step < 2 ? a.grad : a.out) + b * a.n;
   T* out = reinterpret_cast<T*>(a.out) + b * a.n;
+  SECANT_LOOP
   for (int v = rank; v < kTiles * kTile; v += kBlock) sums[v] = 0.0;
   const Walk w = walk(a.n, chunk, blockIdx.x, gridDim.x, 0);
+  SECANT_LOOP
   for (i64 c = 0; c < w.count; ++c) {
     const i64 base = (w.first + c * w.stride) * chunk;
     const int length = a.n - base < chunk ? int(a.n - base) : chunk;
@@ -842,6 +877,7 @@ SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
     }
     store<Wide, H, kBlock>(shared, rank, length, raw);
     __syncthreads();  // one is enough: the buffer of chunk c is written again only after the barrier of chunk c + 1
+    SECANT_LOOP
     for (int tile = warp; tile < tiles; tile += kBlock / 32) {
       int i = 0, j = tile;
       while (j >= side - i) {
@@ -850,6 +886,7 @@ SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
       }
       j += i;
       double sum[16] = {}, edge[8] = {};
+      SECANT_LOOP
       for (int at = 0; at < length; at += piece) {
         const int left = length - at < piece ? length - at : piece;
         H xs[4][each], xy[4][each];
@@ -887,6 +924,7 @@ SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
   __syncthreads();
   if (!arrive(meet, sums, tiles * kTile, flag)) return;
   gather(meet, sums, tiles * kTile, -1);
+  SECANT_LOOP
   for (int v = rank; v < kPanel * (kPanel + 2); v += kBlock) {
     const int i = v / (kPanel + 2), j = v % (kPanel + 2), column = j < kPanel ? j : i;
     double value = 0.0;
@@ -905,6 +943,7 @@ SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
   const bool valid = lane < k && valid_pair(sy, yy);
   const double rho = valid ? 1.0 / sy : 0.0;
   double rest = gram[i * (kPanel + 2) + kPanel], alpha = 0.0;
+  SECANT_LOOP
   for (int j = k - 1; j >= 0; --j) {
     const double value = __shfl_sync(kAll, valid ? rho * rest : 0.0, j);
     if (lane == j) alpha = value;
@@ -928,8 +967,8 @@ SECANT_DEVICE void panel_dots(const TwoLoop& a, unsigned char* memory) {
   }
 }
 
-// Oldest to newest. Step 0: q -= oldest panel, r = gamma q; step t: r += panel last - t + 1; then y_i.r of panel last - t,
-// and delta = alpha - beta. The step after the last panel has no dots: it completes the direction.
+// Oldest to newest. Step 0: q -= oldest panel, r = gamma q; step t: r += panel last - t + 1; then y_i.r of panel last -
+// t, and delta = alpha - beta. The step after the last panel has no dots: it completes the direction.
 template <bool Wide, class T, class H>
 SECANT_DEVICE void panel_line(const TwoLoop& a, unsigned char* memory) {
   constexpr int each = Each<H>::value, chunk = ChunkOf<H, kBlock>::value;
@@ -951,6 +990,7 @@ SECANT_DEVICE void panel_line(const TwoLoop& a, unsigned char* memory) {
   if (lane < kPanel) mine[lane] = 0.0;
   __syncwarp();
   const Walk w = walk(a.n, chunk, blockIdx.x, gridDim.x, 0);
+  SECANT_LOOP
   for (i64 c = w.count - 1; c >= 0; --c) {
     const i64 base = (w.first + c * w.stride) * chunk;
     const int length = a.n - base < chunk ? int(a.n - base) : chunk;
@@ -970,6 +1010,7 @@ SECANT_DEVICE void panel_line(const TwoLoop& a, unsigned char* memory) {
       q[e] = double(raw[e]);
     }
     store<Wide, H, kBlock>(out + base, rank, length, raw);
+    SECANT_LOOP
     for (int r = 0; r < k; r += 4) {
       double sum[4] = {};
       H xy[4][each];
@@ -991,6 +1032,7 @@ SECANT_DEVICE void panel_line(const TwoLoop& a, unsigned char* memory) {
   __syncthreads();
   if (rank < kPanel) {
     double total = sums[rank];
+    SECANT_LOOP
     for (int v = 1; v < kBlock / 32; ++v) total += sums[v * kPanel + rank];
     sums[rank] = total;
   }
@@ -1002,6 +1044,7 @@ SECANT_DEVICE void panel_line(const TwoLoop& a, unsigned char* memory) {
   const int i = lane < k ? lane : 0;
   const double rho = lane < k ? x.rho[low + i] : 0.0, alpha = lane < k ? x.alpha[low + i] : 0.0;
   double rest = sums[i], delta = 0.0;
+  SECANT_LOOP
   for (int j = 0; j < k; ++j) {
     const double value = __shfl_sync(kAll, rho != 0.0 ? alpha - rho * rest : 0.0, j);
     if (lane == j) delta = value;
@@ -1023,13 +1066,14 @@ SECANT_DEVICE void group_sums(double (&v)[4], double* board) {
   SECANT_UNROLL
   for (int k = 0; k < 4; ++k) {
     double total = board[k];
+    SECANT_LOOP
     for (int j = 1; j < G::warps; ++j) total += board[4 * j + k];
     v[k] = total;
   }
 }
 
-// Shared memory: board (4 warps), alpha and rho (2 m), q in float64 where `resident`, then the pairs where `resident` is 2.
-// Otherwise q lives in `out`, rounded to T.
+// Shared memory: board (4 warps), alpha and rho (2 m), q in float64 where `resident`, then the pairs where `resident`
+// is 2. Otherwise q lives in `out`, rounded to T.
 template <bool Wide, class T, class H, class G>
 SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsigned char* memory) {
   constexpr int each = Each<H>::value, chunk = ChunkOf<H, G::size>::value;
@@ -1039,6 +1083,7 @@ SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsig
   const i64 chunks = (a.n + chunk - 1) / chunk;
   double* q_shared = rho + m;
   H* history = reinterpret_cast<H*>(q_shared + chunks * chunk);
+  SECANT_LOOP
   for (i64 b = first; b < a.batch; b += stride) {
     const T* g = reinterpret_cast<const T*>(a.grad) + b * a.n;
     T* out = reinterpret_cast<T*>(a.out) + b * a.n;
@@ -1046,11 +1091,14 @@ SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsig
     const H* y = reinterpret_cast<const H*>(a.y) + b * a.y_batch;
     i64 s_row = a.s_row, y_row = a.y_row;
     if (a.resident == 2) {
+      SECANT_LOOP
       for (int i = 0; i < m; ++i) {
+        SECANT_LOOP
         for (i64 c = 0; c < chunks; ++c) {
           const int length = a.n - c * chunk < chunk ? int(a.n - c * chunk) : chunk;
           stage<Wide, H, G::size>(history + (2 * i * chunks + c) * chunk, s + i * s_row + c * chunk, rank, length);
-          stage<Wide, H, G::size>(history + ((2 * i + 1) * chunks + c) * chunk, y + i * y_row + c * chunk, rank, length);
+          stage<Wide, H, G::size>(history + ((2 * i + 1) * chunks + c) * chunk, y + i * y_row + c * chunk, rank,
+                                  length);
         }
       }
       copy_async_wait();
@@ -1058,11 +1106,13 @@ SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsig
       y = history + chunks * chunk;
       s_row = y_row = 2 * chunks * chunk;
     }
-    // One sweep: q = scale q (scale grad where scale < 0) + c x (x a row, or none), written back; then the dots asked for, of q and the row `next`.
-    // Rows: 2 i for s_i, 2 i + 1 for y_i, -1 for none. Dots: next.q, and for an s row s_i.y_i and y_i.y_i too.
+    // One sweep: q = scale q (scale grad where scale < 0) + c x (x a row, or none), written back; then the dots asked
+    // for, of q and the row `next`. Rows: 2 i for s_i, 2 i + 1 for y_i, -1 for none. Dots: next.q, and for an s row
+    // s_i.y_i and y_i.y_i too.
     const auto sweep = [&](double scale, double c, int add, int next, double (&sum)[4]) {
       SECANT_UNROLL
       for (int v = 0; v < 4; ++v) sum[v] = 0.0;
+      SECANT_LOOP
       for (i64 at = 0; at < chunks; ++at) {
         const i64 base = at * chunk;
         const int length = a.n - base < chunk ? int(a.n - base) : chunk;
@@ -1116,11 +1166,12 @@ SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsig
       }
       if (next >= 0) group_sums<G>(sum, board);
     };
-    // Loop 1 takes the rows newest to oldest, loop 2 oldest to newest. Each step first adds what the step before decided:
-    // `add` with coefficient c, and the scale gamma between the loops (q lacks it in the first dot of loop 2).
+    // Loop 1 takes the rows newest to oldest, loop 2 oldest to newest. Each step first adds what the step before
+    // decided: `add` with coefficient c, and the scale gamma between the loops (q lacks it in the first dot of loop 2).
     double sum[4], gamma = a.gamma == a.gamma ? a.gamma : 1.0, scale = -1.0, c = 0.0;
     bool known = a.gamma == a.gamma, turned = false;
     int add = -1;
+    SECANT_LOOP
     for (int step = 0; step <= 2 * m; ++step) {
       const bool down = step < m;
       const int i = down ? m - 1 - step : step - m;
@@ -1172,57 +1223,58 @@ SECANT_DEVICE void two_loop_warp(const TwoLoop& a, unsigned char* memory) {
 
 // ---------------------------------------------------------------------------------------------------- entry points
 
-#define SECANT_LBFGS_ENTRIES(TAG, T, H)                                                                               \
-  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_update_block_##TAG(Update a) {                           \
-    SECANT_DYNAMIC_SHARED(memory);                                                                                    \
-    update_block<T, H>(a, memory);                                                                                    \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_update_warp_##TAG(Update a) {                            \
-    SECANT_DYNAMIC_SHARED(memory);                                                                                    \
-    update_warp<T, H>(a, memory);                                                                                     \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 1) lbfgs_panel_dots_##TAG(TwoLoop a) {                            \
-    SECANT_DYNAMIC_SHARED(memory);                                                                                    \
-    if (a.wide) {                                                                                                     \
-      panel_dots<true, T, H>(a, memory);                                                                              \
-    } else {                                                                                                          \
-      panel_dots<false, T, H>(a, memory);                                                                             \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_panel_line_##TAG(TwoLoop a) {                            \
-    SECANT_DYNAMIC_SHARED(memory);                                                                                    \
-    if (a.wide) {                                                                                                     \
-      panel_line<true, T, H>(a, memory);                                                                              \
-    } else {                                                                                                          \
-      panel_line<false, T, H>(a, memory);                                                                             \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_two_loop_block_##TAG(TwoLoop a) {                        \
-    SECANT_DYNAMIC_SHARED(memory);                                                                                    \
-    if (a.wide) {                                                                                                     \
-      two_loop_block<true, T, H>(a, memory);                                                                          \
-    } else {                                                                                                          \
-      two_loop_block<false, T, H>(a, memory);                                                                         \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_two_loop_warp_##TAG(TwoLoop a) {                         \
-    SECANT_DYNAMIC_SHARED(memory);                                                                                    \
-    two_loop_warp<T, H>(a, memory);                                                                                   \
+#define SECANT_LBFGS_ENTRIES(TAG, T, H)                                                        \
+  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_update_block_##TAG(Update a) {    \
+    SECANT_DYNAMIC_SHARED(memory);                                                             \
+    update_block<T, H>(a, memory);                                                             \
+  }                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_update_warp_##TAG(Update a) {     \
+    SECANT_DYNAMIC_SHARED(memory);                                                             \
+    update_warp<T, H>(a, memory);                                                              \
+  }                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 1) lbfgs_panel_dots_##TAG(TwoLoop a) {     \
+    SECANT_DYNAMIC_SHARED(memory);                                                             \
+    if (a.wide) {                                                                              \
+      panel_dots<true, T, H>(a, memory);                                                       \
+    } else {                                                                                   \
+      panel_dots<false, T, H>(a, memory);                                                      \
+    }                                                                                          \
+  }                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_panel_line_##TAG(TwoLoop a) {     \
+    SECANT_DYNAMIC_SHARED(memory);                                                             \
+    if (a.wide) {                                                                              \
+      panel_line<true, T, H>(a, memory);                                                       \
+    } else {                                                                                   \
+      panel_line<false, T, H>(a, memory);                                                      \
+    }                                                                                          \
+  }                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_two_loop_block_##TAG(TwoLoop a) { \
+    SECANT_DYNAMIC_SHARED(memory);                                                             \
+    if (a.wide) {                                                                              \
+      two_loop_block<true, T, H>(a, memory);                                                   \
+    } else {                                                                                   \
+      two_loop_block<false, T, H>(a, memory);                                                  \
+    }                                                                                          \
+  }                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 2) lbfgs_two_loop_warp_##TAG(TwoLoop a) {  \
+    SECANT_DYNAMIC_SHARED(memory);                                                             \
+    two_loop_warp<T, H>(a, memory);                                                            \
   }
 
 // Every kernel by name, for the tables of the host: X(kernel, parameter struct).
-#define SECANT_LBFGS_TABLE(X, TAG)                                                                                   \
-  X(lbfgs_update_block_##TAG, Update)                                                                                \
-  X(lbfgs_update_warp_##TAG, Update)                                                                                 \
-  X(lbfgs_panel_dots_##TAG, TwoLoop)                                                                                 \
-  X(lbfgs_panel_line_##TAG, TwoLoop)                                                                                 \
-  X(lbfgs_two_loop_block_##TAG, TwoLoop)                                                                             \
+#define SECANT_LBFGS_TABLE(X, TAG)       \
+  X(lbfgs_update_block_##TAG, Update)    \
+  X(lbfgs_update_warp_##TAG, Update)     \
+  X(lbfgs_panel_dots_##TAG, TwoLoop)     \
+  X(lbfgs_panel_line_##TAG, TwoLoop)     \
+  X(lbfgs_two_loop_block_##TAG, TwoLoop) \
   X(lbfgs_two_loop_warp_##TAG, TwoLoop)
 
 // One name a (T, H) pair; a build may choose fewer by defining SECANT_LBFGS_PAIRS before this file.
 #ifndef SECANT_LBFGS_PAIRS
-#define SECANT_LBFGS_PAIRS(X)                                                              \
-  X(f32_f32, float, float) X(f32_f64, float, double) X(f32_bf16, float, u16)               \
-  X(f64_f32, double, float) X(f64_f64, double, double) X(f64_bf16, double, u16)
+#define SECANT_LBFGS_PAIRS(X) \
+  X(f32_f32, float, float)    \
+  X(f32_f64, float, double)   \
+  X(f32_bf16, float, u16) X(f64_f32, double, float) X(f64_f64, double, double) X(f64_bf16, double, u16)
 #endif
 SECANT_LBFGS_PAIRS(SECANT_LBFGS_ENTRIES)

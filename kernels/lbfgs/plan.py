@@ -1,14 +1,14 @@
 """Which CUDA kernels an `lbfgs` call launches, with what grid, shared memory, workspace and parameters.
 
-One planner serves three drivers of the same source, `cuda.cu`: ahead-of-time (`cuda.py`), NVRTC (`nvrtc.py`) and the CPU
-stand-in of the tests. A driver says what the device has and launches a kernel by name with one packed struct.
+One planner serves three drivers of the same source, `cuda.cu`: ahead-of-time (`cuda.py`), NVRTC (`nvrtc.py`) and the
+CPU stand-in of the tests. A driver says what the device has and launches a kernel by name with one packed struct.
 
 How a call is mapped:
 
-* many problems: a warp each (short vectors) or a block each, in one launch, the history in shared memory where it fits;
+* many problems: a warp each (short vectors) or a block each, in one launch, history in shared memory where it fits;
 * few problems: all multiprocessors work on each. `update`: one cooperative launch whose blocks keep their part of the
-  history in shared memory between the passes, when at least half of it fits; else, and always while a CUDA graph is being
-  captured, two plain launches. `two_loop`: 16 pairs a launch, 2 ceil(m / 16) + 1 launches (see README.md).
+  history in shared memory between the passes, when at least half of it fits; else, and always while a CUDA graph is
+  being captured, two plain launches. `two_loop`: 16 pairs a launch, 2 ceil(m / 16) + 1 launches (see README.md).
 
 The thresholds follow from counting bytes and launches; they have not been measured yet.
 """
@@ -138,9 +138,7 @@ def plan_update(
     return Plan(items, 2 * MEETINGS + batch * stride, stride, resident, 0)
 
 
-def plan_two_loop(
-    device: Device, pair: str, batch: int, n: int, m: int, size: int, vector_size: int
-) -> Plan:
+def plan_two_loop(device: Device, pair: str, batch: int, n: int, m: int, size: int, vector_size: int) -> Plan:
     """Plan of a two_loop with m >= 1 pairs."""
     sms, chunk = device.multiprocessors, _chunk(size, BLOCK)
     chunks = -(-n // chunk)
@@ -174,10 +172,6 @@ def plan_two_loop(
     items = [Launch(f"lbfgs_panel_dots_{pair}", blocks, batch, BLOCK, dots, False, p) for p in range(panels)]
     items += [Launch(f"lbfgs_panel_line_{pair}", blocks, batch, BLOCK, line, False, p) for p in range(panels + 1)]
     return Plan(tuple(items), 2 * MEETINGS + batch * stride, stride, 0, 0)
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 class Launcher:
@@ -235,30 +229,33 @@ class Launcher:
         work = self._workspace(s_ring, stream, plan.work) if plan.work else None
         if out is None:
             grad = prev_out = None
-        streamed = [_pointer(x) for x in (grad, s, y, y_prev, out, prev_out)]
-        rings = (s_ring.data_ptr(), y_ring.data_ptr())
-        aligned = rings[0] | rings[1]
-        for p in streamed:
-            aligned |= p
-        wide = aligned % 16 == 0 and n * s_ring.element_size() % 16 == 0
-        device_t = isinstance(t, Tensor)
+        operands = (s_ring, y_ring, grad, s, y, y_prev, out, prev_out)
+        pointers = [0 if x is None else x.data_ptr() for x in operands]
+        bits = n * s_ring.element_size()
+        for pointer in pointers:
+            bits |= pointer
+        step, t_pointer, t_stride = t, 0, 0
+        if isinstance(t, Tensor):
+            step, t_pointer, t_stride = 0.0, t.data_ptr(), int(t.numel() > 1)
+        p_rings, p_vectors = pointers[:2], pointers[2:]
         state = (sy.data_ptr(), yy.data_ptr(), head.data_ptr(), count.data_ptr(), stats.data_ptr())
+        p_work = 0 if work is None else work.data_ptr()
         for item in plan.launches:
             parameters = UPDATE.pack(
-                *rings,
+                *p_rings,
                 *state,
-                *streamed,
-                t.data_ptr() if isinstance(t, Tensor) else 0,
-                _pointer(work),
+                *p_vectors,
+                t_pointer,
+                p_work,
                 batch,
                 n,
                 plan.work_stride,
-                0.0 if isinstance(t, Tensor) else t,
+                step,
                 tol,
                 m,
-                wide,
+                bits % 16 == 0,
                 plan.resident,
-                1 if device_t and t.numel() > 1 else 0,
+                t_stride,
                 item.phase,
                 plan.group_bytes,
             )
@@ -288,7 +285,7 @@ class Launcher:
         for item in plan.launches:
             parameters = TWO_LOOP.pack(
                 *pointers,
-                _pointer(work),
+                0 if work is None else work.data_ptr(),
                 batch,
                 n,
                 *strides,

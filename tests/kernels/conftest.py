@@ -1,8 +1,9 @@
-"""The CUDA sources of a family on the CPU: builds them with csrc/standin/cuda_on_cpu.h and gives a driver for a planner."""
+"""The CUDA sources of a family on the CPU: built with csrc/standin/cuda_on_cpu.h, behind a driver for its planner."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,18 @@ def _compile(directory: Path, source: str, flags: Sequence[str], name: str) -> P
         pytest.skip("the stand-in needs g++ and ucontext (Linux)")
     code, out = directory / f"{name}.cpp", directory / name
     code.write_text(source)
-    base = [compiler, "-std=c++17", "-O0", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    base = [
+        compiler,
+        "-std=c++17",
+        "-O0",
+        "-U_FORTIFY_SOURCE",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pthread",
+    ]
+    base += os.environ.get("SECANT_STANDIN_FLAGS", "").split()
     done = subprocess.run([*base, *flags, str(code), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out

@@ -1,20 +1,20 @@
 """cuda.cu, run on the CPU by csrc/standin/cuda_on_cpu.h, against the reference in float64.
 
-Devices here are small on purpose (three multiprocessors, little shared memory), so that short vectors take every path: the
-planner is the one that serves a GPU, and each test asserts the path it means to take.
+Devices here are small on purpose (three multiprocessors, little shared memory), so that short vectors take every path:
+the planner is the one that serves a GPU, and each test asserts the path it means to take.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
-
 from secant.kernels.lbfgs import plan, reference
+from torch import Tensor
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PAIRS = [(t, h) for t in (F32, F64) for h in (F32, F64, BF16)]
@@ -168,7 +168,7 @@ def offset(x: Tensor, elements: int) -> Tensor:
 def run_steps(
     make: Any, case: Case, dtype: torch.dtype, storage: torch.dtype, *, steps: int, seed: int, shift: int = 0
 ) -> None:
-    """`steps` fused steps; each starts from the reference's state, with `out` aliasing s and `prev_out` aliasing y_prev."""
+    """`steps` fused steps, each from the reference's state, with `out` aliasing s and `prev_out` aliasing y_prev."""
     torch.manual_seed(seed)
     batch, n, m = case.batch, case.n, case.m
     h = hessian(n)
@@ -214,3 +214,357 @@ def test_update(launcher, name):
 def test_update_dtypes(launcher, name, dtype, storage):
     case = UPDATES[name] if name != "fused" else Case(SMALL, 1, 4104, 1, "update_block", 1, True, True, True)
     run_steps(launcher, case, dtype, storage, steps=2, seed=2)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_unaligned_and_odd(launcher, shift):
+    """Vectors off a 16-byte boundary, rows of odd length: element by element, with a tail."""
+    run_steps(
+        launcher, Case(SMALL, 1, 3075, 2, "update_block", 2, forced=False), F32, F32, steps=3, seed=3, shift=shift
+    )
+
+
+def test_history_of_256(launcher):
+    """The largest history; row access in the coefficient solve, nothing staged."""
+    case = Case(SMALL, 1, 2060, 256, "update_block", 2, forced=False)
+    torch.manual_seed(4)
+    state, h = State(1, case.n, 256, F32), hessian(case.n)
+    s = torch.randn(1, 256, case.n)
+    y = (h * s).float()
+    sy, yy = s.double() @ y.double().mT, y.double() @ y.double().mT
+    for tensor, value in zip(state.tensors, (s, y, sy.triu(), yy), strict=False):
+        tensor.copy_(value)
+    state.tensors[5].fill_(256)
+    g = torch.randn(1, case.n)
+    launch = launcher(case.device, 4, cooperative=False)
+    ref, got = state.clone(), state.clone()
+    ref_d, out = torch.empty(1, case.n, dtype=F64), torch.full((1, case.n), torch.nan)
+    s_new = torch.randn(1, case.n)
+    args = (g, s_new, (h * s_new).float(), None, 0.5, 0.0)
+    reference.update(*ref.tensors, *args, ref_d, None)
+    launch.update(*got.tensors, *args, out, None)
+    check_state(got, ref)
+    size = magnitude(ref, g)
+    check_direction(out, ref_d, size, 256)
+    check_stats(got, ref, size, 256, F32)
+
+
+MODES = {
+    "flat": (Case(SMALL, 1, 4200, 4, "update_block", 1, True, True, True), 0),
+    "two launches": (Case(SMALL, 1, 4200, 4, "update_block", 2, forced=False), 1),
+    "block": (Case(SMALL, 4, 520, 4, "update_block", 1), 0),
+    "warp": (Case(SMALL, 5, 100, 4, "update_warp", 1), 0),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_append_and_direction_apart(launcher, name):
+    """Append only and direction only, from an empty ring to one that has turned over, equal the reference."""
+    case, _ = MODES[name]
+    torch.manual_seed(5)
+    batch, n, m = case.batch, case.n, case.m
+    h, state = hessian(n), State(batch, n, m, F32)
+    launch = launcher(case.device, 5, cooperative=case.forced)
+    for _ in range(m + 2):
+        g = torch.randn(batch, n)
+        ref, got = state.clone(), state.clone()
+        ref_d, out = torch.empty(batch, n, dtype=F64), torch.full((batch, n), torch.nan)
+        reference.update(*ref.tensors, g, None, None, None, 1.0, 0.0, ref_d, None)
+        launch.update(*got.tensors, g, None, None, None, 1.0, 0.0, out, None)
+        check_state(got, ref)
+        size = magnitude(ref, g)
+        check_direction(out, ref_d, size, m)
+        check_stats(got, ref, size, m, F32)
+        s = torch.randn(batch, n)
+        y = (h * s).float()
+        ref, got = state.clone(), state.clone()
+        reference.update(*ref.tensors, None, s, y, None, 0.25, 1e-7, None, None)
+        launch.update(*got.tensors, None, s, y, None, 0.25, 1e-7, None, None)
+        check_state(got, ref)
+        torch.testing.assert_close(got.tensors[6], ref.tensors[6], rtol=1e-11, atol=0)
+        state = ref
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_rejected_pairs(launcher, name):
+    """Negative, zero, NaN and infinite pairs change nothing, and the direction is that of the pairs held before."""
+    case, _ = MODES[name]
+    torch.manual_seed(6)
+    batch, n, m = case.batch, case.n, case.m
+    h, state = hessian(n), State(batch, n, m, F32)
+    for _ in range(m + 1):
+        s = torch.randn(batch, n)
+        reference.update(*state.tensors, None, s, (h * s).float(), None, 1.0, 0.0, None, None)
+    launch = launcher(case.device, 6, cooperative=case.forced)
+    s = torch.randn(batch, n)
+    nan, inf = s.clone(), s.clone()
+    nan[:, n // 2], inf[:, n - 1] = torch.nan, torch.inf
+    for y in (-s, 0 * s, nan, inf):
+        g = torch.randn(batch, n)
+        ref, got = state.clone(), state.clone()
+        ref_d, out, prev = torch.empty(batch, n, dtype=F64), s.clone(), torch.full_like(g, torch.nan)
+        reference.update(*ref.tensors, g, s, y, None, 1.0, 1e-7, ref_d, None)
+        launch.update(*got.tensors, g, out, y, None, 1.0, 1e-7, out, prev)
+        assert (ref.tensors[6][:, 6] == 0).all()
+        for a, b in zip(got.tensors[:6], state.tensors[:6], strict=True):
+            assert torch.equal(a, b)
+        check_direction(out, ref_d, magnitude(ref, g), m)
+        assert torch.equal(prev, g)
+        torch.testing.assert_close(got.tensors[6][:, 3:7], ref.tensors[6][:, 3:7], rtol=1e-11, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_nan_gradient(launcher, name):
+    """A NaN in the gradient shows in |g|_inf and in d, and a batch keeps it to its problem."""
+    case, _ = MODES[name]
+    torch.manual_seed(7)
+    batch, n, m = case.batch, case.n, case.m
+    h, state = hessian(n), State(batch, n, m, F32)
+    for _ in range(2):
+        s = torch.randn(batch, n)
+        reference.update(*state.tensors, None, s, (h * s).float(), None, 1.0, 0.0, None, None)
+    g = torch.randn(batch, n)
+    g[0, n // 3] = torch.nan
+    out = torch.zeros(batch, n)
+    launcher(case.device, 7, cooperative=case.forced).update(*state.tensors, g, None, None, None, 1.0, 0.0, out, None)
+    assert state.tensors[6][0, 2].isnan()
+    assert out[0].isnan().all()
+    assert state.tensors[6][1:, :3].isfinite().all()
+    assert out[1:].isfinite().all()
+
+
+TWO_LOOPS = {
+    "panels, one": (Case(SMALL, 1, 4200, 10, "panel", 3), False),
+    "panels, three, odd": (Case(SMALL, 1, 3077, 37, "panel", 7), False),
+    "panels, batch": (Case(plan.Device(4, 100_000), 2, 3077, 18, "panel", 5), True),
+    "block": (Case(SMALL, 4, 600, 4, "two_loop_block", 1, resident=True), False),
+    "block, from global memory": (Case(plan.Device(3, 12_000), 1, 1500, 5, "two_loop_block", 1, resident=True), True),
+    "block, q in out": (Case(plan.Device(3, 6_000), 1, 1500, 5, "two_loop_block", 1), False),
+    "warp": (Case(SMALL, 9, 70, 5, "two_loop_warp", 1, resident=True), False),
+    "warp, strides": (Case(SMALL, 5, 64, 3, "two_loop_warp", 1, resident=True), True),
+    "m > n": (Case(SMALL, 1, 5, 30, "two_loop_block", 1, resident=True), False),
+    "n = 1": (Case(SMALL, 1, 1, 3, "two_loop_block", 1, resident=True), False),
+}
+
+
+def pairs(batch: int, n: int, m: int, storage: torch.dtype, strided: bool) -> tuple[Tensor, Tensor]:
+    h = hessian(n)
+    s = torch.randn(batch, m, n, dtype=F64)
+    s, y = s.to(storage), (h * s).to(storage)
+    if strided:  # rows and problems apart, the last dimension contiguous
+        wide = torch.full((m, batch, 2, n + 3), torch.nan, dtype=storage)
+        view = wide.permute(2, 1, 0, 3)[..., 1 : n + 1]
+        view[0], view[1] = s, y
+        return view[0], view[1]
+    return s, y
+
+
+def two_loop_size(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """`magnitude` for pairs oldest first."""
+    batch, m, n = s.shape
+    state = State(batch, n, m, F64)
+    state.tensors[0], state.tensors[1] = s.double(), y.double()
+    state.tensors[2], state.tensors[3] = s.double() @ y.double().mT, y.double() @ y.double().mT
+    return magnitude(state, g)
+
+
+def run_two_loop(
+    make: Any,
+    case: Case,
+    strided: bool,
+    dtype: torch.dtype,
+    storage: torch.dtype,
+    gamma: float | None,
+    seed: int,
+    broken: tuple[int, ...] = (),
+) -> None:
+    torch.manual_seed(seed)
+    s, y = pairs(case.batch, case.n, case.m, storage, strided)
+    for k, i in enumerate(broken):
+        (s if k % 2 else y)[:, i, case.n // 2] = (torch.nan, torch.inf, -1e9)[k % 3]
+        if k % 3 == 2:
+            y[:, i] = -s[:, i]
+    g = torch.randn(case.batch, case.n, dtype=F64).to(dtype)
+    ref, out = torch.empty(case.batch, case.n, dtype=F64), torch.full((case.batch, case.n), torch.nan, dtype=dtype)
+    reference.two_loop(g, s, y, gamma, ref)
+    launch = make(case.device, seed)
+    launch.two_loop(g, s, y, gamma, out)
+    keep = [i for i in range(case.m) if i not in broken]
+    size = two_loop_size(g, s[:, keep], y[:, keep]) * max(1.0, gamma or 0.0)
+    # Between panels, and where q lives in `out`, q is rounded to T: once a sweep at most.
+    check_direction(out, ref, size, case.m, roundings=2)
+    inplace = g.clone()
+    launch.two_loop(inplace, s, y, gamma, inplace)
+    assert torch.equal(inplace, out)
+    log = launch.driver.log
+    assert len(log) == 2 * case.launches
+    assert all(item.kernel.startswith(f"lbfgs_{case.kernel}") for item in log)
+
+
+@pytest.mark.parametrize("name", TWO_LOOPS)
+def test_two_loop(launcher, name):
+    case, strided = TWO_LOOPS[name]
+    run_two_loop(launcher, case, strided, F32, F32, None, 8)
+
+
+@pytest.mark.parametrize("name", ["panels, one", "panels, three, odd", "block", "block, q in out", "warp"])
+def test_two_loop_broken_pairs(launcher, name):
+    """NaN, Inf and negative curvature: the pair is ignored, the newest and the oldest one included; gamma given."""
+    case, strided = TWO_LOOPS[name]
+    run_two_loop(launcher, case, strided, F32, F32, None, 9, broken=(case.m - 1, 1, 2))
+    run_two_loop(launcher, case, strided, F32, F32, 0.3, 10, broken=(0, case.m - 2))
+
+
+@pytest.mark.parametrize(("dtype", "storage"), PAIRS)
+@pytest.mark.parametrize("name", ["panels, one", "block", "warp"])
+def test_two_loop_dtypes(launcher, name, dtype, storage):
+    case, strided = TWO_LOOPS[name]
+    run_two_loop(launcher, case, strided, dtype, storage, None, 11)
+
+
+@pytest.mark.parametrize("name", ["panels, one", "block", "warp", "block, q in out"])
+def test_two_loop_without_a_valid_pair(launcher, name):
+    case, _ = TWO_LOOPS[name]
+    torch.manual_seed(12)
+    s = torch.randn(case.batch, case.m, case.n)
+    g, out = torch.randn(case.batch, case.n), torch.full((case.batch, case.n), torch.nan)
+    launcher(case.device, 12).two_loop(g, s, -s, None, out)
+    assert torch.equal(out, -g)
+    launcher(case.device, 12).two_loop(g, s, -s, 2.0, out)
+    assert torch.equal(out, -2 * g)
+
+
+def test_no_pairs(launcher):
+    g, out = torch.randn(2, 5), torch.empty(2, 5)
+    launcher(SMALL).two_loop(g, torch.empty(2, 0, 5), torch.empty(2, 0, 5), 3.0, out)
+    assert torch.equal(out, -3 * g)
+
+
+@pytest.mark.parametrize("name", ["fused, part of it", "two launches", "block", "warp"])
+def test_order_of_threads_changes_nothing(launcher, name):
+    """Bitwise the same whatever order the threads and blocks run in: every sum has a fixed order."""
+    case = UPDATES[name]
+    torch.manual_seed(13)
+    state, h = State(case.batch, case.n, case.m, F32), hessian(case.n)
+    s, g = torch.randn(case.batch, case.n), torch.randn(case.batch, case.n)
+    results = []
+    for seed in range(4):
+        got, out = state.clone(), torch.empty(case.batch, case.n)
+        launch = launcher(case.device, seed, cooperative=case.forced)
+        for _ in range(2):
+            launch.update(*got.tensors, g, s, (h * s).float(), None, 1.0, 0.0, out, None)
+        results.append([*got.tensors, out])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_capture_takes_plain_launches(launcher):
+    """Under capture: no cooperative launch, and a workspace of its own for every call."""
+    case = UPDATES["fused, history in shared memory"]
+    launch = launcher(case.device)
+    launch.driver.graph = True
+    state, g, out = State(1, case.n, case.m, F32), torch.randn(1, case.n), torch.empty(1, case.n)
+    launch.update(*state.tensors, g, None, None, None, 1.0, 0.0, out, None)
+    assert torch.equal(out, -g)
+    assert [item.phase for item in launch.driver.log] == [plan.FIRST, plan.SECOND]
+    assert not launch._workspaces
+
+
+def detected(make: Any, case: Case, strided: bool | None, seed: int) -> bool:
+    """Whether a run of the (mutated) kernels differs from the reference, is stopped by the stand-in, or crashes.
+
+    In a child process, because a mutant may write anywhere; one thread there, as OpenMP does not survive a fork.
+    """
+    child = os.fork()
+    if child == 0:
+        found = 1
+        try:
+            torch.set_num_threads(1)
+            if strided is None:
+                run_steps(make, case, F32, F32, steps=3, seed=seed)
+            else:
+                run_two_loop(make, case, strided, F32, F32, None, seed)
+            found = 0
+        finally:
+            os._exit(found)
+    return os.waitpid(child, 0)[1] != 0
+
+
+MUTATIONS = {
+    "none, update": ("update", "fused, part of it", "", ""),
+    "none, two_loop": ("two_loop", "block", "", ""),
+    "sums of the warps": (
+        "update",
+        "fused, part of it",
+        "  const int width = 4 * m + kExtras;\n  G::sync();",
+        "  const int width = 4 * m + kExtras;",
+    ),
+    "reader and writer of head": (
+        "update",
+        "block",
+        "  G::sync();  // every thread has read head",
+        "  // every thread has read head",
+    ),
+    "wait for the solving block": ("update", "fused, part of it", "wait_while_equal(meet.turn, turn);", "(void)turn;"),
+    "whether this block is the last": (
+        "update",
+        "two launches",
+        "  __syncthreads();\n  return *flag;",
+        "  return *flag;",
+    ),
+    "copies that have not arrived": (
+        "update",
+        "fused, history in shared memory",
+        "if (c == w.plain) copy_async_wait();",
+        "",
+    ),
+    "last coefficient": (
+        "update",
+        "warp",
+        "      if (lane == 0) coef[2 + i] = delta;\n      __syncwarp();",
+        "      if (lane == 0) coef[2 + i] = delta;",
+    ),
+    "q of a chunk": ("two_loop", "panels, one", "    __syncthreads();  // one is enough", "    // one is enough"),
+    "sums of a step": (
+        "two_loop",
+        "block",
+        "board[rank / 32 * 4 + rank % 32] = mine;\n  G::sync();",
+        "board[rank / 32 * 4 + rank % 32] = mine;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutations_are_found(build_standin, standin_driver, name):
+    """One barrier or wait less, and every one of three orders of threads shows it; with all of them, none does."""
+    op, case, old, new = MUTATIONS[name]
+
+    def edit(text: str) -> str:
+        assert not old or text.count(old) == 1
+        return text.replace(old, new) if old else text
+
+    library = build_standin("lbfgs", TABLE, edit, ONE_PAIR)
+
+    def make(device: plan.Device, seed: int, **kw: Any) -> plan.Launcher:
+        return plan.Launcher(standin_driver(library, device, seed), **kw)
+
+    chosen, strided = (UPDATES[case], None) if op == "update" else TWO_LOOPS[case]
+    assert [detected(make, chosen, strided, seed) for seed in range(3)] == [bool(old)] * 3
+
+
+@pytest.mark.slow
+def test_address_sanitizer():
+    """The tests above, with out-of-bounds accesses of tensors, shared memory and stacks made fatal."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("g++ has no AddressSanitizer runtime")
+    env = os.environ | {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "SECANT_STANDIN_FLAGS": "-fsanitize=address -g",
+    }
+    selection = "two launches and not dtypes or block and f32 or warp and loop or panels and three or part of it"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
