@@ -27,16 +27,17 @@ from torch import Tensor
 #: Longest vector that one program handles alone.
 _ONE_PROGRAM = 4096
 #: Most programs at work per multiprocessor, and the fewest blocks of columns worth a program of its own.
-_PROGRAMS_PER_SM, _BLOCKS_PER_PROGRAM = 2, 2
-#: Elements of a (slots, columns) tile and slots in it at most; each thread of 8 warps holds 8 elements of a tile, and
-#: as many float64 accumulators for each of four dot products, which is what its registers allow.
-_TILE, _TILE_SLOTS, _TILE_WARPS = 2048, 16, 8
+_PROGRAMS_PER_SM, _BLOCKS_PER_PROGRAM = 3, 2
+#: Elements of a (slots, columns) tile, slots in it, warps: each thread holds 8 elements of a tile and as many float64
+#: accumulators for each of four dot products, which is what its registers allow. With fewer slots than the fewest, the
+#: scalar sums, which take a tile's columns, would need more.
+_TILE, _TILE_SLOTS, _FEWEST_SLOTS, _TILE_WARPS = 1024, 16, 4, 4
 #: Columns of a tile of the combining pass, and slots whose loads are in flight together.
 _COMBINE_TILE, _COMBINE_WARPS, _COMBINE_UNROLL = 1024, 4, 4
 #: Pairs in a panel of the two-loop recursion, columns of its tiles.
-_PANEL, _PANEL_TILE, _PANEL_WARPS = 16, 64, 4
+_PANEL, _PANEL_TILE, _PANEL_WARPS = 16, 128, 8
 #: Elements of a tile of partial sums.
-_REDUCTION_TILE = 4096
+_REDUCTION_TILE = 2048
 
 
 def available() -> str | None:
@@ -114,7 +115,7 @@ def _descend(u, v, rho, ok, sy, yy, ld, head, m, index):
     alpha = tl.zeros_like(u)
     for k in range(m):
         i = (head + (m - 1 - k)) % m
-        a = _pick(rho * u, index, i)
+        a = tl.sum(tl.where(index == i, rho * u, 0.0), axis=0)
         # The loads do not wait for a; a pair that takes no part (a = 0) may hold NaN.
         column = tl.load(sy + index * ld + i, mask=ok, other=0.0)
         u -= tl.where(a != 0, a * column, 0.0)
@@ -131,7 +132,7 @@ def _ascend(v, alpha, rho, ok, sy, ld, head, m, index):
     delta = tl.zeros_like(v)
     for k in range(m):
         i = (head + k) % m
-        d = _pick(alpha - rho * v, index, i)
+        d = tl.sum(tl.where(index == i, alpha - rho * v, 0.0), axis=0)
         row = tl.load(sy + i * ld + index, mask=ok, other=0.0)
         v += tl.where(d != 0, d * row, 0.0)
         delta = tl.where(index == i, d, delta)
@@ -159,7 +160,7 @@ def _finish(
     head = tl.load(head_ptr)
     count = tl.load(count_ptr)
     slot = tl.full((), -1, tl.int32)
-    tl.store(stats + tl.arange(0, 8), tl.zeros([8], tl.float64))
+    tl.store(stats + tl.arange(0, 8), tl.full([8], 0, tl.float64))
     tl.debug_barrier()  # everyone has read what is stored below
     if HAS_PAIR:
         s_norm, y_norm = tl.sqrt(new_ss), tl.sqrt(new_yy)
@@ -210,7 +211,7 @@ def _finish(
 def _total(work, total, parts, used, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Store in `total` the sum of the rows of partial sums, in an order that depends on nothing but their number."""
     column = tl.arange(0, WIDTH)
-    acc = tl.zeros([PARTS, WIDTH], tl.float64)
+    acc = tl.full([PARTS, WIDTH], 0, tl.float64)
     for first in range(0, parts, PARTS):
         row = first + tl.arange(0, PARTS)
         mask = (row[:, None] < parts) & (column[None, :] < used)
@@ -220,15 +221,15 @@ def _total(work, total, parts, used, WIDTH: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _new_pair(s, y, y_prev, gv, at, mask, step, s_ring, y_ring, Y_IS_G: tl.constexpr):
+def _new_pair(s, y, y_prev, gv, first, column, mask, step, s_ring, y_ring, Y_IS_G: tl.constexpr):
     """Entries of s' = t s and y' = y - y_prev as the rings will hold them."""
-    sv = tl.load(s + at, mask=mask, other=0.0)
+    sv = tl.load(s + first + column, mask=mask, other=0.0)
     if Y_IS_G:
         yv = tl.where(mask, gv, 0.0)
     else:
-        yv = tl.load(y + at, mask=mask, other=0.0)
+        yv = tl.load(y + first + column, mask=mask, other=0.0)
     if y_prev is not None:
-        yv -= tl.load(y_prev + at, mask=mask, other=0.0)
+        yv -= tl.load(y_prev + first + column, mask=mask, other=0.0)
     return _rounded(sv * step.to(sv.dtype), s_ring), _rounded(yv, y_ring)
 
 
@@ -239,33 +240,33 @@ def _sums(
 ):  # fmt: skip
     """Dot products of K slots with g and y', and the scalar sums, over every `stride`-th column block from `start`."""
     at = slot[:, None].to(tl.int64) * n
-    sg = tl.zeros([K, BLOCK], tl.float64)
-    yg = tl.zeros([K, BLOCK], tl.float64)
-    sdy = tl.zeros([K, BLOCK], tl.float64)
-    ydy = tl.zeros([K, BLOCK], tl.float64)
-    new_sy = tl.zeros([BLOCK], tl.float64)
-    new_ss = tl.zeros([BLOCK], tl.float64)
-    new_yy = tl.zeros([BLOCK], tl.float64)
-    new_sg = tl.zeros([BLOCK], tl.float64)
-    new_yg = tl.zeros([BLOCK], tl.float64)
-    gg = tl.zeros([BLOCK], tl.float64)
-    g_max = tl.zeros([BLOCK], tl.float64)
+    sg = tl.full([K, BLOCK], 0, tl.float64)
+    yg = tl.full([K, BLOCK], 0, tl.float64)
+    sdy = tl.full([K, BLOCK], 0, tl.float64)
+    ydy = tl.full([K, BLOCK], 0, tl.float64)
+    new_sy = tl.full([BLOCK], 0, tl.float64)
+    new_ss = tl.full([BLOCK], 0, tl.float64)
+    new_yy = tl.full([BLOCK], 0, tl.float64)
+    new_sg = tl.full([BLOCK], 0, tl.float64)
+    new_yg = tl.full([BLOCK], 0, tl.float64)
+    gg = tl.full([BLOCK], 0, tl.float64)
+    g_max = tl.full([BLOCK], 0, tl.float64)
+    column = tl.arange(0, BLOCK)
     for first in range(start, n, stride):
-        column = first + tl.arange(0, BLOCK)
-        inside = column < n
+        inside = column < tl.minimum(n - first, BLOCK).to(tl.int32)
         mask = live[:, None] & inside[None, :]
-        srow = _load(s_ring + (at + column[None, :]), mask, tl.float64)
-        yrow = _load(y_ring + (at + column[None, :]), mask, tl.float64)
+        srow = _load(s_ring + first + at + column[None, :], mask, tl.float64)
+        yrow = _load(y_ring + first + at + column[None, :], mask, tl.float64)
         gv = None
         if g is not None:
-            gv = tl.load(g + (vector + column), mask=inside, other=0.0)
+            gv = tl.load(g + (vector + first) + column, mask=inside, other=0.0)
             gd = gv.to(tl.float64)
             sg += srow * gd[None, :]
             yg += yrow * gd[None, :]
             gg += gd * gd
             g_max = tl.maximum(g_max, tl.abs(gd))
         if s is not None:
-            sn, yn = _new_pair(s, y, y_prev, gv, vector + column, inside, step, s_ring, y_ring, Y_IS_G)
+            sn, yn = _new_pair(s, y, y_prev, gv, vector + first, column, inside, step, s_ring, y_ring, Y_IS_G)
             sn = sn.to(tl.float64)
             yn = yn.to(tl.float64)
             sdy += srow * yn[None, :]
@@ -362,42 +363,44 @@ def _combine(
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     b = (pid // blocks).to(tl.int64)
-    column = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < n
-    s_ring += b * m * n
-    y_ring += b * m * n
+    first = (pid % blocks).to(tl.int64) * BLOCK
+    column = tl.arange(0, BLOCK)
+    inside = column < tl.minimum(n - first, BLOCK).to(tl.int32)
+    s_ring += b * m * n + first
+    y_ring += b * m * n + first
+    first += b * n
     coef += b * (2 * m + 2)
     slot = tl.load(coef + 2 * m + 1).to(tl.int32)
     gv = None
     if g is not None:
-        gv = tl.load(g + (b * n + column), mask=inside, other=0.0)
+        gv = tl.load(g + first + column, mask=inside, other=0.0)
         T: tl.constexpr = gv.dtype
         d = -tl.load(coef + 2 * m).to(T) * gv
-        for first in range(0, m, UNROLL):
+        for base in range(0, m, UNROLL):
             for u in tl.static_range(UNROLL):
-                j = first + u
+                j = base + u
                 old = (j < m) & (j != slot)
                 cs = tl.load(coef + j, mask=old, other=0.0).to(T)
                 cy = tl.load(coef + m + j, mask=old, other=0.0).to(T)
                 at = tl.full((), 1, tl.int64) * j * n
                 # Rows that take no part are not read: they may hold NaN.
-                d += cs * _load(s_ring + (at + column), _only(inside, cs != 0), T)
-                d += cy * _load(y_ring + (at + column), _only(inside, cy != 0), T)
+                d += cs * _load(s_ring + at + column, _only(inside, cs != 0), T)
+                d += cy * _load(y_ring + at + column, _only(inside, cy != 0), T)
     if s is not None:
         keep = _only(inside, slot >= 0)
         step = _step(t, t_ptr, t_stride, b)
-        sn, yn = _new_pair(s, y, y_prev, gv, b * n + column, keep, step, s_ring, y_ring, Y_IS_G)
+        sn, yn = _new_pair(s, y, y_prev, gv, first, column, keep, step, s_ring, y_ring, Y_IS_G)
         at = slot.to(tl.int64) * n
-        tl.store(s_ring + (at + column), sn.to(s_ring.dtype.element_ty), mask=keep)
-        tl.store(y_ring + (at + column), yn.to(y_ring.dtype.element_ty), mask=keep)
+        tl.store(s_ring + at + column, sn.to(s_ring.dtype.element_ty), mask=keep)
+        tl.store(y_ring + at + column, yn.to(y_ring.dtype.element_ty), mask=keep)
         if g is not None:
             d += tl.load(coef + slot, mask=slot >= 0, other=0.0).to(T) * sn.to(T)
             d += tl.load(coef + m + slot, mask=slot >= 0, other=0.0).to(T) * yn.to(T)
     if g is not None:
         tl.debug_barrier()  # out may be s or g, and prev_out may be y_prev
-        tl.store(out + (b * n + column), d, mask=inside)
+        tl.store(out + first + column, d, mask=inside)
         if prev_out is not None:
-            tl.store(prev_out + (b * n + column), gv, mask=inside)
+            tl.store(prev_out + first + column, gv, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "size", "before", "before_size", "parts"])
@@ -443,44 +446,49 @@ def _panel(
         scale = tl.full((), gamma, tl.float64)
         if AUTO:
             scale = tl.load(state + 3 * m)
-    dots = tl.zeros([K, BLOCK], tl.float64)
-    squares = tl.zeros([K, BLOCK], tl.float64)
-    products = tl.zeros([K, K], tl.float64)
+    dots = tl.full([K], 0, tl.float64)
+    squares = tl.full([K], 0, tl.float64)
+    products = tl.full([K, K], 0, tl.float64)
+    column = tl.arange(0, BLOCK)
     for start in range(part.to(tl.int64) * BLOCK, n, parts * BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < n
+        inside = column < tl.minimum(n - start, BLOCK).to(tl.int32)
         if FROM_G:
-            v = -tl.load(g + column, mask=inside, other=0.0)
+            v = -tl.load(g + start + column, mask=inside, other=0.0)
         else:
-            v = tl.load(out + column, mask=inside, other=0.0)
+            v = tl.load(out + start + column, mask=inside, other=0.0)
         if BEFORE == 3:
-            row = s + (old[:, None].to(tl.int64) * s_row + column[None, :])
+            row = s + start + old[:, None].to(tl.int64) * s_row + column[None, :]
             v += tl.sum(c[:, None] * _load(row, used_row & inside[None, :], T), axis=0)
         elif BEFORE > 0:
-            row = y + (old[:, None].to(tl.int64) * y_row + column[None, :])
+            row = y + start + old[:, None].to(tl.int64) * y_row + column[None, :]
             v += tl.sum(c[:, None] * _load(row, used_row & inside[None, :], T), axis=0)
         if BEFORE == 2:
             v *= scale.to(T)
         if BEFORE > 0:
             tl.debug_barrier()  # out may be g
-            tl.store(out + column, v, mask=inside)
+            tl.store(out + start + column, v, mask=inside)
         if AFTER > 0:
+            wide = v.to(tl.float64)
             mask = live[:, None] & inside[None, :]
-            yrow = _load(y + (slot[:, None].to(tl.int64) * y_row + column[None, :]), mask, tl.float64)
+            yrow = _load(y + start + slot[:, None].to(tl.int64) * y_row + column[None, :], mask, tl.float64)
             if AFTER == 1:
-                srow = _load(s + (slot[:, None].to(tl.int64) * s_row + column[None, :]), mask, tl.float64)
-                dots += srow * v.to(tl.float64)[None, :]
-                squares += yrow * yrow
-                products = tl.dot(srow, tl.trans(yrow), products, input_precision="ieee", out_dtype=tl.float64)
+                squares += tl.sum(yrow * yrow, axis=1)
+                srow = _load(s + start + slot[:, None].to(tl.int64) * s_row + column[None, :], mask, tl.float64)
+                dots += tl.sum(srow * wide[None, :], axis=1)
+                other = y + start + tl.full((), 1, tl.int64) * first * y_row
+                for j in range(size):
+                    product = tl.sum(srow * _load(other + column, inside, tl.float64)[None, :], axis=1)
+                    products += tl.where(lane[None, :] == j, product[:, None], 0.0)
+                    other += y_row
             else:
-                dots += yrow * v.to(tl.float64)[None, :]
+                dots += tl.sum(yrow * wide[None, :], axis=1)
     if AFTER > 0:
         USED: tl.constexpr = K * (K + 2) if AFTER == 1 else K
         work += b * (parts + 1) * USED
         mine = work + part * USED
-        tl.store(mine + lane, tl.sum(dots, axis=1))
+        tl.store(mine + lane, dots)
         if AFTER == 1:
-            tl.store(mine + K + lane, tl.sum(squares, axis=1))
+            tl.store(mine + K + lane, squares)
             tl.store(mine + 2 * K + lane[:, None] * K + lane[None, :], products)
         tl.debug_barrier()  # the whole row is written before the ticket is drawn
         if tl.atomic_add(ticket + b, 1, sem="acq_rel") == parts - 1:
@@ -549,12 +557,12 @@ def _update_one(
             # Rows that take no part are not read: they may hold NaN. The new pair is not in its slot yet.
             row_s = tl.where(index == slot, 0.0, cs).to(T)[:, None]
             row_y = tl.where(index == slot, 0.0, cy).to(T)[:, None]
-            rows = row_s * _load(s_ring + (at + column[None, :]), (row_s != 0) & inside[None, :], T)
-            rows += row_y * _load(y_ring + (at + column[None, :]), (row_y != 0) & inside[None, :], T)
+            rows = row_s * _load(s_ring + at + column[None, :], (row_s != 0) & inside[None, :], T)
+            rows += row_y * _load(y_ring + at + column[None, :], (row_y != 0) & inside[None, :], T)
             d = tl.sum(rows, axis=0) - gamma.to(T) * gv
         if s is not None:
             keep = _only(inside, slot >= 0)
-            sn, yn = _new_pair(s, y, y_prev, gv, b * n + column, keep, step, s_ring, y_ring, Y_IS_G)
+            sn, yn = _new_pair(s, y, y_prev, gv, b * n, column, keep, step, s_ring, y_ring, Y_IS_G)
             to = slot.to(tl.int64) * n
             tl.store(s_ring + (to + column), sn.to(s_ring.dtype.element_ty), mask=keep)
             tl.store(y_ring + (to + column), yn.to(y_ring.dtype.element_ty), mask=keep)
@@ -581,8 +589,8 @@ def _two_loop_one(
     column = tl.arange(0, BLOCK)
     inside = column < n
     v = -tl.load(g + (b * n + column), mask=inside, other=0.0)
-    alphas = tl.zeros([M], tl.float64)
-    rhos = tl.zeros([M], tl.float64)
+    alphas = tl.full([M], 0, tl.float64)
+    rhos = tl.full([M], 0, tl.float64)
     scale = tl.full((), gamma, tl.float64)
     found = tl.full((), 0, tl.int32)
     for k in range(m):
@@ -659,10 +667,9 @@ def _reduction(used: int) -> dict[str, int]:
 
 def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
     """Compute -H grad into `out`; see `reference.two_loop`."""
+    if s.dim() == 2:
+        s, y = s[None], y[None]
     batch, m, n = s.shape
-    if m == 0:
-        torch.mul(grad, -(1.0 if gamma is None else gamma), out=out)
-        return
     strides = (s.stride(0), s.stride(1), y.stride(0), y.stride(1))
     auto, gamma = gamma is None, 1.0 if gamma is None else float(gamma)
     with _on(grad.device):
@@ -725,7 +732,7 @@ def update(
     step: tuple[Any, ...] = (1.0, t, int(t.numel() > 1)) if isinstance(t, Tensor) else (float(t), None, 0)
     state = (s_ring, y_ring, sy, yy, head, count, stats)
     vectors = (g, s, None if same else y, y_prev)
-    slots = triton.next_power_of_2(m)
+    slots = max(_FEWEST_SLOTS, triton.next_power_of_2(m))
     with _on(s_ring.device):
         if n <= _ONE_PROGRAM:
             warps = 2 if n <= 128 else 4 if n <= 1024 else 8
@@ -737,7 +744,7 @@ def update(
             return
         tiles = triton.cdiv(m, _TILE_SLOTS)
         rows = triton.cdiv(m, tiles)
-        k = triton.next_power_of_2(rows)
+        k = max(_FEWEST_SLOTS, triton.next_power_of_2(rows))
         parts = _share(s_ring.device, n, _TILE // k, tiles * batch)
         sizes = (batch * (2 * m + 2), batch * (parts + 1) * (4 * m + 7))
         coef, work = torch.empty(sum(sizes), dtype=torch.float64, device=s_ring.device).split(sizes)

@@ -1,0 +1,518 @@
+"""Cases that `test_triton.py` runs in a process of their own: interpreted on the CPU, or compiled on a GPU.
+
+    TRITON_INTERPRET=1 python triton_cases.py --device cpu [NAME ...]
+
+prints one JSON object per case: its name, and the traceback of its failure or null. Triton reads TRITON_INTERPRET when
+a kernel is defined, so one process cannot do both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import oracle
+from secant.kernels.lbfgs import reference
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+DTYPES = [(t, r) for t in oracle.VECTORS for r in oracle.RINGS]
+#: The two regimes, told apart by n alone, at sizes that an interpreter can bear.
+REGIMES = ("one", "many")
+
+CASES: dict[str, Callable[[], None]] = {}
+SLOW: set[str] = set()
+GPU_ONLY: set[str] = set()
+
+device = torch.device("cpu")
+
+
+def case(*params: Any, slow: bool = False, gpu: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as one case, or as one for each of `params`, tuples of arguments."""
+
+    def register(f: Callable[..., None]) -> Callable[..., None]:
+        for args in params or ((),):
+            values = [str(a).removeprefix("torch.") for a in args]
+            name = f.__name__ + (f"[{'-'.join(values)}]" if values else "")
+            assert name not in CASES
+            CASES[name] = lambda args=args: f(*args)
+            if slow:
+                SLOW.add(name)
+            if gpu:
+                GPU_ONLY.add(name)
+        return f
+
+    return register
+
+
+@contextlib.contextmanager
+def kernels(regime: str) -> Iterator[ModuleType]:
+    """The backend in one regime, with tiles small enough that short vectors have several."""
+    from secant.kernels.lbfgs import triton as backend
+
+    small = {"_ONE_PROGRAM": 4096 if regime == "one" else 0, "_COMBINE_TILE": 256, "_COMBINE_UNROLL": 2}
+    saved = {name: getattr(backend, name) for name in small}
+    for name, value in small.items():
+        setattr(backend, name, value)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield backend
+    finally:
+        for name, value in saved.items():
+            setattr(backend, name, value)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def place(x: Any) -> Any:
+    """Tensors on the device under test; strides kept, anything else as it is."""
+    if not isinstance(x, Tensor) or x.device == device:
+        return x
+    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return out.copy_(x)
+
+
+def call(regime: str, state: dict[str, Tensor], *args: Any) -> list[Any]:
+    """Run `update` on the device under test; `state` is updated, and the other arguments come back as it left them.
+
+    Arguments that are one tensor stay one tensor.
+    """
+    on = {k: place(v) for k, v in state.items()}
+    placed: dict[int, Any] = {}
+    moved = [placed.setdefault(id(a), place(a)) for a in args]
+    with kernels(regime) as backend:
+        backend.update(*on.values(), *moved)
+    for k, v in on.items():
+        state[k].copy_(v)
+    return [a.cpu() if isinstance(a, Tensor) else a for a in moved]
+
+
+def two_loop(regime: str, grad: Tensor, s: Tensor, y: Tensor, gamma: float | None = None) -> Tensor:
+    """Run `two_loop` on the device under test into an output poisoned with NaN; a flat problem may come as such."""
+    g, s, y = place(grad), place(s), place(y)
+    out = torch.full_like(g, math.nan)
+    with kernels(regime) as backend:
+        backend.two_loop(g, s, y, gamma, out)
+    return out.cpu()
+
+
+def filled(batch: int, m: int, n: int, ring: torch.dtype, count: int, vectors: torch.dtype = F64) -> dict[str, Tensor]:
+    """A history to which the reference has appended `count` pairs."""
+    state = oracle.new_state(batch, m, n, ring)
+    s, y = oracle.pairs(max(count, 1), n, batch, vectors, seed=1)
+    for k in range(count):
+        reference.update(*state.values(), None, s[:, k], y[:, k], None, 1.0, 1e-12, None, None)
+    return state
+
+
+def step(
+    regime: str, state: dict[str, Tensor], vectors: torch.dtype, t: float | Tensor = 0.7, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The fused call of an optimizer, in place, against the reference on the same state; updates `state`."""
+    batch, m, n = state["s_ring"].shape
+    g0, g1 = oracle.vector(n, batch, vectors, 3 * seed + 1), oracle.vector(n, batch, vectors, 3 * seed + 2)
+    tt = t[:, None].double() if isinstance(t, Tensor) else t
+    d = ((g1.double() - g0.double()) / (0.5 + oracle.vector(n, batch, F64, 9).abs()) / tt).to(vectors)
+    want = oracle.copy(state)
+    wd, wp = d.clone(), g0.clone()
+    reference.update(*want.values(), g1, wd, g1, wp, t, 1e-7, wd, wp)
+    _, gd, _, gp = call(regime, state, g1, d, g1, g0, t, 1e-7, d, g0)[:4]
+    oracle.check_state(state, want)
+    s, y = oracle.ordered(want)
+    size = oracle.bound(g1, s, y, F64) * g1.double().norm(dim=-1) * max(n, 8)
+    oracle.check_stats(state["stats"], want["stats"], n, size)
+    oracle.check_direction(gd, g1, s, y)
+    assert torch.equal(gp, g1), "the previous gradient is to become a copy of the gradient"
+    return gd, want["stats"]
+
+
+# ------------------------------------------------------------------------------------------------------------- update
+
+
+@case(*((r, t, q) for r in REGIMES for t, q in DTYPES))
+def fused_step(regime, vectors, ring):
+    state = filled(1, 4, 301, ring, 6, vectors)
+    _, stats = step(regime, state, vectors)
+    assert stats[0, 6] == 1.0
+
+
+@case(
+    *((r, m, n) for r in REGIMES for m, n in [(1, 1), (3, 1), (1, 33), (7, 2), (5, 128), (2, 701), (17, 129), (33, 65)])
+)
+def shapes(regime, m, n):
+    state = filled(1, m, n, F32, m - 1, F32)
+    step(regime, state, F32, seed=1)
+
+
+@case(*((r,) for r in REGIMES))
+def every_offset_and_filling(regime):
+    m = 3
+    state = oracle.new_state(1, m, 37, F32)
+    for k in range(2 * m + 1):
+        _, stats = step(regime, state, F32, seed=k)
+        assert stats[0, 6] == 1.0
+        assert state["count"].item() == min(k + 1, m)
+        assert state["head"].item() == (k + 1) % m
+
+
+@case(*((r,) for r in REGIMES))
+def batches_and_step_tensors(regime):
+    for t in (0.3, torch.tensor([0.3], dtype=F64), torch.tensor([0.2, 0.9, 1.7], dtype=F64)):
+        state = filled(3, 2, 41, BF16, 3, F32)
+        step(regime, state, F32, t=t)
+
+
+@case(*((r,) for r in REGIMES))
+def problems_of_a_batch_reject_on_their_own(regime):
+    n = 29
+    state = filled(3, 3, n, F32, 4, F32)
+    s, y = (x[:, 0].clone() for x in oracle.pairs(1, n, 3, seed=5))
+    y[1] = -y[1]
+    want = oracle.copy(state)
+    reference.update(*want.values(), None, s, y, None, 1.0, 1e-7, None, None)
+    before = oracle.copy(state)
+    call(regime, state, None, s, y, None, 1.0, 1e-7, None, None)
+    oracle.check_state(state, want)
+    assert state["stats"][:, 6].tolist() == [1.0, 0.0, 1.0]
+    for name in before:
+        if name != "stats":
+            assert torch.equal(state[name][1], before[name][1]), name
+
+
+@case(*((r, q) for r in REGIMES for q in (F32, BF16)))
+def append_only(regime, ring):
+    n = 83
+    state = filled(1, 3, n, ring, 2, F32)
+    s, y = (x[:, 0] for x in oracle.pairs(1, n, 1, F32, seed=5))
+    for y_prev in (None, oracle.vector(n)):
+        want = oracle.copy(state)
+        args = (None, s, y if y_prev is None else y + y_prev, y_prev, 1.5, 1e-7, None, None)
+        reference.update(*want.values(), *args)
+        call(regime, state, *args)
+        oracle.check_state(state, want)
+        oracle.check_stats(state["stats"], want["stats"], n)
+        assert state["stats"][0, 6] == 1.0
+        assert torch.all(state["stats"][0, [0, 1, 2, 7]] == 0)
+
+
+@case(*((r, c) for r in REGIMES for c in (0, 2, 5)))
+def direction_only(regime, count):
+    n = 97
+    state = filled(1, 4, n, F32, count, F32)
+    want, before = oracle.copy(state), oracle.copy(state)
+    g = oracle.vector(n)
+    expected = torch.empty_like(g)
+    reference.update(*want.values(), g, None, None, None, 1.0, 1e-7, expected, None)
+    prev = torch.full_like(g, math.nan)
+    got = call(regime, state, g, None, None, None, 1.0, 1e-7, torch.full_like(g, math.nan), prev)
+    oracle.check_direction(got[6], g, *oracle.ordered(before))
+    assert torch.equal(got[7], g)
+    oracle.check_stats(state["stats"], want["stats"], n)
+    for name in before:
+        if name != "stats":
+            assert torch.equal(state[name], before[name]), name
+    in_place = call(regime, state, g, None, None, None, 1.0, 1e-7, g, None)[6]
+    assert torch.equal(in_place, got[6])
+
+
+@case(*((r,) for r in REGIMES))
+def out_apart_from_inputs(regime):
+    n = 301
+    state = filled(1, 3, n, F32, 3, F32)
+    g, p, s = oracle.vector(n, seed=1), oracle.vector(n, seed=2), oracle.vector(n, seed=3)
+    y = p + 0.5 * s
+    want = oracle.copy(state)
+    expected, nan = torch.empty_like(g), torch.full_like(g, math.nan)
+    reference.update(*want.values(), g, s, y, p, 1.0, 1e-7, expected, torch.empty_like(g))
+    got = call(regime, state, g, s, y, p, 1.0, 1e-7, nan, nan.clone())
+    oracle.check_state(state, want)
+    oracle.check_direction(got[6], g, *oracle.ordered(want))
+    assert torch.equal(got[7], g)
+    assert torch.equal(got[1], s)
+    assert torch.equal(got[3], p)
+
+
+def _spoilt() -> dict[str, tuple[Callable[[Tensor, Tensor], Any], float]]:
+    return {
+        "negative": (lambda s, y: y.neg_(), 1e-7),
+        "zero": (lambda s, y: s.zero_(), 1e-7),
+        "nan in s": (lambda s, y: s[:, 3].fill_(math.nan), 1e-7),
+        "nan in y": (lambda s, y: y[:, -1].fill_(math.nan), 1e-7),
+        "inf in y": (lambda s, y: y[:, 0].fill_(math.inf), 1e-7),
+        "below the gate": (lambda s, y: None, 0.999),
+    }
+
+
+@case(*((r, name, q) for r in REGIMES for name, q in zip(_spoilt(), (F32, BF16) * 3, strict=True)))
+def rejected_pair_changes_nothing(regime, name, ring):
+    n = 45
+    spoil, tol = _spoilt()[name]
+    state = filled(1, 3, n, ring, 4, F32)
+    s, y = (x[:, 0].clone() for x in oracle.pairs(1, n, 1, F32, seed=5))
+    spoil(s, y)
+    before = oracle.copy(state)
+    g = oracle.vector(n)
+    got = call(regime, state, g, s, y, None, 1.0, tol, torch.full_like(g, math.nan), None)
+    assert state["stats"][0, 6] == 0.0
+    for key in before:
+        if key != "stats":
+            assert torch.equal(state[key], before[key]), key
+    oracle.check_direction(got[6], g, *oracle.ordered(before))
+
+
+@case(*((r,) for r in REGIMES))
+def empty_slots_may_hold_nan(regime):
+    n = 45
+    state = filled(1, 4, n, F32, 2, F32)
+    state["s_ring"][:, 2:], state["y_ring"][:, 2:] = math.nan, math.nan
+    g = oracle.vector(n)
+    got = call(regime, state, g, None, None, None, 1.0, 1e-7, torch.full_like(g, math.nan), None)
+    oracle.check_direction(got[6], g, state["s_ring"][:, :2], state["y_ring"][:, :2])
+    s, y = (x[:, 0] for x in oracle.pairs(1, n, 1, F32, seed=5))
+    got = call(regime, state, g, s, y, None, 1.0, 1e-7, torch.full_like(g, math.nan), None)
+    assert state["stats"][0, 6] == 1.0
+    oracle.check_direction(got[6], g, state["s_ring"][:, :3], state["y_ring"][:, :3])
+
+
+@case(*((r,) for r in REGIMES))
+def nan_and_infinite_gradients(regime):
+    n = 45
+    for bad, position in ((math.nan, 0), (math.nan, n - 1), (math.inf, 7)):
+        state = filled(1, 2, n, F32, 2, F32)
+        before = oracle.copy(state)
+        g = oracle.vector(n)
+        g[0, position] = bad
+        d, previous = oracle.vector(n, seed=4), oracle.vector(n, seed=5)
+        got = call(regime, state, g, d, g, previous, 1.0, 1e-7, d, previous)
+        assert not torch.isfinite(got[6]).any(), "d is a multiple of g.s in every entry"
+        top = state["stats"][0, 2].item()
+        assert math.isnan(top) if math.isnan(bad) else top == math.inf
+        assert state["stats"][0, 6] == 0.0
+        for key in before:
+            if key != "stats":
+                assert torch.equal(state[key], before[key]), key
+
+
+@case(*((r,) for r in REGIMES))
+def float64_keeps_t_and_tol_in_float64(regime):
+    # 0.1 is no float32: a step or a tolerance that went through float32 would show in the ring and in the gate.
+    state = oracle.new_state(1, 2, 3, F64)
+    s, y = torch.tensor([[1.0, 2.0, 3.0]], dtype=F64), torch.tensor([[2.0, 1.0, 0.5]], dtype=F64)
+    call(regime, state, None, s, y, None, 0.1, 1e-7, None, None)
+    assert torch.equal(state["s_ring"][0, 0], (s * 0.1)[0])
+    cosine = ((s * y).sum() / (s.norm() * y.norm())).item()
+    for tol, accepted in ((cosine * (1 + 1e-10), 0.0), (cosine * (1 - 1e-10), 1.0)):
+        call(regime, state, None, s, y, None, 1.0, tol, None, None)
+        assert state["stats"][0, 6] == accepted
+
+
+@case()
+def results_repeat_bit_for_bit():
+    for regime in REGIMES:
+        outs = []
+        for _ in range(2):
+            state = filled(1, 5, 700, F32, 6, F32)
+            d, _ = step(regime, state, F32)
+            outs.append((d, state))
+        assert torch.equal(outs[0][0], outs[1][0])
+        assert all(torch.equal(outs[0][1][k], outs[1][1][k]) for k in outs[0][1])
+
+
+@case(*((r,) for r in REGIMES), slow=True)
+def update_with_256_pairs(regime):
+    state = filled(1, 256, 40, F32, 255, F32)
+    step(regime, state, F32)
+
+
+# ------------------------------------------------------------------------------------------------------------ two_loop
+
+
+@case(*((r, t, q) for r in REGIMES for t, q in DTYPES))
+def two_loop_dtypes(regime, vectors, ring):
+    s, y = oracle.pairs(5, 301, 1, ring)
+    g = oracle.vector(301, 1, vectors)
+    oracle.check_direction(two_loop(regime, g, s, y), g, s, y)
+
+
+@case(
+    *((r, m, n) for r in REGIMES for m, n in [(1, 1), (3, 1), (1, 257), (7, 2), (2, 128), (16, 70), (17, 33), (33, 65)])
+)
+def two_loop_shapes(regime, m, n):
+    s, y = oracle.pairs(m, n, 1, F32)
+    g = oracle.vector(n)
+    oracle.check_direction(two_loop(regime, g, s, y), g, s, y)
+
+
+@case(*((r,) for r in REGIMES))
+def two_loop_strides_and_batches(regime):
+    batch, m, n = 3, 2, 37
+    s, y = oracle.pairs(m, n, batch, F32)
+    g = oracle.vector(n, batch)
+    wide = torch.full((m, batch, n + 5), math.nan)
+    wide[:, :, :n] = s.transpose(0, 1)
+    strided = wide.transpose(0, 1)[..., :n]
+    assert strided.stride(-1) == 1
+    assert not strided.is_contiguous()
+    reversed_rows = torch.full((batch, 2 * m, n), math.nan)
+    reversed_rows[:, ::2] = y
+    want = two_loop(regime, g, s, y)
+    oracle.check_direction(want, g, s, y)
+    assert torch.equal(two_loop(regime, g, strided, reversed_rows[:, ::2]), want)
+    shared = s[:1].expand(batch, m, n)
+    oracle.check_direction(two_loop(regime, g, shared, shared * 2), g, shared, shared * 2)
+
+
+@case(*((r,) for r in REGIMES))
+def two_loop_of_a_flat_problem(regime):
+    s, y = oracle.pairs(3, 60)
+    g = oracle.vector(60)
+    assert torch.equal(two_loop(regime, g[0], s[0], y[0]), two_loop(regime, g, s, y)[0])
+
+
+@case(*((r,) for r in REGIMES))
+def two_loop_gamma(regime):
+    s, y = oracle.pairs(18, 21, 1, F64)
+    g = oracle.vector(21, 1, F64)
+    got, want = two_loop(regime, g, s, y, 0.3), oracle.exact(g, s, y, 0.3)
+    limit = oracle.bound(g, s, y, F64) * max(1.0, 0.3 / 0.5)  # gamma is 1 / (an average of eigenvalues >= 0.5) there
+    assert (got - want).norm() <= limit.max() * 2
+    assert (want - oracle.exact(g, s, y)).norm() > 1e-2
+
+
+@case(*((r, i) for r in REGIMES for i in (0, 9, 17)))
+def two_loop_ignores_a_spoilt_pair(regime, i):
+    m, n = 18, 23
+    g = oracle.vector(n)
+    keep = [j for j in range(m) if j != i]
+    for spoil in (
+        lambda s, y: y[:, i].neg_(),
+        lambda s, y: s[:, i, 2].fill_(math.nan),
+        lambda s, y: y[:, i, 0].fill_(math.inf),
+    ):
+        s, y = oracle.pairs(m, n)
+        spoil(s, y)
+        oracle.check_direction(two_loop(regime, g, s, y), g, s[:, keep], y[:, keep])
+
+
+@case(*((r,) for r in REGIMES))
+def two_loop_with_no_valid_pair(regime):
+    for m in (3, 18):
+        s = torch.full((1, m, 20), math.nan)
+        g = oracle.vector(20)
+        assert torch.equal(two_loop(regime, g, s, s), -g)
+        assert torch.equal(two_loop(regime, g, s, s, 0.5), -0.5 * g)
+
+
+@case(*((r,) for r in REGIMES))
+def two_loop_in_place(regime):
+    for m in (2, 17):
+        s, y = oracle.pairs(m, 300)
+        g = oracle.vector(300)
+        want = two_loop(regime, g, s, y)
+        d = place(g.clone())
+        with kernels(regime) as backend:
+            backend.two_loop(d, place(s), place(y), None, d)
+        assert torch.equal(d.cpu(), want)
+
+
+@case(*((r,) for r in REGIMES), slow=True)
+def two_loop_with_256_pairs(regime):
+    s, y = oracle.pairs(256, 40)
+    g = oracle.vector(40)
+    oracle.check_direction(two_loop(regime, g, s, y), g, s, y)
+
+
+@case()
+def public_functions_reach_the_backend():
+    import secant
+
+    s, y = (x[0] for x in oracle.pairs(3, 19))
+    g = oracle.vector(19)[0]
+    with secant.use_backend("triton"):
+        d = secant.ops.two_loop(place(g), place(s), place(y)).cpu()
+        history = secant.LBFGSHistory(19, 3, device=device)
+        for k in range(3):
+            assert history.append(place(s[k]), place(y[k])).item() == 1.0
+        e = history.direction(place(g)).cpu()
+    oracle.check_direction(d[None], g[None], s[None], y[None])
+    oracle.check_direction(e[None], g[None], s[None], y[None])
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@case(*((r,) for r in REGIMES), gpu=True)
+def captured_in_a_graph(regime):
+    n = 1000
+    start = filled(1, 4, n, F32, 5, F32)
+    states = [{k: place(v) for k, v in start.items()} for _ in range(2)]
+    g = place(oracle.vector(n))
+    with kernels(regime) as backend:
+
+        def run(state: dict[str, Tensor], d: Tensor, previous: Tensor) -> None:
+            backend.update(*state.values(), g, d, g, previous, 1.0, 1e-7, d, previous)
+
+        eager = [place(oracle.vector(n, seed=k)) for k in (1, 2)]
+        run(states[0], *eager)
+        replayed = [place(oracle.vector(n, seed=k)) for k in (1, 2)]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.graph(graph):
+            run(states[1], *replayed)
+        graph.replay()
+    for a, b in zip((*states[0].values(), *eager), (*states[1].values(), *replayed), strict=True):
+        assert torch.equal(a, b)
+
+
+@case(gpu=True, slow=True)
+def more_than_two_to_the_31_elements():
+    from secant.kernels.lbfgs import triton as backend
+
+    n, m = 2**30, 3
+    state = {k: place(v) for k, v in oracle.new_state(1, m, 1, BF16).items()}
+    state["s_ring"] = torch.zeros(1, m, n, dtype=BF16, device=device)
+    state["y_ring"] = torch.zeros(1, m, n, dtype=BF16, device=device)
+    state["head"].fill_(m - 1)
+    s = torch.randn(1, n, device=device).bfloat16().float()
+    g = 2 * s
+    backend.update(*state.values(), g, s, g, None, 1.0, 1e-7, d := torch.empty_like(g), None)
+    assert state["stats"][0, 6].item() == 1.0
+    assert torch.equal(state["s_ring"][0, m - 1].float(), s[0])
+    # H y = s: three terms, each rounded, of size |s|, 2 |s| / 2 and |s|.
+    assert ((d + s).abs() <= 8 * torch.finfo(F32).eps * s.abs()).all()
+
+
+def main() -> None:
+    global device
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_num_threads(1)
+    for name in options.names or [c for c in CASES if device.type == "cuda" or c not in GPU_ONLY]:
+        failure, start = None, time.perf_counter()
+        try:
+            CASES[name]()
+        except Exception:
+            failure = traceback.format_exc()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"name": name, "failure": failure, "seconds": round(seconds, 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
