@@ -1,7 +1,9 @@
 // Threads: OpenMP when the build has it (the runtime is the one that torch loaded), else the calling thread alone.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <thread>
 #include <utility>
 
 #ifdef _OPENMP
@@ -18,16 +20,42 @@ inline int max_threads() {
 #endif
 }
 
-// A team runs one function on every thread: work(team, rank). Serial stands for the calling thread alone.
+// Meets `size` threads. It spins for about as long as a pass over a small history takes and then yields: the barrier of
+// libgomp spins for some 20 ms before it sleeps, which a machine with other work to do pays in full at every pass.
+class Barrier {
+ public:
+  void wait(int size) {
+    const int turn = turn_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (spins < 2000) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  std::atomic<int> arrived_{0}, turn_{0};
+};
+
+// A team runs one function on every thread, work(team); a team of one is the calling thread alone.
 struct Team {
   int rank;
   int size;
+  Barrier* meet;
   void barrier() const {
-#ifdef _OPENMP
-    if (size > 1) {
-#pragma omp barrier
-    }
-#endif
+    if (size > 1) meet->wait(size);
   }
   // The share of [0, n) that this rank owns, in whole grains.
   std::pair<int64_t, int64_t> share(int64_t n, int64_t grain) const {
@@ -41,13 +69,14 @@ template <class F>
 void run_team(int threads, const F& work) {
 #ifdef _OPENMP
   if (threads > 1) {
+    Barrier meet;
 #pragma omp parallel num_threads(threads)
-    work(Team{omp_get_thread_num(), omp_get_num_threads()});
+    work(Team{omp_get_thread_num(), omp_get_num_threads(), &meet});
     return;
   }
 #endif
   (void)threads;
-  work(Team{0, 1});
+  work(Team{0, 1, nullptr});
 }
 
 }  // namespace secant

@@ -381,7 +381,7 @@ void update(const LbfgsUpdate& a) {
       UpdateScratch<T, S> w;
       reserve(w, a.m, 1);
       const auto [begin, end] = team.share(a.batch, 1);
-      for (int64_t b = begin; b < end; ++b) update_team(Problem<T, S>(a, b), Team{0, 1}, w);
+      for (int64_t b = begin; b < end; ++b) update_team(Problem<T, S>(a, b), Team{0, 1, nullptr}, w);
     });
     return;
   }
@@ -665,7 +665,7 @@ void two_loop(const LbfgsTwoLoop& a) {
       TwoLoopScratch<T, S> w;
       reserve(w, a.m, panel, 1);
       const auto [begin, end] = team.share(a.batch, 1);
-      for (int64_t b = begin; b < end; ++b) two_loop_team(a, b, panel, Team{0, 1}, w);
+      for (int64_t b = begin; b < end; ++b) two_loop_team(a, b, panel, Team{0, 1, nullptr}, w);
     });
     return;
   }

@@ -42,7 +42,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _recursion(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> Tensor:
-    """D = -H g for pairs ordered oldest to newest; a pair with rho = 0 takes no part. All float64."""
+    """d = -H g for pairs ordered oldest to newest; a pair with rho = 0 takes no part. All float64."""
     m = s.shape[-2]
     q = -g
     alpha = torch.zeros_like(rho)
@@ -120,7 +120,7 @@ def update(
     tensor `y_prev`. `stats` (B, 8) receives the columns `STATS`: g.d, |grad|_2, |grad|_inf (NaN if any entry is), s'.y',
     |s'|, |y'|, 1.0 if accepted, gamma; entries that this call had no cause to compute are 0.
     """
-    batch, m, _ = s_ring.shape
+    m = s_ring.shape[1]
     stats.zero_()
     if s is not None:
         assert y is not None

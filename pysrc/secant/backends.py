@@ -98,14 +98,13 @@ def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType
         assert isinstance(module, ModuleType)
         return module
     key = (family, device, dtype)
-    module = _auto.get(key)
-    if module is None:
-        module = _auto[key] = _resolve_auto(family, device, dtype)
-    return module
+    if key not in _auto:
+        _auto[key] = _resolve_auto(family, device, dtype)
+    return _auto[key]
 
 
 def _resolve_auto(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    reasons = []
+    reasons: list[str] = []
     for name in ORDER:
         module = load(family, name)
         reason = module if isinstance(module, str) else module.supports(device, dtype)

@@ -1,7 +1,7 @@
 """Limited-memory quasi-Newton directions: `two_loop` and `LBFGSHistory`.
 
-The mathematics, the bytes that must move and the error bound are in `kernels/lbfgs/README.md`; the contract between this
-module and the kernels is in `kernels/lbfgs/reference.py`.
+The mathematics, the bytes that must move and the error bound are in `kernels/lbfgs/README.md`; the contract between
+this module and the kernels is in `kernels/lbfgs/reference.py`.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         >>> secant.ops.two_loop(g, s, 2 * s)        # Hessian 2 I: the Newton step
         >>> # equals -g / 2
     """
-    if out is None and gamma is None and not torch.compiler.is_compiling() and not _is_transformed(grad, s, y):
+    if out is None and gamma is None and not torch.compiler.is_compiling():
         plan = _plans.get(_plan_key(grad, s, y))
-        if plan is not None:
+        if plan is not None and not _is_transformed(grad, s, y):
             d = torch.empty_like(grad)
             plan(grad, s, y, None, d)
             return d
@@ -124,8 +124,8 @@ def _check_two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out
     if grad.dim() not in (1, 2):
         raise _gate.fail(op, "grad", "shape (n,) or (B, n)", f"shape {tuple(grad.shape)}")
     for name, pair in (("s", s), ("y", y)):
-        _gate.tensor(op, name, pair, STORAGE + (torch.float16,), grad.device)
-        want = grad.shape[:-1] + (pair.shape[-2] if pair.dim() == grad.dim() + 1 else -1, grad.shape[-1])
+        _gate.tensor(op, name, pair, (*STORAGE, torch.float16), grad.device)
+        want = (*grad.shape[:-1], pair.shape[-2] if pair.dim() == grad.dim() + 1 else -1, grad.shape[-1])
         if pair.shape != want:
             form = "(m, n)" if grad.dim() == 1 else "(B, m, n)"
             raise _gate.fail(
@@ -190,16 +190,17 @@ class _TwoLoop(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, s, y, ctx.gamma = inputs
+        ctx.set_materialize_grads(False)  # so that a missing tangent of s or y is None, not zeros
         ctx.save_for_backward(s, y)
         ctx.save_for_forward(s, y)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
         s, y = ctx.saved_tensors
         return _TwoLoop.apply(v, s, y, ctx.gamma), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, s_tangent: Any, y_tangent: Any, _: Any) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, s_tangent: Any, y_tangent: Any, _: Any) -> Tensor:
         if s_tangent is not None or y_tangent is not None:
             raise RuntimeError("two_loop: not differentiable in s and y")
         s, y = ctx.saved_tensors
@@ -365,9 +366,9 @@ class LBFGSHistory:
 
     def _vector(self, op: str, name: str, x: Tensor) -> Tensor:
         """A checked input, contiguous."""
-        if type(x) is Tensor and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
-            if x.layout is torch.strided:
-                return x.contiguous()
+        plain = type(x) is Tensor and x.layout is torch.strided
+        if plain and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
+            return x.contiguous()
         return _gate.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).contiguous()
 
     def _output(self, op: str, name: str, x: Tensor, *others: Tensor) -> Tensor:
@@ -375,9 +376,13 @@ class LBFGSHistory:
         if self._vector(op, name, x) is not x:
             raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", f"strides {x.stride()}")
         for other in others:
-            if abs(x.data_ptr() - other.data_ptr()) < self._bytes:
+            if self._overlaps(x, other):
                 raise _gate.fail(op, name, "no overlap with the other vectors", "overlapping memory")
         return x
+
+    def _overlaps(self, a: Tensor, b: Tensor) -> bool:
+        """Two contiguous vectors of this history; there are no addresses to compare while compiling."""
+        return not torch.compiler.is_compiling() and abs(a.data_ptr() - b.data_ptr()) < self._bytes
 
     def append(self, s: Tensor, y: Tensor) -> Tensor:
         """Offer the pair (s, y); it enters the ring when it passes the gate, in place of the oldest when that is full.
@@ -396,7 +401,7 @@ class LBFGSHistory:
         return self.stats.accepted.clone()
 
     def direction(self, grad: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """D = -H grad, with H_0 = gamma I, gamma = s.y / y.y of the newest pair (1 when there is none).
+        """d = -H grad, with H_0 = gamma I, gamma = s.y / y.y of the newest pair (1 when there is none).
 
         Args:
             grad: (n,) or (B, n), of `dtype`. out: likewise, contiguous; receives d, and may be `grad`.
@@ -409,7 +414,7 @@ class LBFGSHistory:
         """
         g = self._vector("direction", "grad", grad)
         d = torch.empty_like(g) if out is None else self._output("direction", "out", out)
-        if out is not None and out is not grad and abs(d.data_ptr() - g.data_ptr()) < self._bytes:
+        if out is not None and out is not grad and self._overlaps(d, g):
             raise _gate.fail("direction", "out", "grad itself or no overlap with it", "overlapping memory")
         self._update(g, None, None, None, 1.0, d, None)
         return d

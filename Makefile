@@ -1,0 +1,72 @@
+# make demo | test | test-all | bench | lint | format | gpu | clean. Every target sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/gpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh kernels/*.cuh kernels/*/*.cpp kernels/*/*.h kernels/*/*.cu)
+
+.PHONY: demo test test-all bench lint format gpu clean build
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo      train on real data with torch.optim.LBFGS and with secant, draw secant-demo.png"
+	@echo "make test      the tests (make test-all adds the long proofs)"
+	@echo "make bench     microbenchmarks against eager and compiled PyTorch"
+	@echo "make lint      ruff, clang-format, mypy"
+	@echo "make gpu       on a machine with a GPU: build, test and measure there; results in OUT=folder"
+
+# torch first and alone: a bare "torch" among other requirements may resolve to a build of several gigabytes.
+$(VENV)/.deps: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch numpy
+	$(PIP) install -c constraints.txt ruff mypy clang-format
+	touch $@
+
+# Warnings are errors here and in CI, not for users.
+$(VENV)/.built: $(VENV)/.deps $(NATIVE)
+	SECANT_WERROR=ON $(PIP) install -c constraints.txt -e ".[demo,test,bench,triton]"
+	touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/python -m secant demo
+
+test: build
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: build
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: build
+	$(BIN)/python -m secant bench
+	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-sort=name --benchmark-columns=min,median,rounds
+
+lint: $(VENV)/.deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+format: $(VENV)/.deps
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# On a machine with a GPU that has torch, Triton, CuPy, CMake, pybind11 and pytest, and needs no network. Each stage runs
+# whatever becomes of the others; the exit status is that of the worst.
+gpu:
+	mkdir -p $(OUT)
+	SECANT_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . 2>&1 | tee $(OUT)/build.log
+	status=0; \
+	$(PYTHON) -m secant info --json > $(OUT)/info.json || status=1; \
+	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/tests.xml > $(OUT)/tests.log 2>&1 || status=1; \
+	tail -n 25 $(OUT)/tests.log; \
+	$(PYTHON) -m secant bench --device cuda --json $(OUT)/bench.json --plot $(OUT)/bench.png | tee $(OUT)/bench.log; \
+	$(PYTHON) -m secant demo --device cuda --output $(OUT)/demo.png | tee $(OUT)/demo.log; \
+	exit $$status
+
+clean:
+	rm -rf build dist out $(VENV)/.built pysrc/secant/*.so *.egg-info pysrc/*.egg-info
