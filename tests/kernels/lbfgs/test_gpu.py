@@ -7,7 +7,7 @@ import torch
 from secant import backends
 from secant.kernels.lbfgs import reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 DEVICE = torch.device("cuda", 0)
@@ -27,8 +27,6 @@ SHAPES = [  # (batch, n, m): a block, blocks that meet, more than shared memory 
 
 @pytest.fixture(params=["cuda", "nvrtc", "triton"])
 def backend(request):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     module = backends.load("lbfgs", request.param)
     if isinstance(module, str):
         pytest.skip(module)
