@@ -1,0 +1,107 @@
+"""Command line: `python -m secant info | demo | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+#: What a command imports beyond torch: module -> package, in the order in which it is asked for.
+PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"there is no device {text} here (torch sees {torch.cuda.device_count()} GPUs)"
+        )
+    return device
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in an existing directory, got {text!r}")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m secant", description="Second-order information for PyTorch.")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{info,demo,bench}")
+
+    info = commands.add_parser("info", help="version, build configuration, and which backends can run here and why not")
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+    demo = commands.add_parser(
+        "demo", help="train on real data against torch.optim.LBFGS and draw the result, in a minute"
+    )
+    demo.add_argument("--output", type=_file, default=Path("secant-demo.png"), metavar="FILE", help="the picture (PNG)")
+
+    bench = commands.add_parser(
+        "bench", help="time the kernels against every peer and check the bars, in a few minutes"
+    )
+    bench.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
+    bench.add_argument("--plot", type=_file, metavar="FILE", help="draw the results (PNG)")
+
+    for command in (demo, bench):
+        command.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+        command.add_argument("--quick", action="store_true", help="small inputs and few repeats, to see that it runs")
+    return parser
+
+
+def _missing(command: str, modules: Sequence[str], extra: str) -> str | None:
+    """What to say when a command needs packages that are not installed."""
+    absent = [PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
+    if not absent:
+        return None
+    return f'{command} needs {", ".join(absent)}; install with: pip install "secant[{extra}]"'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0, or 1 when a package is missing. Wrong arguments exit with 2.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if args.command == "info":
+        from secant.cli import info
+
+        return info.run(as_json=args.json)
+    needs, extra = (
+        (tuple(PACKAGES), "demo") if args.command == "demo" else (("matplotlib",) if args.plot else (), "bench")
+    )
+    complaint = _missing(args.command, needs, extra)
+    if complaint is not None:
+        print(complaint, file=sys.stderr)
+        return 1
+    if args.command == "demo":
+        from secant.cli import demo
+
+        demo.run(args.device, args.output, quick=args.quick)
+    else:
+        from secant.cli import bench
+
+        bench.run(args.device, json_path=args.json, plot_path=args.plot, quick=args.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

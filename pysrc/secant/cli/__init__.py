@@ -1,0 +1,1 @@
+"""The commands behind `python -m secant`, one module each."""

@@ -1,0 +1,137 @@
+"""`python -m secant bench`: the kernels against every peer, the optimizers, and the bars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secant.benchmarks import digits, lbfgs, machine, report
+from secant.benchmarks.lbfgs import Case, Row
+from secant.benchmarks.optimizers import outside_per_iteration
+from secant.benchmarks.report import Overhead
+from secant.cli import console
+
+#: Seconds of timing per group of cases, and the longest vector of those that GPU users would replay from a graph.
+GROUP_SECONDS, GRAPH_N = 2.0, 10**5
+#: n, history and line search of the optimizers that are compared.
+OVERHEADS = (
+    *((n, history, None) for n in (10**3, 10**6) for history in (10, 100)),
+    (10**3, 10, "strong_wolfe"),
+    (10**6, 10, "strong_wolfe"),
+)
+
+
+def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
+    """Every group of cases; on a GPU the short ones also as graph replays."""
+    rows: list[Row] = []
+
+    def wanted(case: Case, name: str) -> bool:
+        return not (quick and name == "compiled")  # compiling takes longer than all the rest
+
+    groups = lbfgs.groups(quick=quick)
+    with console.progress("directions") as advance:
+        for i, cases in enumerate(groups):
+            seconds = 0.02 if quick else GROUP_SECONDS
+            limit = cases[0].op == "two_loop" and not cases[0].batch
+            rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, limit=limit)
+            if device.type == "cuda" and cases[0].n <= GRAPH_N:
+                rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, graph=True)
+            advance((i + 1) / len(groups), f"{cases[0].op} {cases[0].shape}")
+    return rows
+
+
+def measure_overheads(device: torch.device, *, quick: bool) -> list[Overhead]:
+    """Both optimizers, outside the closure."""
+    cases = OVERHEADS[:1] if quick else OVERHEADS
+    found = []
+    with console.progress("optimizers") as advance:
+        for i, (n, history, search) in enumerate(cases):
+            timings = outside_per_iteration(n, history, device, line_search_fn=search)
+            found.append(Overhead(n, history, search, timings))
+            advance((i + 1) / len(cases), f"n = {n:,}, history {history}")
+    return found
+
+
+def _errors(device: torch.device) -> dict[str, float] | None:
+    try:
+        return digits.direction_errors(digits.load(device))
+    except ImportError:
+        return None
+
+
+def draw(path: Path, rows: Sequence[Row], bandwidth: machine.Bandwidth, about: dict[str, Any]) -> None:
+    """Write the picture."""
+    from secant.benchmarks import plot
+
+    flat = [row for row in rows if row.case.op == "two_loop" and not row.case.batch and row.note == ""]
+    ours = flat[0].name
+    names = {"eager": "eager", ours: f"secant ({ours})", "compiled": "compiled", "compact": "compact eager"}
+    series = []
+    for name, label in names.items():
+        points = [(row.case, row.seconds) for row in flat if row.name == name and row.seconds is not None]
+        if points:
+            color = plot.SECANT if name == ours else plot.PEERS[name]
+            series.append(plot.Series(label, color, [case.n for case, _ in points], [seconds for _, seconds in points]))
+    cases = list(dict.fromkeys(row.case for row in flat))
+    reads = [2 * case.history_bytes / bandwidth.bytes_per_second for case in cases]
+    limit = plot.Series("memory limit", plot.GREY, [case.n for case in cases], reads)
+    compared = []
+    for case in dict.fromkeys(row.case for row in rows):
+        row = report.find(rows, case)
+        found = report.ratios(rows, row) if row is not None else {}
+        if found:
+            compared.append((f"{case.op} {case.shape}", found))
+    wins = sum(value >= 1 for _, found in compared for value in found.values())
+    total = sum(len(found) for _, found in compared)
+    plot.save_bench(
+        path,
+        plot.Panel("two_loop, 10 pairs, float32", "time of a call; dashed: the history read twice from memory"),
+        series,
+        limit,
+        plot.Panel(
+            f"Faster than the peer in {wins} of {total}", "how many times longer each peer takes; left of 1 we lose"
+        ),
+        compared,
+        machine.summary(about),
+    )
+
+
+def run(device: torch.device, *, json_path: Path | None, plot_path: Path | None, quick: bool = False) -> dict[str, Any]:
+    """Run the benchmarks, print the tables, and write what is asked for.
+
+    Args:
+        device: where. json_path, plot_path: files to write. quick: small inputs, short samples, no torch.compile.
+
+    Returns:
+        The plain data of `report.as_json`.
+    """
+    about, first = machine.describe(device), machine.bandwidth(device)
+    rows = measure_rows(device, quick=quick)
+    overheads = measure_overheads(device, quick=quick)
+    bandwidth = max(first, machine.bandwidth(device))  # the better of before and after: a disturbance only takes
+    about |= {"bandwidth": bandwidth.bytes_per_second, "bandwidth_method": bandwidth.method}
+    if device.type == "cuda":
+        bars = report.gpu_bars(rows, bandwidth.bytes_per_second)
+    else:
+        bars = report.cpu_bars(rows, overheads, _errors(device))
+    tables = (
+        report.Table("Machine", ("", ""), [(key.replace("_", " "), str(value)) for key, value in about.items()]),
+        report.rows_table(rows, bandwidth.bytes_per_second),
+        report.overheads_table(overheads),
+        report.bars_table(bars),
+    )
+    for table in tables:
+        console.show(table)
+    result = report.as_json(about, rows, overheads, bars, bandwidth.bytes_per_second)
+    print("\n  ".join(["Where secant loses:", *result["lost"]]) if result["lost"] else "secant loses nowhere above.")
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"Wrote {json_path}.")
+    if plot_path is not None:
+        draw(plot_path, rows, bandwidth, about)
+        print(f"Wrote {plot_path}.")
+    return result
