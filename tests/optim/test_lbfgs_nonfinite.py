@@ -120,14 +120,17 @@ def test_a_step_cannot_overflow_a_parameter(packed, line_search_fn, dtype):
 
     def loss(params):
         (x,) = params
-        return torch.tanh(-x / 8).sum()
+        return (-0.5 * big * torch.tanh(x / (0.5 * big))).sum()
 
-    for lr in (big ** 0.9, big):  # fmt: skip
-        run = Run(LBFGS, loss, [torch.tensor([1.0, 2.0], dtype=dtype)], lr=float(lr), line_search_fn=line_search_fn)
-        run.optimizer._bind()
-        run.optimizer._packed = packed
-        run.step(3)
-        assert torch.isfinite(run.x).all()
+    # The slope is -sech(1.9)^2 = -0.086 at 0.95 big, so lr = big would add 0.086 big.
+    start = torch.tensor([0.95 * big], dtype=dtype)
+    assert math.isinf((start + 0.08 * big).item())
+    run = Run(LBFGS, loss, [start], lr=big, line_search_fn=line_search_fn)
+    run.optimizer._bind()
+    run.optimizer._packed = packed
+    run.step(3)
+    assert torch.isfinite(run.x).all()
+    if not packed:  # where the size of the direction is known before it is tried, nothing infinite is ever evaluated
         assert all(torch.isfinite(x).all() for x in run.points)
 
 
@@ -141,3 +144,18 @@ def test_a_huge_gradient_in_float32(line_search_fn):
 
     run = Run(LBFGS, loss, [torch.tensor([1.0, -2.0])], line_search_fn=line_search_fn).step(5)
     assert torch.isfinite(run.x).all()
+
+
+def test_a_search_that_ends_on_an_earlier_trial_keeps_its_gradient():
+    """NaN from 5 on, the minimum beyond: the bracket closes on its last finite trial; the run goes on from there."""
+
+    def loss(params):
+        (x,) = params
+        return 0.5 * (x - 10.0).square().sum() if (x < 5.0).all() else x.sum() * math.nan
+
+    run = Run(LBFGS, loss, [torch.zeros(2).double()], max_iter=2, max_eval=200, tolerance_change=1e-3,
+              line_search_fn="strong_wolfe").step()  # fmt: skip
+    assert run.state["n_iter"] == 2
+    start = run.state["start"]  # of the second iteration
+    assert ((start > 1.0) & (start < 5.0)).all()
+    assert torch.equal(run.state["prev_grad"], start - 10.0)

@@ -170,6 +170,7 @@ def test_gradients_are_views_of_one_vector(set_to_none):
     assert torch.equal(flat, torch.cat([g.reshape(-1) for g in torch.autograd.grad(run.loss(run.params), run.params)]))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_any_way_of_zeroing_gives_the_same_run(line_search_fn):
     loss, start = PROBLEMS["mlp"]
@@ -219,6 +220,7 @@ def test_no_gradient_counts_as_zero_at_every_evaluation():
     assert torch.equal(run.params[1].detach(), torch.ones(3).double())
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 def test_parameters_of_any_layout():
     loss, start = PROBLEMS["mlp"]
     run = Run(LBFGS, loss, start)

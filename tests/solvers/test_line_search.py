@@ -1,10 +1,12 @@
 """The strong Wolfe search on functions of one variable."""
 
+import importlib
 import itertools
 import math
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from secant.solvers import Step, Trial, cubic_minimizer, strong_wolfe
 
@@ -54,6 +56,43 @@ def test_step_satisfies_both_conditions(minimum, curvature, wave, first):
     # 100 trials shrink or grow a bracket by far more than the six orders between first and minimum.
     assert step.wolfe
     assert is_wolfe(phi, step.trial.t)
+
+
+@given(
+    waves=st.lists(st.tuples(st.floats(-3.0, 3.0), st.floats(0.1, 5.0), st.floats(0.0, 6.3)), min_size=1, max_size=4),
+    bowl=st.floats(-0.1, 1.0),
+    first=st.floats(0.01, 20.0),
+    most=st.integers(1, 25),
+)
+@settings(max_examples=400, derandomize=True)
+def test_trials_are_those_of_torch(waves, bowl, first, most):
+    """On sums of waves, which lead through every branch: the same trials and the same choice, to rounding.
+
+    Always the same sums: a decision that hangs on the last bit may fall either way.
+    """
+
+    def phi(t):
+        value = 0.01 * bowl * t * t + sum(a * math.sin(w * t + p) for a, w, p in waves)
+        return value, 0.02 * bowl * t + sum(a * w * math.cos(w * t + p) for a, w, p in waves)
+
+    value, slope = phi(0.0)
+    assume(slope < -1e-3)
+    seen = []
+
+    def objective(_, t, d):
+        seen.append(float(t))
+        f, g = phi(seen[-1])
+        return f, torch.tensor([g], dtype=torch.float64)
+
+    one, gradient = torch.ones(1).double(), torch.tensor([slope], dtype=torch.float64)
+    # Its max_ls counts the trials after the first.
+    theirs = importlib.import_module("torch.optim.lbfgs")._strong_wolfe
+    _, _, chosen, count = theirs(objective, None, first, one, value, gradient, gradient[0], max_ls=most - 1)
+    step, trials = search(phi, first, max_evaluations=most)
+    assert step.evaluations == len(trials) == count
+    # A trial is the root of a quadratic whose rounding its condition amplifies, trial after trial.
+    assert [x.t for x in trials] == pytest.approx(seen, rel=1e-6)
+    assert step.trial.t == pytest.approx(float(chosen), rel=1e-6)
 
 
 @given(scale=st.floats(1e-6, 1e6), first=st.floats(1e-6, 1e6))
