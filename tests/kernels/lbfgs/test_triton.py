@@ -14,7 +14,7 @@ import triton_cases
 
 pytest.importorskip("triton")
 
-from secant.kernels.lbfgs import triton as backend  # noqa: E402
+from secant.kernels.lbfgs import triton as backend
 
 SCRIPT = Path(__file__).with_name("triton_cases.py")
 

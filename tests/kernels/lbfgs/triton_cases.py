@@ -123,7 +123,7 @@ def step(
     regime: str, state: dict[str, Tensor], vectors: torch.dtype, t: float | Tensor = 0.7, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The fused call of an optimizer, in place, against the reference on the same state; updates `state`."""
-    batch, m, n = state["s_ring"].shape
+    batch, _, n = state["s_ring"].shape
     g0, g1 = oracle.vector(n, batch, vectors, 3 * seed + 1), oracle.vector(n, batch, vectors, 3 * seed + 2)
     tt = t[:, None].double() if isinstance(t, Tensor) else t
     d = ((g1.double() - g0.double()) / (0.5 + oracle.vector(n, batch, F64, 9).abs()) / tt).to(vectors)

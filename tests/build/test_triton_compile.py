@@ -1,0 +1,149 @@
+"""Triton kernels compiled for GPUs that are not here: no spills, resources within what a multiprocessor has.
+
+The launchers themselves run, with a driver that only knows which GPU it pretends to be, so what is compiled is exactly
+what they would launch: signature, divisibility, block sizes, warps.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+KERNELS = ("_dots", "_combine", "_panel", "_update_one", "_two_loop_one")
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+#: Lengths: short and long; the aligned ones are loaded 16 bytes at a time.
+SHORT, SHORT_ODD = lbfgs._ONE_PROGRAM, lbfgs._ONE_PROGRAM - 1
+LONG, LONG_ODD = 2 * lbfgs._ONE_PROGRAM, lbfgs._ONE_PROGRAM + 1
+MAIN = [(10, 64, F32, F32), (10, LONG, F32, F32), (10, LONG, F32, BF16), (10, LONG, F64, F64), (10, LONG_ODD, F32, F32)]
+MORE = [
+    (m, n, t, r)
+    for m in (1, 17, 256)
+    for n in (1, 64, 1024, SHORT, SHORT_ODD, LONG, LONG_ODD)
+    for t, r in ((F32, BF16), (F64, F64))
+]
+
+
+class PretendDriver:
+    """Enough of Triton's driver to specialise and compile a launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """Stands in for a kernel: compiles what would be launched, and keeps the result."""
+
+    def __init__(self, kernel, compiled: list) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        assert 0 < grid[0] < 2**31
+        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def gpu(request, monkeypatch):
+    """The architecture, and the list of every kernel that the launchers would have launched on such a GPU."""
+    if lbfgs._INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 is set: nothing is compiled")
+    compiled: list = []
+    for name in KERNELS:
+        monkeypatch.setattr(lbfgs, name, Compiler(getattr(lbfgs, name), compiled))
+    driver = triton.runtime.driver
+    before = dict(vars(driver))  # reset_active would look for a real GPU
+    driver.set_active(PretendDriver(request.param))
+    yield request.param, compiled
+    vars(driver).update(before)
+
+
+def launch_all(m: int, n: int, vectors: torch.dtype, ring: torch.dtype, main: bool) -> None:
+    """The fused step and a two-loop; unless `main`, also every other way to call `update`."""
+    rings = [torch.zeros(1, m, n, dtype=ring) for _ in range(2)]
+    grams = [torch.zeros(1, m, m, dtype=F64) for _ in range(2)]
+    counters = [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
+    state = (*rings, *grams, *counters, torch.zeros(1, 8, dtype=F64))
+    g, d, p = (torch.zeros(1, n, dtype=vectors) for _ in range(3))
+    lbfgs.update(*state, g, d, g, p, 1.0, 1e-7, d, p)
+    lbfgs.two_loop(g, *rings, None, d)
+    if not main:
+        lbfgs.update(*state, g, d, g, p, torch.ones(1, dtype=F64), 1e-7, d, p)
+        lbfgs.update(*state, None, d, g, None, 1.0, 1e-7, None, None)
+        lbfgs.update(*state, g, None, None, None, 1.0, 1e-7, d, None)
+        lbfgs.two_loop(g, *rings, 0.5, d)
+
+
+def resources(kernel, arch: int, path: Path) -> dict[str, int]:
+    """What ptxas and Triton say of a compiled kernel; shared memory in bytes."""
+    path.write_text(kernel.asm["ptx"])
+    target = re.search(r"^\.target (sm_\w+)", kernel.asm["ptx"], re.MULTILINE).group(1)
+    assert re.fullmatch(rf"sm_{arch}a?", target)
+    log = subprocess.run(
+        [PTXAS, "-v", f"--gpu-name={target}", path, "-o", path.with_suffix(".cubin")],
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    ).groups()
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
+        "stack": int(stack),
+        "spills": int(stores) + int(loads),
+        "threads": 32 * kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+    }
+
+
+def check(gpu, tmp_path, m, n, vectors, ring, main, record):
+    arch, compiled = gpu
+    launch_all(m, n, vectors, ring, main)
+    want = {"_dots", "_combine", "_panel"} if n > lbfgs._ONE_PROGRAM else {"_update_one", "_two_loop_one"}
+    assert {k.metadata.name for k in compiled} == want
+    for i, kernel in enumerate(compiled):
+        used = resources(kernel, arch, tmp_path / "kernel.ptx")
+        label = f"{kernel.metadata.name} {i} sm_{arch} m={m} n={n} {vectors} {ring}: {used}"
+        record(f"{kernel.metadata.name}.{i}", str(used))
+        assert used["spills"] == 0, label
+        assert used["stack"] == 0, label
+        assert used["registers"] * used["threads"] <= 65536, label
+        assert used["shared"] <= 48 * 1024, label
+
+
+@pytest.mark.parametrize(("m", "n", "vectors", "ring"), MAIN, ids=str)
+def test_compiles_without_spills(gpu, tmp_path, m, n, vectors, ring, record_property):
+    check(gpu, tmp_path, m, n, vectors, ring, True, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("m", "n", "vectors", "ring"), MORE, ids=str)
+def test_everything_compiles_without_spills(gpu, tmp_path, m, n, vectors, ring, record_property):
+    check(gpu, tmp_path, m, n, vectors, ring, False, record_property)
+
+
+@pytest.mark.parametrize("n", [64, LONG])
+def test_rows_are_read_sixteen_bytes_at_a_time(gpu, n):
+    """A float32 ring of aligned rows: the loads of the passes over the history are ld.global.v4."""
+    _, compiled = gpu
+    launch_all(10, n, F32, F32, True)
+    for kernel in compiled:
+        if kernel.metadata.name in ("_dots", "_combine", "_update_one"):
+            wide = re.findall(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])
+            assert len(wide) >= 4, kernel.metadata.name
