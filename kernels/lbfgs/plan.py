@@ -263,10 +263,8 @@ class Launcher:
 
     def two_loop(self, grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
         """Compute a direction from pairs oldest first: see `reference.two_loop`."""
-        batch, m, n = s.shape
-        if m == 0:
-            torch.mul(grad, -1.0 if gamma is None else -gamma, out=out)
-            return
+        *batches, m, n = s.shape
+        batch = batches[0] if batches else 1
         index = grad.device.index or 0
         key = (index, grad.dtype, s.dtype, batch, n, m)
         plan = self._plans.get(key)
@@ -279,7 +277,7 @@ class Launcher:
         stream = self.driver.stream(index)
         work = self._workspace(grad, stream, plan.work) if plan.work else None
         pointers = (grad.data_ptr(), s.data_ptr(), y.data_ptr(), out.data_ptr())
-        strides = (s.stride(1), s.stride(0), y.stride(1), y.stride(0))
+        strides = (s.stride(-2), s.stride(0), y.stride(-2), y.stride(0))
         aligned = n | strides[0] | strides[1] | strides[2] | strides[3]
         wide = aligned * size % 16 == 0 and (pointers[0] | pointers[1] | pointers[2] | pointers[3]) % 16 == 0
         for item in plan.launches:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from secant import backends
 from secant.kernels.lbfgs import reference
+
+from secant import backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
