@@ -92,7 +92,8 @@ def training_table(results: dict[str, Pair]) -> Table:
     )  # fmt: skip
     counts = ", ".join(str(pair.runs) for pair in results.values())
     notes = (
-        f"LBFGS of torch.optim and of secant.optim, strong Wolfe, history {HISTORY}, float32; the median of {counts} runs.",
+        f"LBFGS of torch.optim and of secant.optim, strong Wolfe, history {HISTORY}, float32; "
+        f"the median of {counts} runs.",
         "closures: seconds in the model and its gradient; optimizer: seconds outside the closures.",
     )
     return Table("Training on 1,437 of the 1,797 digits, full batch, the same initial point", columns, rows, notes)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import secant
+from secant import backends
+from secant.benchmarks import lbfgs, machine, report
+from secant.benchmarks.lbfgs import LIMIT, Case, Problem, contenders, measure
+
+CPU = torch.device("cpu")
+
+
+def no_compile(case, name):
+    return name != "compiled"
+
+
+def test_bytes_count_the_history_twice_and_each_vector_once():
+    n, m = 100, 10
+    assert Case("two_loop", n).nbytes == 4 * m * n * 4 + 2 * n * 4
+    assert Case("direction", n, storage=torch.bfloat16).nbytes == 4 * m * n * 2 + 2 * n * 4
+    # A step reads g, g_prev and d, writes g_prev and d, and a pair into the ring.
+    assert Case("step", n, storage=torch.bfloat16).nbytes == 4 * m * n * 2 + 5 * n * 4 + 2 * n * 2
+    assert Case("direction", n, batch=3).nbytes == 3 * Case("direction", n).nbytes
+
+
+@pytest.mark.parametrize("op", ["two_loop", "direction", "step"])
+@pytest.mark.parametrize("batch", [0, 6])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_every_contender_is_right(op, batch, storage):
+    case = Case(op, 70, m=5, batch=batch, storage=storage)
+    problem = Problem(case, CPU)
+    found = list(contenders(case, problem, no_compile))
+    assert [c.name for c in found if c.kind == "backend"] == lbfgs.serving(case, CPU)
+    for contender in found:
+        error, bound = contender.check(problem)
+        assert error <= bound < 1e-3, contender.name
+
+
+def test_check_tells_float32_from_a_lower_precision():
+    case = Case("direction", 500, storage=torch.bfloat16)
+    problem = Problem(case, CPU)
+    own = contenders(case, problem, lambda case, name: name == "reference")[0]
+    unrounded = case._replace(storage=torch.float32)
+    error, bound = own._replace(case=unrounded).check(problem)  # against pairs that were not rounded to bfloat16
+    assert error > 10 * bound
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_timed_steps_are_accepted_and_go_round(name):
+    case = Case("step", 40, m=3)
+    problem = Problem(case, CPU)
+    forth, back = contenders(case, problem, lambda case, other: other == name)[0].timed.calls
+    first = forth().clone()
+    # Accepted: s = y = 2 g, so H g = g. A rejected pair would leave the H of random pairs.
+    torch.testing.assert_close(first, -problem.g)
+    for _ in range(20):
+        torch.testing.assert_close(back(), problem.g)
+        torch.testing.assert_close(forth(), -problem.g)
+
+
+def test_measure_times_every_contender_once():
+    cases = [Case("direction", 60, m=4), Case("direction", 60, m=4, storage=torch.bfloat16)]
+    rows = measure(cases, CPU, seconds=0.0, wanted=no_compile, limit=True)
+    names = lbfgs.serving(cases[0], CPU)
+    limit = [(cases[0], LIMIT)] if machine.can_read() else []
+    expected = (
+        [(cases[0], name) for name in [*names, "eager", "compact"]] + [(cases[1], name) for name in names] + limit
+    )
+    assert [(row.case, row.name) for row in rows] == expected
+    for row in rows:
+        assert 0 < row.best <= row.seconds < 1
+        assert row.bytes_per_second == pytest.approx(row.case.nbytes / row.seconds)
+
+
+def test_measure_rejects_cases_that_share_no_problem():
+    with pytest.raises(ValueError, match="one n, m, batch and dtype"):
+        measure([Case("direction", 60), Case("direction", 61)], CPU, seconds=0.0)
+
+
+@pytest.mark.parametrize("value", [1.01, math.nan])
+def test_a_wrong_answer_has_no_speed(monkeypatch, value):
+    case = Case("two_loop", 50)
+    auto = backends.load("lbfgs", lbfgs.serving(case, CPU)[0])
+    right = auto.two_loop
+
+    def wrong(grad, s, y, gamma, out):
+        right(grad, s, y, gamma, out)
+        out[..., 0] *= value
+
+    monkeypatch.setattr(auto, "two_loop", wrong)
+    rows = measure([case], CPU, seconds=0.0, wanted=no_compile)
+    assert (rows[0].seconds, rows[0].best, rows[0].bytes_per_second) == (None, None, None)
+    assert rows[0].note == "wrong answer"
+    assert not rows[0].correct
+    assert report.ratios(rows, rows[0]) == {}
+    assert any("wrong answer" in line for line in report.losses(rows, []))
+    eager = report.find(rows, case, "eager")
+    assert eager.seconds is not None
+
+
+def test_auto_is_timed_as_a_user_calls_it_and_the_rest_by_choice(monkeypatch):
+    case = Case("two_loop", 30)
+    seen = []
+    problem = Problem(case, CPU)
+    for contender in contenders(case, problem, lambda case, name: name in backends.ORDER):
+        with contender.timed.around():
+            seen.append((contender.name, secant.current_backend()))
+    first, *rest = lbfgs.serving(case, CPU)
+    assert seen == [(first, "auto"), *((name, name) for name in rest)]
+
+
+def test_the_reference_is_spared_long_vectors():
+    long = Case("two_loop", 10**7)
+    assert "reference" not in lbfgs.serving(long, CPU)
+    assert "reference" in lbfgs.serving(Case("two_loop", 10**6), CPU)
+
+
+def test_copies_outgrow_a_cache(monkeypatch):
+    case = Case("two_loop", 10**5)  # 8 MB of history
+    assert lbfgs._copies(case, CPU) == 1
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 50 * 10**6)
+    assert lbfgs._copies(case, CPU) == 13
+    assert lbfgs._copies(Case("two_loop", 1000), CPU) == lbfgs.MAX_COPIES
+    assert lbfgs._copies(Case("two_loop", 10**8), CPU) == 1
+
+
+def test_bandwidth_is_positive_and_described():
+    found = machine.bandwidth(CPU, nbytes=1 << 22)
+    assert 1e8 < found.bytes_per_second < 1e13
+    assert found.method.startswith("read by")
+
+
+def test_bandwidth_without_the_extension(monkeypatch):
+    monkeypatch.setattr(machine, "_cpu", None)
+    found = machine.bandwidth(CPU, nbytes=1 << 22)
+    assert 1e8 < found.bytes_per_second < 1e13
+    assert found.method == "read by torch.sum"
+    assert not machine.can_read()

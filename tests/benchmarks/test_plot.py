@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("matplotlib")
+
+import itertools
+
+from matplotlib.image import imread
+
+from secant.benchmarks import plot
+from secant.benchmarks.plot import Curve, Panel, Series
+
+LINES = [
+    Series("slow", plot.TORCH, [1000, 10_000, 100_000], [3e-4, 5e-4, 2e-3]),
+    Series("fast", plot.SECANT, [1000, 10_000, 100_000], [1e-5, 5e-5, 4e-4]),
+]
+LIMIT = Series("limit", plot.GREY, [1000, 100_000], [4e-6, 4e-4])
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8), st.floats(0.5, 50))
+def test_labels_are_moved_apart_in_order(positions, gap):
+    moved = plot._spread(positions, gap)
+    by_height = sorted(moved)
+    assert all(b - a >= gap * (1 - 1e-9) - 1e-9 for a, b in itertools.pairwise(by_height))
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    assert [moved[i] for i in order] == by_height
+    assert sum(moved) == pytest.approx(sum(positions), abs=1e-6)
+
+
+def test_labels_that_do_not_touch_stay():
+    assert plot._spread([30.0, 0.0, 10.0], 10.0) == [30.0, 0.0, 10.0]
+
+
+def check_picture(path):
+    pixels = imread(path)[..., :3]
+    assert min(pixels.shape[:2]) > 800
+    assert pixels.std() > 0.02
+    return pixels
+
+
+def colours(pixels, colour):
+    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return (abs(pixels - rgb).max(-1) < 0.02).sum()
+
+
+def test_demo_picture(tmp_path):
+    curves = [
+        Curve("torch", plot.TORCH, [0.1, 0.2, 0.5], [2.0, 3.0, 0.1]),
+        Curve("secant", plot.SECANT, [0.1, 0.3], [2.0, 0.1]),
+    ]
+    losses = [(Panel("a", "b"), curves), (Panel("c", "d"), curves)]
+    plot.save_demo(tmp_path / "x.png", losses, Panel("e", "f"), LINES, LIMIT, "footer")
+    pixels = check_picture(tmp_path / "x.png")
+    half = pixels.shape[1] // 2
+    for colour in (plot.TORCH, plot.SECANT):  # both optimizers on the left, both kernels on the right
+        assert colours(pixels[:, :half], colour) > 200
+        assert colours(pixels[:, half:], colour) > 200
+
+
+def test_bench_picture(tmp_path):
+    ratios = [("one", {"eager": 3.0, "compact": 0.7}), ("two", {"eager bmm": 5.0})]
+    plot.save_bench(tmp_path / "x.png", Panel("a", "b"), LINES, LIMIT, Panel("c", "d"), ratios, "footer")
+    pixels = check_picture(tmp_path / "x.png")
+    for name in ("eager", "compact", "eager bmm"):
+        assert colours(pixels[:, pixels.shape[1] // 2 :], plot.PEERS[name]) > 50
