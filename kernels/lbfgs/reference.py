@@ -108,17 +108,17 @@ def update(
     """Append a pair to the ring if it passes the gate, then compute the direction.
 
     The pair (when `s` is given) is s' = t * s and y' = y - y_prev (y' = y when `y_prev` is None), computed in T and
-    rounded to the dtype of the ring. With sy' = s'.y', ss' = s'.s', yy' = y'.y' in float64 of the rounded values, it is
-    accepted when all three are finite and sy' > tol * sqrt(ss' yy'). An accepted pair replaces slot `head`, head becomes
-    (head + 1) mod m and count min(count + 1, m); a rejected one changes nothing at all.
+    rounded to the dtype of the ring. With sy' = s'.y', ss' = s'.s', yy' = y'.y' in float64 of the rounded values, it
+    is accepted when all three are finite and sy' > tol * sqrt(ss' yy'). An accepted pair replaces slot `head`, head
+    becomes (head + 1) mod m and count min(count + 1, m); a rejected one changes nothing at all.
 
     Gram matrices, by slot: sy[i, j] = s_i.y_j where i is as old as j or older, 0 where i is newer (the recursion never
     asks for those); yy is symmetric. An empty slot holds zeros everywhere, so that sy[i, i] = 0 marks it: rho = 0.
 
-    `t` is a number or a float64 tensor of (B,) or (1,) on the device. `out` (when given, with `grad`) receives d = -H grad with
-    H_0 = gamma I as in `two_loop`; it may be the tensor `s`. `prev_out` (when given) receives `grad`; it may be the
-    tensor `y_prev`. `stats` (B, 8) receives the columns `STATS`: g.d, |grad|_2, |grad|_inf (NaN if any entry is), s'.y',
-    |s'|, |y'|, 1.0 if accepted, gamma; entries that this call had no cause to compute are 0.
+    `t` is a number or a float64 tensor of (B,) or (1,) on the device. `out` (when given, with `grad`) receives
+    d = -H grad with H_0 = gamma I as in `two_loop`; it may be the tensor `s`. `prev_out` (when given) receives `grad`;
+    it may be the tensor `y_prev`. `stats` (B, 8) receives the columns `STATS`: g.d, |grad|_2, |grad|_inf (NaN if any
+    entry is), s'.y', |s'|, |y'|, 1.0 if accepted, gamma; entries that this call had no cause to compute are 0.
     """
     m = s_ring.shape[1]
     stats.zero_()
