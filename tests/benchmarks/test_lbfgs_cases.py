@@ -35,8 +35,8 @@ def test_every_contender_is_right(op, batch, storage):
     found = list(contenders(case, problem, no_compile))
     assert [c.name for c in found if c.kind == "backend"] == lbfgs.serving(case, CPU)
     for contender in found:
-        error, bound = contender.check(problem)
-        assert error <= bound < 1e-3, contender.name
+        check = contender.check(problem)
+        assert check.error <= check.bound < 1e-3, contender.name
 
 
 def test_check_tells_float32_from_a_lower_precision():
@@ -44,8 +44,7 @@ def test_check_tells_float32_from_a_lower_precision():
     problem = Problem(case, CPU)
     own = contenders(case, problem, lambda case, name: name == "reference")[0]
     unrounded = case._replace(storage=torch.float32)
-    error, bound = own._replace(case=unrounded).check(problem)  # against pairs that were not rounded to bfloat16
-    assert error > 10 * bound
+    assert own._replace(case=unrounded).check(problem).excess > 10  # against pairs that were not rounded to bfloat16
 
 
 @pytest.mark.parametrize("name", ["reference", "eager"])
@@ -99,6 +98,23 @@ def test_a_wrong_answer_has_no_speed(monkeypatch, value):
     assert any("wrong answer" in line for line in report.losses(rows, []))
     eager = report.find(rows, case, "eager")
     assert eager.seconds is not None
+
+
+def test_a_peer_that_cannot_run_here_fails_alone(monkeypatch):
+    def broken():
+        def call(*args):
+            raise RuntimeError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(lbfgs.peers, "compiled", broken)
+    case = Case("two_loop", 50)
+    rows = measure([case], CPU, seconds=0.0)
+    failed = report.find(rows, case, "compiled")
+    assert (failed.seconds, failed.note) == (None, "failed: RuntimeError")
+    assert "compiled" not in report.ratios(rows, rows[0])
+    assert {"eager", "compact"} == set(report.ratios(rows, rows[0]))
+    assert not any("wrong answer" in line for line in report.losses(rows, []))
 
 
 def test_auto_is_timed_as_a_user_calls_it_and_the_rest_by_choice(monkeypatch):

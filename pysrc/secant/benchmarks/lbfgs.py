@@ -104,6 +104,19 @@ def _repeated(x: Tensor, n: int) -> Tensor:
     return out
 
 
+class Check(NamedTuple):
+    """Relative error of an answer against float64, the largest of a batch; the bound on it; what failed, if anything."""
+
+    error: float
+    bound: float
+    failure: str = ""
+
+    @property
+    def excess(self) -> float:
+        """Error over bound, at most 1 if the answer is right. A NaN is further off than anything."""
+        return math.inf if math.isnan(self.error) else self.error / self.bound
+
+
 class Contender(NamedTuple):
     """One way to compute a case.
 
@@ -117,19 +130,24 @@ class Contender(NamedTuple):
     probe: Call
     capturable: bool = True
 
-    def check(self, problem: Problem) -> tuple[float, float]:
-        """Relative error of the probe, the largest of a batch, and the bound on it."""
+    def check(self, problem: Problem) -> Check:
+        """Make the probe. A peer that cannot run here (torch.compile without a compiler) fails, and only itself."""
         case, backend = self.case, self.kind == "backend"
         # A peer keeps its pairs in the dtype of the vectors, and sums n products in it: an error of sqrt(n) u with high
         # probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). Backends sum in float64.
         storage = case.storage if backend else case.dtype
         dots = 0.0 if backend else math.sqrt(case.n) * torch.finfo(case.dtype).eps / 2
-        with self.timed.around():
-            got = self.probe().double()
+        try:
+            with self.timed.around():
+                got = self.probe().double()
+        except Exception as failure:
+            if backend:
+                raise
+            return Check(math.nan, math.nan, f"failed: {type(failure).__name__}")
         want, amplification = problem.exact(storage, stepped=case.op == "step")
         norm = functools.partial(torch.linalg.vector_norm, dim=-1)
         error = float((norm(got - want) / norm(want)).max())
-        return error, peers.tolerance(case.m, amplification, case.dtype, dots)
+        return Check(error, peers.tolerance(case.m, amplification, case.dtype, dots))
 
 
 def serving(case: Case, device: torch.device) -> list[str]:
@@ -303,11 +321,12 @@ def measure(
     problems = [Problem(cases[0], device, seed) for seed in range(_copies(cases[0], device))]
     built = [[c for case in cases for c in contenders(case, problem, wanted)] for problem in problems]
     groups = list(zip(*built, strict=True))
-    checks = [_worst([c.check(p) for c, p in zip(group, problems, strict=True)]) for group in groups]
+    checks = []
     timed: dict[tuple[Case, str], Timed] = {}
-    for group, (error, bound) in zip(groups, checks, strict=True):
+    for group in groups:
         first = group[0]
-        if error <= bound:
+        checks.append(max((c.check(p) for c, p in zip(group, problems, strict=True)), key=lambda check: check.excess))
+        if checks[-1].excess <= 1:
             turn = Timed([call for one in group for call in one.timed.calls], first.timed.around)
             replay = graph and device.type == "cuda" and first.capturable
             timed[first.case, first.name] = replayed(turn, device) if replay else turn
@@ -319,17 +338,12 @@ def measure(
         timing = timings.get((first.case, first.name))
         median, best = (timing.median, timing.best) if timing else (None, None)
         note = REPLAY if graph and device.type == "cuda" and first.capturable else ""
-        note = note if timing else "wrong answer"
-        rows.append(Row(first.case, first.name, first.kind, median, best, *check, note))
+        note = note if timing else check.failure or "wrong answer"
+        rows.append(Row(first.case, first.name, first.kind, median, best, check.error, check.bound, note))
     if (cases[0], LIMIT) in timings:
         timing = timings[cases[0], LIMIT]
         rows.append(Row(cases[0], LIMIT, "limit", timing.median, timing.best, 0.0, 0.0))
     return rows
-
-
-def _worst(checks: list[tuple[float, float]]) -> tuple[float, float]:
-    """The one furthest from passing; a NaN is further than anything."""
-    return max(checks, key=lambda check: math.inf if math.isnan(check[0]) else check[0] / check[1])
 
 
 def _copies(case: Case, device: torch.device) -> int:

@@ -215,11 +215,11 @@ def bars_table(bars: Sequence[Bar]) -> Table:
 
 
 def losses(rows: Sequence[Row], overheads: Iterable[Overhead]) -> list[str]:
-    """Every comparison that we lose, in words: what `auto` takes against each peer, and any wrong answer."""
+    """Every comparison that we lose, in words: what `auto` takes against each peer, and any wrong answer of ours."""
     lost = [
         f"{r.case.op} {r.case.shape}: {r.name} gives a wrong answer (error {r.error:.1e})"
         for r in rows
-        if not r.correct
+        if r.kind == "backend" and not r.correct
     ]
     for case in dict.fromkeys(row.case for row in rows):
         own = find(rows, case)
