@@ -21,11 +21,13 @@ def _device(text: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"there is no device {text} here (torch sees {torch.cuda.device_count()} GPUs)"
-        )
-    return device
+    if device.type == "cpu":
+        return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise argparse.ArgumentTypeError(f"there is no device {text} here (torch sees {count} GPUs)")
+    torch.cuda.set_device(index)  # streams, events and graphs belong to the current device
+    return torch.device("cuda", index)
 
 
 def _file(text: str) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -141,6 +142,20 @@ def test_copies_outgrow_a_cache(monkeypatch):
     assert lbfgs._copies(case, CPU) == 13
     assert lbfgs._copies(Case("two_loop", 1000), CPU) == lbfgs.MAX_COPIES
     assert lbfgs._copies(Case("two_loop", 10**8), CPU) == 1
+
+
+def test_cases_fit_into_the_memory_that_they_need(monkeypatch):
+    cases = [Case("step", 10**6), Case("step", 10**6, storage=torch.bfloat16)]
+    # Of its own each backend has 80 MB and 40 MB of history, and the problem alone 80 MB.
+    needed = 80e6 + 120e6 * len(lbfgs.serving(cases[0], CPU))
+    for free, fits in ((needed, False), (4 * needed, True), (None, True)):
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
+        assert lbfgs.fits(cases, CPU) is fits
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is free")
+def test_free_memory_is_known():
+    assert 1 << 20 < machine.free_bytes(CPU) < 1 << 50
 
 
 def test_bandwidth_is_positive_and_described():

@@ -70,8 +70,8 @@ def test_gpu_bars():
     step, batched = Case("step", 10**7), Case("two_loop", 64, batch=10_000)
     bandwidth = 2e12
     rows = [
-        row(step, "cuda", step.nbytes / (0.85 * bandwidth)),
-        row(batched, "cuda", batched.nbytes / (0.5 * bandwidth)),
+        row(step, "cuda", 2 * step.history_bytes / (0.85 * bandwidth)),
+        row(batched, "cuda", 2 * batched.history_bytes / (0.5 * bandwidth)),
         row(SMALL, "cuda", 30e-6),
         row(SMALL, "cuda", 9e-6, note=REPLAY),
     ]

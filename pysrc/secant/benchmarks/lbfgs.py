@@ -105,7 +105,7 @@ def _repeated(x: Tensor, n: int) -> Tensor:
 
 
 class Check(NamedTuple):
-    """Relative error of an answer against float64, the largest of a batch; the bound on it; what failed, if anything."""
+    """Relative error of an answer against float64, the largest of a batch; the bound on it; what failed, if any."""
 
     error: float
     bound: float
@@ -307,7 +307,7 @@ def measure(
         device: where.
         seconds: to spend on the timing, roughly.
         wanted: which contenders of which case, by name.
-        graph: replay CUDA graphs of those that can be captured.
+        graph: replay CUDA graphs of those that can be captured; the device is a GPU.
         limit: on a CPU, time two reads of the history in turn with the rest.
 
     Returns:
@@ -328,8 +328,7 @@ def measure(
         checks.append(max((c.check(p) for c, p in zip(group, problems, strict=True)), key=lambda check: check.excess))
         if checks[-1].excess <= 1:
             turn = Timed([call for one in group for call in one.timed.calls], first.timed.around)
-            replay = graph and device.type == "cuda" and first.capturable
-            timed[first.case, first.name] = replayed(turn, device) if replay else turn
+            timed[first.case, first.name] = replayed(turn, device) if graph and first.capturable else turn
     if limit and device.type == "cpu" and machine.can_read():
         timed[cases[0], LIMIT] = Timed([functools.partial(machine.read_twice, problems[0].s, problems[0].y)])
     timings = interleaved(timed, clock_for(device), seconds=seconds)
@@ -337,13 +336,25 @@ def measure(
     for (first, *_), check in zip(groups, checks, strict=True):
         timing = timings.get((first.case, first.name))
         median, best = (timing.median, timing.best) if timing else (None, None)
-        note = REPLAY if graph and device.type == "cuda" and first.capturable else ""
+        note = REPLAY if graph and first.capturable else ""
         note = note if timing else check.failure or "wrong answer"
         rows.append(Row(first.case, first.name, first.kind, median, best, check.error, check.bound, note))
     if (cases[0], LIMIT) in timings:
         timing = timings[cases[0], LIMIT]
         rows.append(Row(cases[0], LIMIT, "limit", timing.median, timing.best, 0.0, 0.0))
     return rows
+
+
+def fits(cases: Sequence[Case], device: torch.device) -> bool:
+    """Whether there is memory to measure these cases together, by a generous estimate."""
+    free = machine.free_bytes(device)
+    if free is None:
+        return True
+    case = cases[0]
+    pairs = 3 * case._replace(storage=case.dtype).history_bytes  # the problem, and what an eager history becomes
+    rings = sum(len(serving(one, device)) * one.history_bytes for one in cases if one.op != "two_loop")
+    vectors = 40 * max(case.batch, 1) * case.n * case.dtype.itemsize
+    return _copies(case, device) * (pairs + rings + vectors) < free
 
 
 def _copies(case: Case, device: torch.device) -> int:

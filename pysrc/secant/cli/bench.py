@@ -35,6 +35,9 @@ def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
     groups = lbfgs.groups(quick=quick)
     with console.progress("directions") as advance:
         for i, cases in enumerate(groups):
+            if not lbfgs.fits(cases, device):
+                print(f"Left out, for memory: {cases[0].op} {cases[0].shape}.")
+                continue
             seconds = 0.02 if quick else GROUP_SECONDS
             limit = cases[0].op == "two_loop" and not cases[0].batch
             rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, limit=limit)

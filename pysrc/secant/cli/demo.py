@@ -135,18 +135,12 @@ def measure_directions(sizes: Sequence[int], device: torch.device, *, seconds: f
         for i, n in enumerate(sizes):
             start = time.perf_counter()
             late = found and start + cost * n / found[-1]["two_loop"].case.n > deadline
-            if late or not _fits(n, device):
+            if late or not lbfgs.fits(direction_cases(n), device):
                 break
             found.append(_measure_at(n, device, seconds))
             cost = time.perf_counter() - start
             advance((i + 1) / len(sizes), f"n = {n:,}")
     return found
-
-
-def _fits(n: int, device: torch.device) -> bool:
-    """Whether there is memory: each case has a history of its own, and there are the pairs and about 30 vectors."""
-    case, free = Case("two_loop", n), machine.free_bytes(device)
-    return free is None or (len(direction_cases(n)) + 1) * case.history_bytes + 30 * n * case.dtype.itemsize < free
 
 
 def _measure_at(n: int, device: torch.device, seconds: float) -> At:
