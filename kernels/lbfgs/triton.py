@@ -677,7 +677,7 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tenso
             block = triton.next_power_of_2(n)
             _two_loop_one[(batch,)](
                 grad, s, y, *strides, out, gamma, n, m,
-                AUTO=auto, M=triton.next_power_of_2(m), BLOCK=block, num_warps=min(8, max(1, block // 512)),
+                AUTO=auto, M=triton.next_power_of_2(m), BLOCK=block, num_warps=min(8, max(1, block // 256)),
             )  # fmt: skip
             return
         parts = _share(grad.device, n, _PANEL_TILE, batch)
@@ -735,7 +735,7 @@ def update(
     slots = max(_FEWEST_SLOTS, triton.next_power_of_2(m))
     with _on(s_ring.device):
         if n <= _ONE_PROGRAM:
-            warps = 2 if n <= 128 else 4 if n <= 1024 else 8
+            warps = 1 if n <= 32 else 2 if n <= 128 else 4 if n <= 1024 else 8
             block = max(8, min(triton.next_power_of_2(n), 256 * warps // slots))
             _update_one[(batch,)](
                 *state, *vectors, *step, float(tol), out, prev_out, n, m,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import triton_cases
 
 pytest.importorskip("triton")

@@ -25,8 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import oracle
 from secant.kernels.lbfgs import reference
+
+import oracle
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 DTYPES = [(t, r) for t in oracle.VECTORS for r in oracle.RINGS]
