@@ -3,11 +3,12 @@
 import math
 
 import pytest
-import secant
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import secant
 from problems import PROBLEMS, Run
 from secant.optim import LBFGS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SEARCHES = [None, "strong_wolfe"]
 

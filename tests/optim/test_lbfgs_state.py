@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+
 from problems import PROBLEMS, Run
 from secant.optim import LBFGS
 

@@ -1,8 +1,9 @@
 """secant.optim.LBFGS against torch.optim.LBFGS: the same points in the same order."""
 
 import pytest
-import secant
 import torch
+
+import secant
 from problems import PROBLEMS, Run, rosenbrock
 from secant.optim import LBFGS
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from secant.solvers import Step, Trial, cubic_minimizer, strong_wolfe
 
 
@@ -58,41 +59,56 @@ def test_step_satisfies_both_conditions(minimum, curvature, wave, first):
     assert is_wolfe(phi, step.trial.t)
 
 
+def assert_trials_are_those_of_torch(phi, start, first, most):
+    """The same trials and the same choice for phi(number of the trial, t)."""
+    seen = []
+
+    def objective(_, t, d):
+        seen.append(float(t))
+        value, slope = phi(len(seen) - 1, seen[-1])
+        return value, torch.tensor([slope], dtype=torch.float64)
+
+    one, gradient = torch.ones(1).double(), torch.tensor([start[1]], dtype=torch.float64)
+    theirs = importlib.import_module("torch.optim.lbfgs")._strong_wolfe
+    # Its max_ls counts the trials after the first.
+    _, _, chosen, count = theirs(objective, None, first, one, start[0], gradient, gradient[0], max_ls=most - 1)
+    assume(all(math.isfinite(t) for t in seen))  # where the cubic degenerates to 0 / 0 it tries NaN, we bisect
+
+    numbers = itertools.count()
+    step, trials = search(lambda t: phi(next(numbers), t) if t > 0.0 else start, first, max_evaluations=most)
+    assert step.evaluations == len(trials) == count
+    # A trial is the root of a quadratic whose rounding its condition amplifies, trial after trial.
+    assert [x.t for x in trials] == pytest.approx(seen, rel=1e-6)
+    assert step.trial.t == pytest.approx(float(chosen), rel=1e-6)
+
+
+# Always the same examples: a decision that hangs on the last bit may fall either way.
 @given(
     waves=st.lists(st.tuples(st.floats(-3.0, 3.0), st.floats(0.1, 5.0), st.floats(0.0, 6.3)), min_size=1, max_size=4),
     bowl=st.floats(-0.1, 1.0),
     first=st.floats(0.01, 20.0),
     most=st.integers(1, 25),
 )
-@settings(max_examples=400, derandomize=True)
-def test_trials_are_those_of_torch(waves, bowl, first, most):
-    """On sums of waves, which lead through every branch: the same trials and the same choice, to rounding.
-
-    Always the same sums: a decision that hangs on the last bit may fall either way.
-    """
-
-    def phi(t):
+@settings(max_examples=300, derandomize=True)
+def test_trials_are_those_of_torch_on_waves(waves, bowl, first, most):
+    def phi(_, t):
         value = 0.01 * bowl * t * t + sum(a * math.sin(w * t + p) for a, w, p in waves)
         return value, 0.02 * bowl * t + sum(a * w * math.cos(w * t + p) for a, w, p in waves)
 
-    value, slope = phi(0.0)
-    assume(slope < -1e-3)
-    seen = []
+    start = phi(0, 0.0)
+    assume(start[1] < -1e-3)
+    assert_trials_are_those_of_torch(phi, start, first, most)
 
-    def objective(_, t, d):
-        seen.append(float(t))
-        f, g = phi(seen[-1])
-        return f, torch.tensor([g], dtype=torch.float64)
 
-    one, gradient = torch.ones(1).double(), torch.tensor([slope], dtype=torch.float64)
-    # Its max_ls counts the trials after the first.
-    theirs = importlib.import_module("torch.optim.lbfgs")._strong_wolfe
-    _, _, chosen, count = theirs(objective, None, first, one, value, gradient, gradient[0], max_ls=most - 1)
-    step, trials = search(phi, first, max_evaluations=most)
-    assert step.evaluations == len(trials) == count
-    # A trial is the root of a quadratic whose rounding its condition amplifies, trial after trial.
-    assert [x.t for x in trials] == pytest.approx(seen, rel=1e-6)
-    assert step.trial.t == pytest.approx(float(chosen), rel=1e-6)
+@given(
+    script=st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=9, max_size=9),
+    slope=st.integers(-4, -1),
+    most=st.integers(1, 9),
+)
+@settings(max_examples=600, derandomize=True)
+def test_trials_are_those_of_torch_on_scripts(script, slope, most):
+    """What a trial finds does not depend on where it is: every branch is taken, and values tie."""
+    assert_trials_are_those_of_torch(lambda k, _: tuple(map(float, script[k])), (0.0, float(slope)), 1.0, most)
 
 
 @given(scale=st.floats(1e-6, 1e6), first=st.floats(1e-6, 1e6))
@@ -112,6 +128,9 @@ def test_cubic_minimizer_is_exact_on_cubics(scale, first):
 def test_cubic_minimizer_bisects_where_there_is_no_minimum():
     # Values and slopes of t^3 + t: its derivative has no zero.
     assert cubic_minimizer(Trial(0.0, 0.0, 1.0), Trial(1.0, 2.0, 4.0), 0.0, 1.0) == 0.5
+    # A straight line falls for ever.
+    assert cubic_minimizer(Trial(0.0, 0.0, -1.0), Trial(1.0, -1.0, -1.0), 1.0, 10.0) == 10.0
+    assert cubic_minimizer(Trial(0.0, 0.0, 1.0), Trial(1.0, 1.0, 1.0), -10.0, 1.0) == -10.0
     # One point seen twice, and slopes whose product overflows.
     assert cubic_minimizer(Trial(1.0, 0.0, 1.0), Trial(1.0, 0.0, 1.0), 0.0, 3.0) == 1.5
     assert cubic_minimizer(Trial(0.0, 0.0, -1e300), Trial(1.0, 0.0, 1e300), 0.0, 1.0) == 0.5

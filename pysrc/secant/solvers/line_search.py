@@ -55,8 +55,8 @@ def cubic_minimizer(a: Trial, b: Trial, low: float, high: float) -> float:
         high: its right end.
 
     Returns:
-        The clamped minimizer; the middle of [low, high] where the cubic has none, where it cannot be computed in double
-        precision, or where both points are one.
+        The clamped minimizer, which for a straight line is the end that it falls to; the middle of [low, high] where
+        the cubic has no minimum, where it cannot be computed in double precision, or where both points are one.
 
     References:
         Nocedal and Wright, eq. 3.59.
@@ -70,11 +70,13 @@ def cubic_minimizer(a: Trial, b: Trial, low: float, high: float) -> float:
     square = d1 * d1 - a.slope * b.slope
     if square >= 0.0:
         d2 = math.sqrt(square)
-        denominator = b.slope - a.slope + 2.0 * d2
+        numerator, denominator = b.slope + d2 - d1, b.slope - a.slope + 2.0 * d2
         if denominator != 0.0:
-            t = b.t - width * ((b.slope + d2 - d1) / denominator)
-            if not math.isnan(t):
-                return min(max(t, low), high)
+            t = b.t - width * (numerator / denominator)
+        else:  # a straight line, say
+            t = -math.copysign(math.inf, numerator) if numerator != 0.0 else math.nan
+        if not math.isnan(t):
+            return min(max(t, low), high)
     return 0.5 * (low + high)
 
 
