@@ -677,7 +677,7 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tenso
             block = triton.next_power_of_2(n)
             _two_loop_one[(batch,)](
                 grad, s, y, *strides, out, gamma, n, m,
-                AUTO=auto, M=triton.next_power_of_2(m), BLOCK=block, num_warps=min(8, max(1, block // 256)),
+                AUTO=auto, M=triton.next_power_of_2(m), BLOCK=block, num_warps=min(16, max(1, block // 256)),
             )  # fmt: skip
             return
         parts = _share(grad.device, n, _PANEL_TILE, batch)
