@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,18 +100,19 @@ class Quadratic:
         return torch.dot(self.x, grad) / 2
 
 
-#: Iterations of a timed call.
-ITERATIONS = 10
+#: Iterations of a timed call, and how many such calls there are at least and at most.
+ITERATIONS, MIN_ROUNDS, MAX_ROUNDS = 5, 3, 30
 
 
 def outside_per_iteration(
-    n: int, history: int, device: torch.device, *, rounds: int = 5, line_search_fn: str | None = None
+    n: int, history: int, device: torch.device, *, seconds: float = 2.0, line_search_fn: str | None = None
 ) -> dict[str, Timing]:
     """Seconds per iteration outside the closure, once the history is full, both optimizers in turn.
 
     Args:
         n: parameters, in one tensor (more tensors would cost `torch.optim.LBFGS` a longer concatenation).
-        history: pairs. device: where. rounds: timed calls of `ITERATIONS` iterations each.
+        history: pairs. device: where.
+        seconds: to spend once the histories are full, roughly.
         line_search_fn: as the optimizers have it.
 
     Raises:
@@ -126,8 +128,10 @@ def outside_per_iteration(
             _advance(name, optimizer, f, clock)
         runs[name] = (optimizer, f)
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for _ in range(rounds):
+    order, deadline = list(runs), time.perf_counter() + seconds
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
         for name in order:
             steps = _advance(name, *runs[name], clock)
             samples[name].append(steps.outside / steps.iterations)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from secant.benchmarks.report import duration
 
 #: Okabe and Ito's colours, told apart with every kind of colour vision.
-TORCH, SECANT, BF16, INK, GREY = "#D55E00", "#0072B2", "#009E73", "#222222", "#8a8a8a"
+TORCH, SECANT, STEP, BF16, INK, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#222222", "#8a8a8a"
 
 
 class Curve(NamedTuple):
@@ -125,9 +125,9 @@ def direction_panel(
             ax.annotate(
                 f"{high / low:.2g}×",
                 (n, high),
-                (0, 8),
+                (-3, 7),
                 textcoords="offset points",
-                ha="center",
+                ha="left" if n == series[0].n[0] else "right",  # clear of the axis, and of a rising line
                 fontsize=9.5,
                 color=INK,
             )

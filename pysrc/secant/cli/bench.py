@@ -53,7 +53,7 @@ def measure_overheads(device: torch.device, *, quick: bool) -> list[Overhead]:
     found = []
     with console.progress("optimizers") as advance:
         for i, (n, history, search) in enumerate(cases):
-            timings = outside_per_iteration(n, history, device, line_search_fn=search)
+            timings = outside_per_iteration(n, history, device, seconds=0.1 if quick else 2.0, line_search_fn=search)
             found.append(Overhead(n, history, search, timings))
             advance((i + 1) / len(cases), f"n = {n:,}, history {history}")
     return found
