@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import secant
 import torch
-from secant import backends
 from secant.kernels import FAMILIES
+
+import secant
+from secant import backends
 
 CPU = torch.device("cpu")
 

@@ -19,16 +19,10 @@ using secant::Team;
 
 // Elements per block. A row is read in bursts of one block, long enough for the hardware prefetcher, and the two
 // float64 copies of a block that pass 1 keeps (g and y) stay in the first-level cache.
-#ifndef KB
-#define KB 1024
-#endif
-constexpr int kBlock = KB;
+constexpr int kBlock = 1024;
 // Rows of the panel Gram matrix are converted to float64 first; 2 * kPanel rows of this many elements stay in the
 // second level.
-#ifndef GB
-#define GB 256
-#endif
-constexpr int kGramBlock = GB;
+constexpr int kGramBlock = 256;
 constexpr int kPanel = 16;
 
 // Below this many bytes of history one thread is faster than waking two.
@@ -417,48 +411,43 @@ struct PanelLanes {
   vd first[kPanel], sy[kPanel][kPanel], yy[kPanel];
 };
 
-// s_i.q, s_i.y_j (i <= j) and y_i.y_i over a block held as doubles, rows kGramBlock apart; `len` is padded with zeros
-// to whole vectors. A tile of 4 x 2 needs 6 loads for 8 products; rows beyond k repeat the last one and are not kept.
+// s_i.q, s_i.y_j (i <= j) and y_i.y_i over a block held as doubles, rows kGramBlock apart and padded with zeros: to
+// whole pairs of vectors, and to a multiple of four rows. A tile of 4 x 2 needs 6 loads for 8 products; the rows of a
+// tile are constants away from one pointer, since an indexed operand would cost a second micro-operation.
 SECANT_INLINE void gram(const double* s, const double* y, const double* q, int k, int len, PanelLanes& r) {
   for (int j = 0; j < k; j += 2) {
-    const int j1 = std::min(j + 1, k - 1);
-    const double *y0 = y + j * kGramBlock, *y1 = y + j1 * kGramBlock;
-    for (int i = 0; i <= j1; i += 4) {
-      const double* sr[4];
-      for (int u = 0; u < 4; ++u) sr[u] = s + std::min(i + u, k - 1) * kGramBlock;
-      vd a[4][2] = {};
-      for (int c = 0; c < len; c += kDoubles) {
-        const vd v0 = load<vd>(y0 + c), v1 = load<vd>(y1 + c);
+    for (int i = 0; i <= j + 1; i += 4) {
+      vd a0[4] = {}, a1[4] = {};
+      const double *sp = s + i * kGramBlock, *yp = y + j * kGramBlock;
+      for (const double* end = yp + len; yp != end; yp += kDoubles, sp += kDoubles) {
+        const vd v0 = load<vd>(yp), v1 = load<vd>(yp + kGramBlock);
         for (int u = 0; u < 4; ++u) {
-          const vd x = load<vd>(sr[u] + c);
-          a[u][0] += x * v0;
-          a[u][1] += x * v1;
+          const vd x = load<vd>(sp + u * kGramBlock);
+          a0[u] += x * v0;
+          a1[u] += x * v1;
         }
       }
-      for (int u = 0; u < 4 && i + u <= j1; ++u) {
-        r.sy[i + u][j] += a[u][0];
-        if (j1 > j) r.sy[i + u][j1] += a[u][1];
+      for (int u = 0; u < 4; ++u) {
+        r.sy[i + u][j] += a0[u];
+        r.sy[i + u][j + 1] += a1[u];
       }
     }
   }
-  for (int i = 0; i < k; i += 2) {
-    const int i1 = std::min(i + 1, k - 1);
-    const double *s0 = s + i * kGramBlock, *s1 = s + i1 * kGramBlock, *y0 = y + i * kGramBlock,
-                 *y1 = y + i1 * kGramBlock;
+  for (int i = 0; i < k; i += 4) {
     vd a[4] = {}, b[4] = {};
-    for (int c = 0; c < len; c += 2 * kDoubles) {
-      for (int u = 0; u < 2; ++u) {
-        const int at = c + u * kDoubles;
-        const vd qv = load<vd>(q + at), v0 = load<vd>(y0 + at), v1 = load<vd>(y1 + at);
-        a[u] += load<vd>(s0 + at) * qv;
-        a[2 + u] += load<vd>(s1 + at) * qv;
-        b[u] += v0 * v0;
-        b[2 + u] += v1 * v1;
+    const double *sp = s + i * kGramBlock, *yp = y + i * kGramBlock;
+    for (int c = 0; c < len; c += kDoubles, sp += kDoubles, yp += kDoubles) {
+      const vd qv = load<vd>(q + c);
+      for (int u = 0; u < 4; ++u) {
+        const vd v = load<vd>(yp + u * kGramBlock);
+        a[u] += load<vd>(sp + u * kGramBlock) * qv;
+        b[u] += v * v;
       }
     }
-    r.first[i] += a[0] + a[1];
-    r.yy[i] += b[0] + b[1];
-    if (i1 > i) r.first[i1] += a[2] + a[3], r.yy[i1] += b[2] + b[3];
+    for (int u = 0; u < 4; ++u) {
+      r.first[i + u] += a[u];
+      r.yy[i + u] += b[u];
+    }
   }
 }
 
@@ -525,7 +514,13 @@ void panel_pass(const T* src, T scale, const TwoLoopScratch<T, S>& w, T* out, Do
   alignas(64) double q[kBlock];
   alignas(64) double sd[kPanel * kGramBlock], yd[kPanel * kGramBlock];
   PanelLanes lanes;
-  if (dots == Dots::kGram && k > 1) std::memset(&lanes, 0, sizeof(lanes));
+  if (dots == Dots::kGram && k > 1) {
+    std::memset(&lanes, 0, sizeof(lanes));
+    for (int i = k; i < (k + 3) / 4 * 4; ++i) {
+      std::fill(sd + i * kGramBlock, sd + (i + 1) * kGramBlock, 0.0);
+      std::fill(yd + i * kGramBlock, yd + (i + 1) * kGramBlock, 0.0);
+    }
+  }
   const int64_t blocks = (end - begin + block - 1) / block;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t at = begin + (backwards ? blocks - 1 - b : b) * block;

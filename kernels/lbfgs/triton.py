@@ -735,7 +735,8 @@ def update(
     slots = max(_FEWEST_SLOTS, triton.next_power_of_2(m))
     with _on(s_ring.device):
         if n <= _ONE_PROGRAM:
-            warps = 1 if n <= 32 else 2 if n <= 128 else 4 if n <= 1024 else 8
+            # 8 elements of a tile a thread, as above; rows of at least 8, which is a sector of memory in float32.
+            warps = max(1 if n <= 32 else 2 if n <= 128 else 4 if n <= 1024 else 8, slots // 32)
             block = max(8, min(triton.next_power_of_2(n), 256 * warps // slots))
             _update_one[(batch,)](
                 *state, *vectors, *step, float(tol), out, prev_out, n, m,

@@ -6,8 +6,9 @@ import io
 import re
 
 import pytest
-import secant
 import torch
+
+import secant
 from secant import LBFGSHistory
 from secant.ops import two_loop
 

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import scipy.optimize
-import secant
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import secant
 from secant.ops import two_loop
 
 

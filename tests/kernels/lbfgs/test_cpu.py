@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from secant import _cpu
 from secant.kernels.lbfgs import cpu, reference
+
+import oracle
+from secant import _cpu
 
 SHAPES = [(1, 1), (3, 1), (1, 7), (2, 33), (5, 17), (10, 1000), (10, 1025), (17, 4099), (40, 513)]
 

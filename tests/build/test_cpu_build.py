@@ -1,0 +1,94 @@
+"""The C++ kernels as built: sanitizers, width of the loads, and what the extension must not know."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from secant import _cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTH = {"baseline": 16, "neon": 16, "avx2": 32, "avx512": 64}
+FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+}
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="needs g++ on Linux"
+)
+
+
+def compile_cpp(isa: str, sources: list[str], out: Path, *flags: str) -> None:
+    command = [
+        "g++", "-std=gnu++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        f"-DSECANT_ISA={isa}", f"-DSECANT_VECTOR_BYTES={WIDTH[isa]}", *FLAGS.get(isa, []), f"-I{ROOT / 'csrc'}",
+        *flags, *(str(ROOT / s) for s in sources), "-o", str(out),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
+def test_sanitizers(tmp_path, isa):
+    """AddressSanitizer and UndefinedBehaviorSanitizer over every path, on buffers of exactly their size."""
+    program = tmp_path / "sanitize"
+    sources = ["tests/build/sanitize.cpp", "kernels/lbfgs/cpu.cpp"]
+    compile_cpp(
+        isa, sources, program, "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    )
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "clean\n"
+
+
+@pytest.mark.skipif("avx2" not in _cpu.build_config()["isas"], reason="x86 only")
+def test_the_loads_are_wide(tmp_path):
+    """The inner loops convert whole registers and multiply-add them; none of them goes through the stack.
+
+    An under-aligned vector type, or a conversion that the compiler takes apart, shows here.
+    """
+    assembly = tmp_path / "cpu.s"
+    compile_cpp("avx2", ["kernels/lbfgs/cpu.cpp"], assembly, "-O3", "-fopenmp", "-S")
+    text = assembly.read_text()
+    assert len(re.findall(r"vfmadd\w+pd\s.*%ymm", text)) > 200
+    assert len(re.findall(r"vcvtps2pd\s+[^%]*\(.*\), %ymm", text)) > 50, "conversions of whole registers from memory"
+    assert len(re.findall(r"vpmovzxwd\s+[^%]*\(.*\), %ymm", text)) > 2, "bfloat16 rows, eight at a time"
+    # A conversion that was taken apart is put together again by vinsertf128 of two halves.
+    loops = [b for b in re.split(r"^\.L\w+:", text, flags=re.M) if b.count("vfmadd") >= 4 and "pd" in b]
+    assert loops
+    assert not [b for b in loops if re.search(r"vcvtps2pd\s+%xmm\d+, %xmm", b) and "vinsertf128" in b]
+
+
+def test_the_extension_knows_no_torch():
+    sources = [p for d in ("csrc", "kernels") for e in ("*.cpp", "*.h", "*.cu", "*.cuh") for p in (ROOT / d).rglob(e)]
+    assert len(sources) > 8
+    for path in sources:
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+    linked = subprocess.run(["ldd", _cpu.__file__], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in linked
+    assert "libgomp" in linked or _cpu.build_config()["openmp"] is None
+
+
+def test_arrows_point_one_way():
+    """optim -> solvers, ops; solvers -> ops; ops -> backends, kernels; kernels -> _cpu, _cuda."""
+    allowed = {
+        "ops": {"ops", "backends", "kernels", "_errors"},
+        "solvers": {"solvers", "ops", "_errors"},
+        "optim": {"optim", "solvers", "ops", "_errors"},
+        "kernels": {"kernels", "_cpu", "_cuda"},
+    }
+    places = {room: ROOT / ("kernels" if room == "kernels" else f"pysrc/secant/{room}") for room in allowed}
+    for room, folder in places.items():
+        for path in folder.rglob("*.py"):
+            text = path.read_text()
+            found = {m.split(".")[0] for m in re.findall(r"^\s*(?:from|import) secant\.([\w.]+)", text, flags=re.M)}
+            for names in re.findall(r"^\s*from secant import ([\w, ]+)", text, flags=re.M):
+                found |= {n.strip() for n in names.split(",")}
+            assert found <= allowed[room], f"{path} imports {found - allowed[room]}"
