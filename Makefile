@@ -44,7 +44,7 @@ bench: build
 	$(BIN)/python -m secant bench
 	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-sort=name --benchmark-columns=min,median,rounds
 
-lint: $(VENV)/.deps
+lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
