@@ -159,7 +159,7 @@ def rows_table(rows: Sequence[Row], bandwidth: float) -> Table:
     lines = []
     for row in rows:
         case, rate = row.case, row.bytes_per_second
-        speed = ratios(rows, row) if row.kind == "backend" else {}
+        speed = ratios(rows, row) if row.kind == "backend" and row.name != "reference" else {}
         lines.append(
             (
                 case.op,

@@ -18,7 +18,7 @@ except ImportError:
     rich = None  # type: ignore[assignment]
 
 #: Width of what is written to a file or a pipe.
-WIDTH = 140
+WIDTH = 160
 
 
 def _console() -> rich.console.Console:

@@ -233,7 +233,7 @@ def draw(path: Path, results: dict[str, Pair], found: Sequence[At], bandwidth: m
     limit = plot.Series("float32 memory limit", plot.GREY, sizes, reads)
     first, last = (ratio(at["eager"], at["two_loop"]) for at in (found[0], found[-1]))
     ratios = [f"{x:.2g}× at n = {n:,}" for x, n in ((first, sizes[0]), (last, sizes[-1])) if x is not None]
-    title = f"Eager PyTorch against two_loop: {', '.join(ratios)}"
+    title = f"Eager over two_loop: {', '.join(ratios)}"
     rate = f"{bandwidth.bytes_per_second / 1e9:.3g} GB/s"
     below = f"time of an L-BFGS direction, {HISTORY} pairs; memory limit: the history read twice at {rate}"
     losses = [_loss_panel(model, pair) for model, pair in results.items()]
