@@ -393,6 +393,14 @@ struct PanelSums {
   double first[kPanel];       // s_i.q in loop 1, y_i.q in loop 2
   double sy[kPanel][kPanel];  // s_i.y_j, i older or equal
   double yy[kPanel];          // y_i.y_i
+
+  // Only what k pairs use: for the many passes of a small problem the whole would be most of the work.
+  void clear(int k) {
+    for (int i = 0; i < k; ++i) {
+      first[i] = yy[i] = 0;
+      for (int j = i; j < k; ++j) sy[i][j] = 0;
+    }
+  }
 };
 
 template <class T, class S>
@@ -577,7 +585,7 @@ void two_loop_team(const LbfgsTwoLoop& p, int64_t b, int panel, const Team& team
   for (int64_t c = panels - 1; c >= 0; --c) {
     const int64_t lo = c * panel;
     const int k = static_cast<int>(std::min<int64_t>(panel, m - lo));
-    std::memset(&mine, 0, sizeof(mine));
+    mine.clear(k);
     const bool change = !w.rows.empty();
     panel_pass(stored ? out : grad, stored ? T(1) : T(-1), w, change ? out : nullptr, Dots::kGram, s + lo * p.s_row,
                p.s_row, y + lo * p.y_row, p.y_row, k, begin, end, backwards, mine);
@@ -611,7 +619,7 @@ void two_loop_team(const LbfgsTwoLoop& p, int64_t b, int panel, const Team& team
     const bool last = c == panels;
     const int64_t lo = c * panel;
     const int k = last ? 0 : static_cast<int>(std::min<int64_t>(panel, m - lo));
-    std::memset(&mine, 0, sizeof(mine));
+    mine.clear(k);
     T scale = c == 1 ? static_cast<T>(w.gamma) : T(1);
     if (!stored) scale = -scale;
     const bool change = !w.rows.empty() || scale != T(1) || last;
@@ -653,7 +661,9 @@ void reserve(TwoLoopScratch<T, S>& w, int64_t m, int panel, int threads) {
 template <class T, class S>
 void two_loop(const LbfgsTwoLoop& a) {
   const int64_t bytes = 2 * a.m * a.n * static_cast<int64_t>(sizeof(S));
-  const int panel = a.panel > 0 ? std::min(a.panel, kPanel) : (bytes > (8 << 20) ? kPanel : 1);
+  // Measured: a history beyond the caches wants few passes over it; a batch of small ones few passes at all; a single
+  // one that the caches hold is fastest without the extra products of a panel.
+  const int panel = a.panel > 0 ? std::min(a.panel, kPanel) : a.batch > 1 ? 8 : bytes > (8 << 20) ? kPanel : 1;
   if (a.batch > 1) {
     const int threads = static_cast<int>(std::min<int64_t>(team_size(a.threads, a.batch * bytes), a.batch));
     secant::run_team(threads, [&](const Team& team) {

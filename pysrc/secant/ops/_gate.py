@@ -59,8 +59,9 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_compiling() or a.device != b.device or a.numel() == 0 or b.numel() == 0:
         return False
     a0, b0 = a.data_ptr(), b.data_ptr()
-    return a0 < b0 + _span(b) and b0 < a0 + _span(a)
+    return a0 < b0 + span(b) and b0 < a0 + span(a)
 
 
-def _span(x: Tensor) -> int:
+def span(x: Tensor) -> int:
+    """Bytes from the first to the last element."""
     return (1 + sum((n - 1) * st for n, st in zip(x.shape, x.stride(), strict=True))) * x.element_size()

@@ -79,11 +79,11 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         >>> secant.ops.two_loop(g, s, 2 * s)        # Hessian 2 I: the Newton step
         >>> # equals -g / 2
     """
-    if out is None and gamma is None and not torch.compiler.is_compiling():
+    if gamma is None and not torch.compiler.is_compiling():
         plan = _plans.get(_plan_key(grad, s, y))
-        if plan is not None and not _is_transformed(grad, s, y):
-            d = torch.empty_like(grad)
-            plan(grad, s, y, None, d)
+        if plan is not None and not _is_transformed(grad, s, y) and (out is None or plan.takes(grad, s, y, out)):
+            d = torch.empty_like(grad) if out is None else out
+            plan.kernel(grad, s, y, None, d)
             return d
     _check_two_loop(grad, s, y, gamma, out)
     if not _is_transformed(grad, s, y):
@@ -104,8 +104,28 @@ def _is_transformed(grad: Tensor, s: Tensor, y: Tensor) -> bool:
     )
 
 
+class _Plan(NamedTuple):
+    """The way that a call took which the gate has passed: the kernel, and the bytes from first to last element."""
+
+    kernel: Any
+    vector: int
+    s: int
+    y: int
+
+    def takes(self, grad: Tensor, s: Tensor, y: Tensor, out: Tensor) -> bool:
+        """Whether `out` is `grad` or like it and apart from everything; if not, the gate says what is wrong."""
+        if out is grad:
+            return True
+        if type(out) is not Tensor or out.layout is not torch.strided or not out.is_contiguous() or out.requires_grad:
+            return False
+        if out.shape != grad.shape or out.dtype is not grad.dtype or out.device != grad.device:
+            return False
+        at, spans = out.data_ptr(), ((grad, self.vector), (s, self.s), (y, self.y))
+        return all(at >= (start := x.data_ptr()) + size or at + self.vector <= start for x, size in spans)
+
+
 # What the gate has seen and passed: everything that it and the dispatch look at, so that equal keys take the same way.
-_plans: dict[Any, Any] = {}
+_plans: dict[Any, _Plan] = {}
 
 
 def _plan_key(grad: Tensor, s: Tensor, y: Tensor) -> Any:
@@ -174,7 +194,7 @@ def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tens
             if g is grad and s is given[1] and y is given[2]:
                 if len(_plans) >= 1024:
                     _plans.clear()
-                _plans[_plan_key(grad, s, y)] = kernel
+                _plans[_plan_key(grad, s, y)] = _Plan(kernel, *map(_gate.span, (grad, s, y)))
     if out is not None:
         return out if direct else out.copy_(d)
     return d if d.dtype == grad.dtype else d.to(grad.dtype)
@@ -195,16 +215,16 @@ class _TwoLoop(torch.autograd.Function):
         ctx.save_for_forward(s, y)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         s, y = ctx.saved_tensors
-        return _TwoLoop.apply(v, s, y, ctx.gamma), None, None, None
+        return None if v is None else _TwoLoop.apply(v, s, y, ctx.gamma), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, s_tangent: Any, y_tangent: Any, _: Any) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor | None, s_tangent: Any, y_tangent: Any, _: Any) -> Tensor | None:
         if s_tangent is not None or y_tangent is not None:
             raise RuntimeError("two_loop: not differentiable in s and y")
         s, y = ctx.saved_tensors
-        return _TwoLoop.apply(tangent, s, y, ctx.gamma)
+        return None if tangent is None else _TwoLoop.apply(tangent, s, y, ctx.gamma)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], grad: Tensor, s: Tensor, y: Tensor, gamma: Any) -> tuple[Tensor, int]:
