@@ -20,7 +20,7 @@ def test_the_example_does_what_it_says():
     exec(code, names)
     x = names["x"]
     assert isinstance(x, torch.Tensor)
-    assert (x.detach() - 1).abs().max() < 1e-5
+    assert (x.detach() - 1).abs().max() < 1e-4
 
 
 def test_the_commands_exist():
