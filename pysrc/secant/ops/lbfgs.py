@@ -83,7 +83,7 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         plan = _plans.get(_plan_key(grad, s, y))
         if plan is not None and not _is_transformed(grad, s, y) and (out is None or plan.takes(grad, s, y, out)):
             d = torch.empty_like(grad) if out is None else out
-            plan.kernel(grad, s, y, None, d)
+            plan.backend.two_loop(grad, s, y, None, d)
             return d
     _check_two_loop(grad, s, y, gamma, out)
     if not _is_transformed(grad, s, y):
@@ -105,9 +105,9 @@ def _is_transformed(grad: Tensor, s: Tensor, y: Tensor) -> bool:
 
 
 class _Plan(NamedTuple):
-    """The way that a call took which the gate has passed: the kernel, and the bytes from first to last element."""
+    """The way that a call took which the gate has passed: the backend, and the bytes from first to last element."""
 
-    kernel: Any
+    backend: Any
     vector: int
     s: int
     y: int
@@ -189,12 +189,12 @@ def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tens
         if torch.compiler.is_compiling() or not _gate.is_plain(g, s, y):
             torch.ops.secant.lbfgs_two_loop(g, s, y, gamma, d)
         else:
-            kernel = backends.resolve("lbfgs", g.device, g.dtype).two_loop
-            kernel(g, s, y, gamma, d)
+            backend = backends.resolve("lbfgs", g.device, g.dtype)
+            backend.two_loop(g, s, y, gamma, d)
             if g is grad and s is given[1] and y is given[2]:
                 if len(_plans) >= 1024:
                     _plans.clear()
-                _plans[_plan_key(grad, s, y)] = _Plan(kernel, *map(_gate.span, (grad, s, y)))
+                _plans[_plan_key(grad, s, y)] = _Plan(backend, *map(_gate.span, (grad, s, y)))
     if out is not None:
         return out if direct else out.copy_(d)
     return d if d.dtype == grad.dtype else d.to(grad.dtype)
