@@ -1,4 +1,8 @@
 # make demo | test | test-all | bench | lint | format | gpu | clean. Every target sets up .venv by itself.
+# With pipefail, so that a command piped into tee still fails.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,8 +59,8 @@ format: $(VENV)/.deps
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# On a machine with a GPU that has torch, Triton, CuPy, CMake, pybind11 and pytest, and needs no network. Each stage runs
-# whatever becomes of the others; the exit status is that of the worst.
+# On a machine with a GPU that has torch, Triton, CuPy, CMake, pybind11 and pytest, and needs no network. After the build,
+# each stage runs whatever becomes of the others; the exit status is that of the worst.
 gpu:
 	mkdir -p $(OUT)
 	SECANT_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . 2>&1 | tee $(OUT)/build.log
@@ -64,8 +68,8 @@ gpu:
 	$(PYTHON) -m secant info --json > $(OUT)/info.json || status=1; \
 	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/tests.xml > $(OUT)/tests.log 2>&1 || status=1; \
 	tail -n 25 $(OUT)/tests.log; \
-	$(PYTHON) -m secant bench --device cuda --json $(OUT)/bench.json --plot $(OUT)/bench.png | tee $(OUT)/bench.log; \
-	$(PYTHON) -m secant demo --device cuda --output $(OUT)/demo.png | tee $(OUT)/demo.log; \
+	$(PYTHON) -m secant bench --device cuda --json $(OUT)/bench.json --plot $(OUT)/bench.png | tee $(OUT)/bench.log || status=1; \
+	$(PYTHON) -m secant demo --device cuda --output $(OUT)/demo.png | tee $(OUT)/demo.log || status=1; \
 	exit $$status
 
 clean:

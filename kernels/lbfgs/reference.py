@@ -74,7 +74,7 @@ def _masked(s: Tensor, y: Tensor, sy: Tensor, yy: Tensor) -> tuple[Tensor, Tenso
 
 
 def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
-    """Out = -H grad, with pairs oldest first in `s`, `y`.
+    """out = -H grad, with pairs oldest first in `s`, `y`.
 
     A pair whose s.y or y.y is not finite, or whose s.y <= 0, is ignored. `gamma` None: s.y / y.y of the newest valid
     pair, 1 when there is none; else H_0 = gamma I.
