@@ -1,6 +1,7 @@
 """Kernel families: one folder each, every implementation of the same mathematics side by side."""
 
+from secant.kernels.blocks import BACKENDS as _BLOCKS
 from secant.kernels.lbfgs import BACKENDS as _LBFGS
 
 #: Family -> backend -> module path.
-FAMILIES: dict[str, dict[str, str]] = {"lbfgs": _LBFGS}
+FAMILIES: dict[str, dict[str, str]] = {"lbfgs": _LBFGS, "blocks": _BLOCKS}
