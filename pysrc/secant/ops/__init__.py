@@ -1,5 +1,6 @@
 """The public functions over the kernels, one module per family: checks, allocation, dispatch, autograd."""
 
+from secant.ops.blocks import block_abs_inv, block_eigh, block_inv, block_inv_root, block_solve
 from secant.ops.lbfgs import two_loop
 
-__all__ = ["two_loop"]
+__all__ = ["block_abs_inv", "block_eigh", "block_inv", "block_inv_root", "block_solve", "two_loop"]

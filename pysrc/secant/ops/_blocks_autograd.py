@@ -1,0 +1,445 @@
+"""Derivatives of the `blocks` family, forward and reverse mode, of any order.
+
+Every function here takes blocks (*batch, n, n) of float32 or float64 and per-block tensors (*batch), and calls a
+kernel once in `forward`; its derivatives are products of small matrices and further functions of this file, so that
+they can be differentiated again. Where only the lower triangle of an argument is read, the argument stands for a
+symmetric matrix: a tangent is symmetrised, and a gradient is symmetric (the convention of torch.linalg.cholesky). The
+output of a bad block is NaN, and so is its gradient, which nothing carries over to another block.
+
+References:
+    Giles, Collected matrix derivative results for forward and reverse mode algorithmic differentiation (2008).
+    Higham, Functions of Matrices, Theorem 3.11 (Daleckii and Krein) and section 6.1 (Sylvester equations of roots).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from secant.ops import _blocks_dispatch as kernels
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """`function.apply`, of its variant with a forward mode wherever there can be one.
+
+    torch.compile refuses to trace a function that defines `jvp`, so that each comes twice.
+    """
+    return (function if torch.compiler.is_compiling() else _DUAL[function]).apply(*args)
+
+
+def _symmetric(g: Tensor) -> Tensor:
+    return (g + g.mT) / 2
+
+
+def _diagonal(a: Tensor) -> Tensor:
+    return a.diagonal(dim1=-2, dim2=-1)
+
+
+def _scale(lam: Tensor | None, value: float | None) -> Tensor | float | None:
+    return value if lam is None else lam[..., None]
+
+
+def _damped(a: Tensor, lam: Tensor | None, value: float | None, scaled: bool) -> Tensor:
+    """A + damping: linear in `a`, and so its own tangent map when it is scaled."""
+    scale = _scale(lam, value)
+    if scale is None:
+        return a
+    shift = _diagonal(a) * scale if scaled else torch.zeros_like(_diagonal(a)) + scale
+    return a + torch.diag_embed(shift)
+
+
+def _kept(a: Tensor, lam: Tensor | None, scaled: bool) -> Tensor | None:
+    """`a` where the derivatives by its damping need its values."""
+    return a if scaled and lam is not None else None
+
+
+def _damped_jvp(
+    a: Tensor,
+    tangent: Tensor | None,
+    lam: Tensor | None,
+    lam_tangent: Tensor | None,
+    value: float | None,
+    scaled: bool,
+    symmetric: bool,
+) -> Tensor:
+    """Tangent of A + damping."""
+    d = torch.zeros_like(a) if tangent is None else _symmetric(tangent) if symmetric else tangent
+    if scaled:
+        d = _damped(d, lam, value, True)
+    if lam_tangent is not None:
+        d = d + torch.diag_embed(lam_tangent[..., None] * (_diagonal(a) if scaled else torch.ones_like(_diagonal(a))))
+    return d
+
+
+def _damped_vjp(
+    a: Tensor, g: Tensor, lam: Tensor | None, value: float | None, scaled: bool, symmetric: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of A and of lam from that of A + damping."""
+    if symmetric:
+        g = _symmetric(g)
+    lam_grad = (_diagonal(g) * (_diagonal(a) if scaled else 1.0)).sum(-1) if lam is not None else None
+    return (_damped(g, lam, value, True) if scaled else g), lam_grad
+
+
+def _lead(size: int, in_dims: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors with the dimension that vmap maps over in front."""
+    return tuple(
+        None if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=False)
+    )
+
+
+class Inv(Function):
+    """X = M^-1, M = A + damping: dX = -X dM X. The inverse itself is all that the derivatives need."""
+
+    @staticmethod
+    def forward(a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool) -> tuple[Tensor, Tensor]:
+        return kernels.inv(a, lam, value, scaled, spd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, lam, *ctx.options = inputs
+        x, info = output
+        a = _kept(a, lam, ctx.options[1])
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, lam, x)
+        ctx.save_for_forward(a, lam, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None, None
+        a, lam, x = ctx.saved_tensors
+        return *_damped_vjp(x if a is None else a, -(x.mT @ g @ x.mT), lam, *ctx.options), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
+        return apply(Inv, *_lead(info.batch_size, in_dims, a, lam), *options), (0, 0)
+
+
+class _DualInv(Inv):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any) -> tuple[Tensor, None]:
+        a, lam, x = ctx.saved_tensors
+        return -(x @ _damped_jvp(x if a is None else a, tangent, lam, lam_tangent, *ctx.options) @ x), None
+
+
+class Solve(Function):
+    """x = M^-1 b: dx = M^-1 (db - dM x), and with u = M^-T g the gradients are u of b and -u x^T of M.
+
+    The derivatives factor M a second time. To keep the factor would mean to write n^2 numbers a block in the forward
+    pass and to read them in the backward pass, in place of A, which is kept anyhow; for small n the bytes are the cost,
+    and a factorization in registers is free.
+    """
+
+    @staticmethod
+    def forward(
+        a: Tensor, b: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.solve(a, b, lam, value, scaled, spd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, _, lam, *ctx.options = inputs
+        x, info = output
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, lam, x)
+        ctx.save_for_forward(a, lam, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None, None, None
+        a, lam, x = ctx.saved_tensors
+        spd = ctx.options[2]
+        u, _ = apply(Solve, a if spd else a.mT, g, lam, *ctx.options)
+        a_grad = lam_grad = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            a_grad, lam_grad = _damped_vjp(a, -(u @ x.mT), lam, *ctx.options)
+        return a_grad, u, lam_grad, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
+        return apply(Solve, *_lead(info.batch_size, in_dims, a, b, lam), *options), (0, 0)
+
+
+class _DualSolve(Solve):
+    @staticmethod
+    def jvp(
+        ctx: Any, tangent: Tensor | None, b_tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any
+    ) -> tuple[Tensor, None]:
+        a, lam, x = ctx.saved_tensors
+        right = torch.zeros_like(x) if b_tangent is None else b_tangent
+        if tangent is not None or lam_tangent is not None:
+            right = right - _damped_jvp(a, tangent, lam, lam_tangent, *ctx.options) @ x
+        return apply(Solve, a, right, lam, *ctx.options)[0], None
+
+
+def _inverse_gaps(w: Tensor) -> Tensor:
+    """1 / (w_j - w_i), and 0 where the two are equal to working precision (n eps times the largest magnitude)."""
+    gap = w[..., None, :] - w[..., :, None]
+    tiny = w.shape[-1] * torch.finfo(w.dtype).eps * w.abs().amax(-1)[..., None, None]
+    equal = gap.abs() <= tiny
+    return torch.where(equal, 0.0, 1.0 / torch.where(equal, 1.0, gap))
+
+
+class Eigh(Function):
+    """A = V diag(w) V^T: dw = diag(K) and dV = V (F * K), K = V^T dA V, F_ij = 1 / (w_j - w_i).
+
+    Where w_i = w_j the vectors are free to turn into each other, F_ij is set to 0, and what remains is the derivative
+    of every function that does not see that freedom.
+    """
+
+    @staticmethod
+    def forward(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.eigh(a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        w, v, info = output
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(w, v)
+        ctx.save_for_forward(w, v)
+
+    @staticmethod
+    def backward(ctx: Any, w_grad: Tensor | None, v_grad: Tensor | None, _: Any) -> Tensor | None:
+        if w_grad is None and v_grad is None:
+            return None
+        w, v = ctx.saved_tensors
+        k = torch.zeros_like(v) if w_grad is None else torch.diag_embed(w_grad)
+        if v_grad is not None:
+            turn = v.mT @ v_grad
+            k = k + _inverse_gaps(w) * (turn - turn.mT) / 2
+        return _symmetric(v @ k @ v.mT)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor) -> tuple[Any, Any]:
+        return apply(Eigh, *_lead(info.batch_size, in_dims, a)), (0, 0, 0)
+
+
+class _DualEigh(Eigh):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None]:
+        w, v = ctx.saved_tensors
+        k = v.mT @ _symmetric(tangent) @ v
+        return _diagonal(k).clone(), v @ (_inverse_gaps(w) * k), None
+
+
+class Lyapunov(Function):
+    """Y with S Y + Y S = C, for a positive definite S.
+
+    It carries the derivatives of the roots: X = Z^(1/2) means X X = Z, hence X dX + dX X = dZ. In the eigenbasis of S
+    it divides by s_i + s_j > 0, so that equal eigenvalues are no exception; this is the divided difference of the
+    root. Its own derivatives are such equations again: dY solves S dY + dY S = dC - dS Y - Y dS.
+    """
+
+    @staticmethod
+    def forward(s: Tensor, c: Tensor) -> Tensor:
+        w, v, _ = kernels.eigh(s)
+        return v @ ((v.mT @ c @ v) / (w[..., :, None] + w[..., None, :])) @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        s, y = ctx.saved_tensors
+        u = apply(Lyapunov, s, g)
+        return -_symmetric(u @ y.mT + y.mT @ u), u
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, s: Tensor, c: Tensor) -> tuple[Any, Any]:
+        return apply(Lyapunov, *_lead(info.batch_size, in_dims, s, c)), 0
+
+
+class _DualLyapunov(Lyapunov):
+    @staticmethod
+    def jvp(ctx: Any, s_tangent: Tensor, c_tangent: Tensor) -> Tensor:
+        s, y = ctx.saved_tensors
+        d = _symmetric(s_tangent)
+        return apply(Lyapunov, s, c_tangent - d @ y - y @ d)
+
+
+class InvRoot(Function):
+    """X = M^(-1/p), p in {1, 2, 4}, M = A + damping: inverse and square roots in turn."""
+
+    @staticmethod
+    def forward(a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, p: int) -> tuple[Tensor, Tensor]:
+        return kernels.inv_root(a, p, lam, value, scaled)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, lam, ctx.value, ctx.scaled, ctx.p = inputs
+        x, info = output
+        a = _kept(a, lam, ctx.scaled)
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, lam, x)
+        ctx.save_for_forward(a, lam, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None, None
+        a, lam, x = ctx.saved_tensors
+        g = _symmetric(g)
+        for root in _roots(x, ctx.p):
+            g = apply(Lyapunov, root, g)
+        inverse = _inverse(x, ctx.p)
+        g = -(inverse @ g @ inverse)
+        return *_damped_vjp(x if a is None else a, g, lam, ctx.value, ctx.scaled, True), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
+        return apply(InvRoot, *_lead(info.batch_size, in_dims, a, lam), *options), (0, 0)
+
+
+def _roots(x: Tensor, p: int) -> tuple[Tensor, ...]:
+    """The square roots on the way from M^-1 = X^p to X, the last one taken first."""
+    return () if p == 1 else (x,) if p == 2 else (x, x @ x)
+
+
+def _inverse(x: Tensor, p: int) -> Tensor:
+    """M^-1 = X^p."""
+    return x if p == 1 else _inverse(x @ x, p // 2)
+
+
+class _DualInvRoot(InvRoot):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any) -> tuple[Tensor, None]:
+        a, lam, x = ctx.saved_tensors
+        inverse = _inverse(x, ctx.p)
+        d = _damped_jvp(x if a is None else a, tangent, lam, lam_tangent, ctx.value, ctx.scaled, True)
+        d = -(inverse @ d @ inverse)
+        for root in reversed(_roots(x, ctx.p)):
+            d = apply(Lyapunov, root, d)
+        return d, None
+
+
+def _slope(a: Tensor, b: Tensor, floor: Tensor) -> Tensor:
+    """Divided difference m[a, b] of m(w) = max(|w|, floor); where a = b its derivative, 0 at the kink."""
+    gap = a - b
+    rise = torch.maximum(a.abs(), floor) - torch.maximum(b.abs(), floor)
+    inside = torch.where(a.abs() > floor, a.sign(), 0.0)
+    return torch.where(gap == 0, inside, rise / torch.where(gap == 0, 1.0, gap))
+
+
+def _curve(a: Tensor, b: Tensor, c: Tensor, floor: Tensor) -> Tensor:
+    """Second divided difference m[a, b, c], 0 where all are equal: m is piecewise linear.
+
+    It is symmetric in its arguments. Sorted, it divides by the widest gap, and wherever that is small against the
+    values, all three lie on one piece (or at the kink) and the slopes cancel exactly.
+    """
+    low, middle, high = torch.stack(torch.broadcast_tensors(a, b, c)).sort(0).values
+    gap = high - low
+    rise = _slope(high, middle, floor) - _slope(middle, low, floor)
+    return torch.where(gap == 0, 0.0, rise / torch.where(gap == 0, 1.0, gap))
+
+
+def _floor(floor: Tensor | None, value: float | None, like: Tensor) -> Tensor:
+    return like.new_tensor(value) if floor is None else floor[..., None, None]
+
+
+class Clamp(Function):
+    """Derivative of m(A), m(w) = max(|w|, floor), in the direction E: V (D * V^T E V) V^T, D_ij = m[w_i, w_j].
+
+    Linear and self-adjoint in E. In A its derivative in the direction H has the second divided differences,
+    (V^T . V)_ij = sum_k m[w_i, w_k, w_j] (E_ik H_kj + H_ik E_kj) in the eigenbasis, symmetric in E and H.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, e: Tensor, floor: Tensor | None, value: float | None) -> Tensor:
+        w, v, _ = kernels.eigh(a)
+        slopes = _slope(w[..., :, None], w[..., None, :], _floor(floor, value, w))
+        return v @ (slopes * (v.mT @ e @ v)) @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, e, floor, ctx.value = inputs
+        ctx.save_for_backward(a, e, floor)
+        ctx.save_for_forward(a, e, floor)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, e, floor = ctx.saved_tensors
+        a_grad = _symmetric(_clamp_second(a, e, g, floor, ctx.value)) if ctx.needs_input_grad[0] else None
+        return a_grad, apply(Clamp, a, g, floor, ctx.value), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, e: Tensor, floor: Tensor | None, value: Any) -> tuple[Any, Any]:
+        return apply(Clamp, *_lead(info.batch_size, in_dims, a, e, floor), value), 0
+
+
+def _clamp_second(a: Tensor, e: Tensor, h: Tensor, floor: Tensor | None, value: float | None) -> Tensor:
+    w, v, _ = apply(Eigh, a)
+    e, h, least = v.mT @ e @ v, v.mT @ h @ v, _floor(floor, value, w)
+    y = torch.zeros_like(e)
+    for k in range(a.shape[-1]):
+        outer = e[..., :, k, None] * h[..., k, None, :] + h[..., :, k, None] * e[..., k, None, :]
+        y = y + _curve(w[..., :, None], w[..., k, None, None], w[..., None, :], least) * outer
+    return v @ y @ v.mT
+
+
+class _DualClamp(Clamp):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, e_tangent: Tensor, *_: Any) -> Tensor:
+        a, e, floor = ctx.saved_tensors
+        return apply(Clamp, a, e_tangent, floor, ctx.value) + _clamp_second(a, e, _symmetric(tangent), floor, ctx.value)
+
+
+class AbsInv(Function):
+    """X = max(|A|, floor)^-1: dX = -X dM X, with dM from `Clamp`."""
+
+    @staticmethod
+    def forward(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tensor, Tensor]:
+        return kernels.abs_inv(a, floor, value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, floor, ctx.value = inputs
+        x, info = output
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, floor, x)
+        ctx.save_for_forward(a, floor, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
+        if g is None:
+            return None, None, None
+        a, floor, x = ctx.saved_tensors
+        return apply(Clamp, a, -(x @ _symmetric(g) @ x), floor, ctx.value), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, floor: Tensor | None, value: Any) -> tuple[Any, Any]:
+        return apply(AbsInv, *_lead(info.batch_size, in_dims, a, floor), value), (0, 0)
+
+
+class _DualAbsInv(AbsInv):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, floor_tangent: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        if floor_tangent is not None:
+            raise RuntimeError("block_abs_inv: not differentiable in floor")
+        a, floor, x = ctx.saved_tensors
+        if tangent is None:
+            return None, None
+        return -(x @ apply(Clamp, a, _symmetric(tangent), floor, ctx.value) @ x), None
+
+
+_DUAL: dict[type[Function], type[Function]] = {
+    Inv: _DualInv,
+    Solve: _DualSolve,
+    Eigh: _DualEigh,
+    Lyapunov: _DualLyapunov,
+    InvRoot: _DualInvRoot,
+    Clamp: _DualClamp,
+    AbsInv: _DualAbsInv,
+}

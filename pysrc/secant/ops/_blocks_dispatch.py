@@ -1,0 +1,197 @@
+"""Checked arguments of the `blocks` family on their way to a kernel: canonical layout, allocation, dispatch, and back.
+
+The contract of the kernels is in `kernels/blocks/reference.py`. A damping comes as a pair: `lam`, a tensor of the
+compute dtype and of the batch's shape, or None; and `value`, a number, or None. At most one of the two is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secant import backends
+from secant.ops import _gate
+
+_lib = torch.library.Library("secant", "FRAGMENT")
+_lib.define(
+    "block_inv(Tensor a, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, Tensor(b!) info) -> ()"
+)
+_lib.define(
+    "block_solve(Tensor a, Tensor b, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, "
+    "Tensor(b!) info) -> ()"
+)
+_lib.define("block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info) -> ()")
+_lib.define("block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info) -> ()")
+_lib.define(
+    "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info) -> ()"
+)
+
+
+def _either(tensor: Tensor | None, value: float | None) -> Tensor | float | None:
+    return value if tensor is None else tensor
+
+
+# What is registered flattens its inputs again: a compiler may hand over other strides than it traced.
+
+
+def _inv_op(
+    a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor, info: Tensor
+) -> None:
+    backend = backends.resolve("blocks", a.device, a.dtype)
+    backend.inv(_flat(a), _either(lam, value), scaled, spd, out, info)
+
+
+def _solve_op(
+    a: Tensor, b: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor, info: Tensor
+) -> None:
+    backend = backends.resolve("blocks", a.device, a.dtype)
+    backend.solve(_flat(a), _flat(b), _either(lam, value), scaled, spd, out, info)
+
+
+def _eigh_op(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
+    backends.resolve("blocks", a.device, a.dtype).eigh(_flat(a), values, vectors, info)
+
+
+def _abs_inv_op(a: Tensor, floor: Tensor | None, value: float | None, out: Tensor, info: Tensor) -> None:
+    backends.resolve("blocks", a.device, a.dtype).abs_inv(_flat(a), _either(floor, value), out, info)
+
+
+def _inv_root_op(
+    a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool, out: Tensor, info: Tensor
+) -> None:
+    backends.resolve("blocks", a.device, a.dtype).inv_root(_flat(a), p, _either(lam, value), scaled, out, info)
+
+
+def _no_op(*args: Any) -> None:
+    """Fake implementation: every result is written into an argument."""
+
+
+for _name, _op in (
+    ("block_inv", _inv_op),
+    ("block_solve", _solve_op),
+    ("block_eigh", _eigh_op),
+    ("block_abs_inv", _abs_inv_op),
+    ("block_inv_root", _inv_root_op),
+):
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _op, _key)
+    torch.library.register_fake(f"secant::{_name}", _no_op, lib=_lib)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., r, c) as (B, r, c) with contiguous row-major blocks and any stride between them; a copy only if need be."""
+    x = x.resolve_neg()
+    if not x.is_contiguous():
+        x = x.reshape(-1, *x.shape[-2:])  # a view wherever one stride can stand for all batch dimensions
+        rows, columns = x.stride()[1:]
+        if (columns != 1 and x.shape[2] > 1) or (rows != x.shape[2] and x.shape[1] > 1):
+            return x.contiguous()
+        return x
+    return x if x.dim() == 3 else x.view(-1, *x.shape[-2:])
+
+
+def _registered(a: Tensor) -> bool:
+    """Whether the call has to be visible to a compiler or a tensor subclass."""
+    return torch.compiler.is_compiling() or not _gate.is_plain(a)
+
+
+def _line(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
+
+
+def _result(shape: torch.Size, like: Tensor, out: Tensor | None) -> tuple[Tensor, bool]:
+    """Where a kernel may write: `out` itself when its layout allows, else a new tensor."""
+    # While compiling, an argument that is written may not be an input too, so that `out` is copied to.
+    if out is not None and not _registered(out) and out.is_contiguous() and not out.is_neg():
+        return out, True
+    return torch.empty(shape, dtype=like.dtype, device=like.device), False
+
+
+def _finish(x: Tensor, direct: bool, out: Tensor | None) -> Tensor:
+    return x if direct or out is None else out.copy_(x)
+
+
+def inv(
+    a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(inverse, info) of a (..., n, n)."""
+    shape = a.shape
+    x, direct = _result(shape, a, out)
+    info = torch.empty(shape[:-2], dtype=torch.int32, device=a.device)
+    if a.numel():
+        a3, x3, codes = _flat(a), (x if x.dim() == 3 else _flat(x)), (info if info.dim() == 1 else info.view(-1))
+        if _registered(a):
+            torch.ops.secant.block_inv(a3, _line(lam), value, scaled, spd, x3, codes)
+        else:
+            backend = backends.resolve("blocks", a.device, a.dtype)
+            backend.inv(a3, value if lam is None else _line(lam), scaled, spd, x3, codes)
+    return _finish(x, direct, out), info
+
+
+def solve(
+    a: Tensor,
+    b: Tensor,
+    lam: Tensor | None,
+    value: float | None,
+    scaled: bool,
+    spd: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x, info) for a (*batch, n, n) and b (*batch, n, k)."""
+    x, direct = _result(b.shape, a, out)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    if a.numel():
+        a3, codes = _flat(a), (info if info.dim() == 1 else info.view(-1))
+        if b.shape[-1]:
+            b3, x3 = _flat(b), (x if x.dim() == 3 else _flat(x))
+        else:  # nothing to solve for, but the codes are asked for
+            b3 = torch.zeros(len(a3), a3.shape[1], 1, dtype=a.dtype, device=a.device)
+            x3 = torch.empty_like(b3)
+        if _registered(a):
+            torch.ops.secant.block_solve(a3, b3, _line(lam), value, scaled, spd, x3, codes)
+        else:
+            backend = backends.resolve("blocks", a.device, a.dtype)
+            backend.solve(a3, b3, value if lam is None else _line(lam), scaled, spd, x3, codes)
+    return _finish(x, direct, out), info
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, vectors, info) of a (..., n, n)."""
+    values = torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
+    vectors = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    if a.numel():
+        arguments = (_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), info.view(-1))
+        if _registered(a):
+            torch.ops.secant.block_eigh(*arguments)
+        else:
+            backends.resolve("blocks", a.device, a.dtype).eigh(*arguments)
+    return values, vectors, info
+
+
+def abs_inv(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tensor, Tensor]:
+    """(V diag(1 / max(|w|, floor)) V^T, info) of a (..., n, n)."""
+    x = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    if a.numel():
+        if _registered(a):
+            torch.ops.secant.block_abs_inv(_flat(a), _line(floor), value, _flat(x), info.view(-1))
+        else:
+            backend = backends.resolve("blocks", a.device, a.dtype)
+            backend.abs_inv(_flat(a), _either(_line(floor), value), _flat(x), info.view(-1))
+    return x, info
+
+
+def inv_root(a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool) -> tuple[Tensor, Tensor]:
+    """((A + damping)^(-1/p), info) of a (..., n, n)."""
+    x = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    if a.numel():
+        if _registered(a):
+            torch.ops.secant.block_inv_root(_flat(a), p, _line(lam), value, scaled, _flat(x), info.view(-1))
+        else:
+            backend = backends.resolve("blocks", a.device, a.dtype)
+            backend.inv_root(_flat(a), p, _either(_line(lam), value), scaled, _flat(x), info.view(-1))
+    return x, info

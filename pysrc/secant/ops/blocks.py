@@ -1,0 +1,367 @@
+"""Many small matrices at once: inverse, solve, eigenvalues, and functions of eigenvalues, for n = 1..64.
+
+The choice of method per size and the bytes that must move are in `kernels/blocks/README.md`; the contract between this
+module and the kernels is in `kernels/blocks/reference.py`.
+
+All functions here take blocks `a` of shape (..., n, n), 1 <= n <= 64, of float32, float64, bfloat16 or float16 (the
+last two are computed in float32), with any number of batch dimensions, empty ones included, and any strides. None
+raises for the sake of a matrix: a block that has no result has NaN in the whole of its own output and says why in
+`info` (int32, of the batch's shape), and all other blocks are what they would be without it, bitwise. None reads a
+value back to the host.
+
+A damping is None; a number; a tensor of numbers per block, of a shape that broadcasts to the batch's; or
+("scale", either of these). The first two add lambda I to the block, the last lambda diag(A), as Levenberg and Marquardt
+do. It belongs to the matrix: `a` stays as it is. There is no other jitter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from secant.ops import _blocks_autograd as autograd
+from secant.ops import _blocks_dispatch as dispatch
+from secant.ops import _gate
+
+MAX_N = 64
+DTYPES = _gate.REAL + _gate.HALF
+
+Damping: TypeAlias = float | Tensor | tuple[str, float | Tensor] | None
+
+
+def _check_blocks(op: str, a: Tensor) -> None:
+    _gate.tensor(op, "a", a, DTYPES)
+    shape = a.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise _gate.fail(op, "a", "square blocks, shape (..., n, n)", f"shape {tuple(shape)}")
+    if not 1 <= shape[-1] <= MAX_N:
+        raise _gate.fail(op, "a", f"blocks of 1 to {MAX_N} rows", f"shape {tuple(shape)}")
+
+
+def _check_spd(op: str, assume: str) -> bool:
+    if assume not in ("spd", "general"):
+        raise _gate.fail(op, "assume", "'spd' or 'general'", repr(assume))
+    return assume == "spd"
+
+
+def _per_block(op: str, name: str, x: Tensor, a: Tensor, batch: torch.Size) -> Tensor:
+    """A tensor of one number a block, in the compute dtype and of the batch's shape."""
+    _gate.tensor(op, name, x, DTYPES, a.device)
+    sizes = zip(reversed(x.shape), reversed(batch), strict=False)
+    if x.dim() > len(batch) or any(size not in (1, full) for size, full in sizes):
+        raise _gate.fail(
+            op, name, f"a number per block, of a shape that broadcasts to {tuple(batch)}", f"shape {tuple(x.shape)}"
+        )
+    return x.to(torch.float64 if a.dtype is torch.float64 else torch.float32).expand(batch)
+
+
+def _check_damping(op: str, damping: Damping, a: Tensor, batch: torch.Size) -> tuple[Tensor | None, float | None, bool]:
+    """(per-block tensor or None, number or None, whether it multiplies the diagonal)."""
+    if damping is None:
+        return None, None, False
+    amount: Any = damping
+    scaled = isinstance(damping, tuple)
+    if isinstance(damping, tuple):
+        if len(damping) != 2 or damping[0] != "scale":
+            raise _gate.fail(op, "damping", "a number, a tensor or ('scale', number or tensor)", repr(damping))
+        amount = damping[1]
+    if isinstance(amount, Tensor):
+        return _per_block(op, "damping", amount, a, batch), None, scaled
+    if not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
+        raise _gate.fail(op, "damping", "a finite number >= 0, a tensor or ('scale', either)", repr(damping))
+    return None, float(amount), scaled
+
+
+def _check_out(op: str, out: Tensor, shape: tuple[int, ...], inputs: dict[str, Tensor | None], same: str) -> None:
+    """`out` fits, has an address of its own for each element, and overlaps no input but is the one named `same`."""
+    first = next(iter(inputs.values()))
+    assert first is not None
+    _gate.shaped(op, "out", out, shape, first.dtype, first.device)
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise _gate.fail(op, "out", "an address of its own for each element", f"strides {out.stride()}")
+    for name, x in inputs.items():
+        if x is None or not _gate.overlaps(out, x):
+            continue
+        if name != same:
+            raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
+        if out.data_ptr() != x.data_ptr() or out.stride() != x.stride() or out.shape != x.shape:
+            raise _gate.fail(op, "out", f"{name} itself or no overlap with it", "partly overlapping memory")
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether autograd, forward AD or a functorch transform has to see the call."""
+    return (
+        (any(x is not None and x.requires_grad for x in tensors) and torch.is_grad_enabled())
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _refuse_out(op: str, out: Tensor | None) -> None:
+    if out is not None:
+        raise _gate.fail(op, "out", "None when an argument is being differentiated", "a tensor")
+
+
+def _real(a: Tensor) -> Tensor:
+    """Half precision is differentiated in float32, and each result rounded once."""
+    return a if a.dtype in _gate.REAL else a.float()
+
+
+def block_inv(
+    a: Tensor, *, damping: Damping = None, assume: str = "spd", out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Inverses of many small matrices, (A + damping)^-1.
+
+    Args:
+        a: (..., n, n), 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides.
+        damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
+            shape that broadcasts to the batch's.
+        assume: "spd": symmetric positive definite; only the lower triangle is read, and the inverse is exactly
+            symmetric. "general": partial pivoting.
+        out: as `a`; receives the inverse. It may be `a` itself and must not overlap it else.
+
+    Returns:
+        (inverse, info): inverse as `a`, contiguous unless `out` is given; info (...), int32: 0, or k where the k-th
+        pivot is not positive (spd) or is zero (general) or is not finite, as torch.linalg.cholesky_ex and inv_ex count.
+        Such a block has NaN as its inverse. A badly scaled spd block is equilibrated by powers of two, which changes
+        nothing but over- and underflow.
+
+        Differentiable in `a` and `damping`, forward and reverse mode: dX = -X dA X. For spd the gradient is symmetric,
+        as that of torch.linalg.cholesky.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device, layout, `damping`, `assume` or `out` do not fit.
+
+    References:
+        Golub and Van Loan, Matrix Computations, 4th ed., sections 3.4 and 4.2.
+        Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapter 14; LAPACK's xPOTRI and xGETRI.
+
+    Example:
+        >>> points = torch.randn(100_000, 8, 3)
+        >>> inverse, info = secant.ops.block_inv(points.mT @ points, damping=("scale", 1e-4))
+        >>> inverse.shape, int((info != 0).sum())
+        (torch.Size([100000, 3, 3]), 0)
+    """
+    op = "block_inv"
+    _check_blocks(op, a)
+    spd = _check_spd(op, assume)
+    lam, value, scaled = _check_damping(op, damping, a, a.shape[:-2])
+    if _is_transformed(a, lam, out):
+        _refuse_out(op, out)
+        x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
+        return x.to(a.dtype), info
+    if out is not None:
+        _check_out(op, out, tuple(a.shape), {"a": a, "damping": lam}, same="a")
+    return dispatch.inv(a, lam, value, scaled, spd, out)
+
+
+def block_solve(
+    a: Tensor, b: Tensor, *, damping: Damping = None, assume: str = "spd", out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Solutions of many small linear systems, (A + damping) x = b, with one or several right-hand sides.
+
+    As torch.linalg.solve has it, `b` holds one vector a block when it is of shape (n,) or exactly `a.shape[:-1]`; else
+    it holds matrices, shape (..., n, k). The batch dimensions of `a` and `b` broadcast; each block of the broadcast
+    batch is factored.
+
+    Args:
+        a: (..., n, n), 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides.
+        b: (n,), (..., n) or (..., n, k), k >= 0, of the dtype of `a`.
+        damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
+            shape that broadcasts to the broadcast batch's.
+        assume: "spd": symmetric positive definite; only the lower triangle is read. "general": partial pivoting.
+        out: receives x, of its shape and dtype. It may be `b` itself and must not overlap `a` or `b` else.
+
+    Returns:
+        (x, info): x is (..., n) for vectors, (..., n, k) for matrices; info as that of `block_inv`, of the broadcast
+        batch's shape.
+
+        Differentiable in `a`, `b` and `damping`, forward and reverse mode: dx = A^-1 (db - dA x). For spd the gradient
+        of `a` is symmetric.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device, layout, `damping`, `assume` or `out` do not fit.
+
+    References:
+        Golub and Van Loan, Matrix Computations, 4th ed., sections 3.4 and 4.2; LAPACK's xPOSV and xGESV.
+
+    Example:
+        >>> a, b = torch.randn(1000, 9, 9), torch.randn(1000, 9)
+        >>> x, info = secant.ops.block_solve(a @ a.mT, b, damping=1e-3)
+    """
+    op = "block_solve"
+    _check_blocks(op, a)
+    _gate.tensor(op, "b", b, (a.dtype,), a.device)
+    spd = _check_spd(op, assume)
+    a, b, vector = _broadcast(op, a, b)
+    lam, value, scaled = _check_damping(op, damping, a, a.shape[:-2])
+    if _is_transformed(a, b, lam, out):
+        _refuse_out(op, out)
+        x, info = autograd.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
+        x = x.to(a.dtype)
+        return (x.squeeze(-1) if vector else x), info
+    if out is None:
+        x, info = dispatch.solve(a, b, lam, value, scaled, spd)
+        return (x.squeeze(-1) if vector else x), info
+    target = b.squeeze(-1) if vector else b
+    _check_out(op, out, tuple(target.shape), {"a": a, "b": target, "damping": lam}, same="b")
+    _, info = dispatch.solve(a, b, lam, value, scaled, spd, out.unsqueeze(-1) if vector else out)
+    return out, info
+
+
+def _broadcast(op: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """(a, b, whether b holds vectors), with equal batch dimensions and b as (..., n, k)."""
+    n = a.shape[-1]
+    vector = b.dim() == 1 or b.shape == a.shape[:-1]
+    given = b.shape
+    if vector:
+        b = b.unsqueeze(-1)
+    if b.dim() < 2 or b.shape[-2] != n:
+        raise _gate.fail(
+            op, "b", f"shape ({n},), {tuple(a.shape[:-1])} or (..., {n}, k) for a of shape {tuple(a.shape)}",
+            f"shape {tuple(given)}",
+        )  # fmt: skip
+    if a.shape[:-2] != b.shape[:-2]:
+        try:
+            batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        except RuntimeError:
+            raise _gate.fail(
+                op, "b", f"batch dimensions that broadcast with {tuple(a.shape[:-2])}", f"shape {tuple(given)}"
+            ) from None
+        a, b = a.expand(*batch, n, n), b.expand(*batch, n, b.shape[-1])
+    return a, b, vector
+
+
+def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of many small symmetric matrices, A = V diag(w) V^T.
+
+    Args:
+        a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
+            triangle is read.
+
+    Returns:
+        (w, V, info): eigenvalues (..., n), ascending; eigenvectors (..., n, n), orthonormal, in columns, of either
+        sign; info (...), int32: 0; -1 where the block has an entry that is not finite, with NaN in w and V; k > 0 where
+        k off-diagonal entries were left when the cap on sweeps was reached, with the best effort in w and V.
+
+        Differentiable in `a`, forward and reverse mode: dw = diag(V^T dA V) and dV = V (F * V^T dA V), with
+        F_ij = 1 / (w_j - w_i), and 0 where these are equal to working precision (n eps max |w|). Eigenvectors of equal
+        eigenvalues are determined up to a rotation among themselves, which has no derivative: what comes back is
+        finite, and right for every function that does not depend on that choice to first order. The gradient is
+        symmetric.
+
+    Raises:
+        TypeError: `a` is no tensor, or of another dtype.
+        ValueError: shape or layout do not fit.
+
+    References:
+        Golub and Van Loan, Matrix Computations, 4th ed., section 8.5 (cyclic Jacobi); Demmel and Veselic, Jacobi's
+        method is more accurate than QR, SIAM J. Matrix Anal. Appl. 13 (1992); LAPACK's xSYEV for `info`.
+
+    Example:
+        >>> w, v, info = secant.ops.block_eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> # w equals (1, 3)
+    """
+    _check_blocks("block_eigh", a)
+    if _is_transformed(a):
+        w, v, info = autograd.apply(autograd.Eigh, _real(a))
+        return w.to(a.dtype), v.to(a.dtype), info
+    return dispatch.eigh(a)
+
+
+def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses of |A| with its eigenvalues bounded below: V diag(1 / max(|w|, floor)) V^T for A = V diag(w) V^T.
+
+    That is what takes the place of the inverse Hessian in saddle-free Newton methods: the step along an eigenvector of
+    negative curvature is reversed, and none is longer than the gradient / floor.
+
+    Args:
+        a: (..., n, n), symmetric and possibly indefinite, 1 <= n <= 64, float32, float64, bfloat16 or float16, any
+            strides; only the lower triangle is read.
+        floor: a positive number, or a tensor of positive numbers (this is not checked: it would be read back), of a
+            shape that broadcasts to the batch's.
+
+    Returns:
+        (x, info): x as `a`, exactly symmetric; info (...), int32: 0; -1 where the block has an entry that is not
+        finite; k > 0 where k off-diagonal entries were left when the cap on sweeps was reached. Such blocks have NaN
+        in x.
+
+        Differentiable in `a` (not in `floor`), forward and reverse mode, by divided differences of max(|w|, floor),
+        finite at repeated eigenvalues. At |w| = floor, where there is a kink, its slope is taken to be 0.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, layout or `floor` do not fit, or `floor` requires grad.
+
+    References:
+        Dauphin et al., Identifying and attacking the saddle point problem in high-dimensional non-convex optimization,
+        NIPS 2014. Higham, Functions of Matrices, Theorem 3.11 (Daleckii and Krein).
+
+    Example:
+        >>> x, info = secant.ops.block_abs_inv(torch.tensor([[-2.0, 0.0], [0.0, 1e-9]]), floor=1e-3)
+        >>> # x equals diag(0.5, 1000)
+    """
+    op = "block_abs_inv"
+    _check_blocks(op, a)
+    least: Tensor | None = None
+    value: float | None = None
+    if isinstance(floor, Tensor):
+        if floor.requires_grad:
+            raise _gate.fail(op, "floor", "a tensor that does not require grad (detach it)", "requires_grad=True")
+        least = _per_block(op, "floor", floor, a, a.shape[:-2])
+    elif isinstance(floor, (int, float)) and 0 < floor < math.inf:
+        value = float(floor)
+    else:
+        raise _gate.fail(op, "floor", "a positive finite number or a tensor", repr(floor))
+    if _is_transformed(a, least):
+        x, info = autograd.apply(autograd.AbsInv, _real(a), least, value)
+        return x.to(a.dtype), info
+    return dispatch.abs_inv(a, least, value)
+
+
+def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
+    """Inverse p-th roots of many small symmetric positive definite matrices, (A + damping)^(-1/p).
+
+    p = 4 is what Shampoo asks for, p = 2 whitens, p = 1 is the inverse by way of the eigenvalues (`block_inv` is
+    faster).
+
+    Args:
+        a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
+            triangle is read.
+        p: 1, 2 or 4.
+        damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
+            shape that broadcasts to the batch's.
+
+    Returns:
+        (x, info): x as `a`, exactly symmetric and positive definite; info (...), int32: 0; k > 0 where the k smallest
+        eigenvalues of the damped block are not positive, or where k off-diagonal entries were left when the cap on
+        sweeps was reached; -1 where the block has an entry that is not finite. Such blocks have NaN in x.
+
+        Differentiable in `a` and `damping`, forward and reverse mode, by divided differences (the square roots'
+        Sylvester equations, solved in the eigenbasis), finite at repeated eigenvalues. The gradient is symmetric.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, layout, `p` or `damping` do not fit.
+
+    References:
+        Higham, Functions of Matrices, chapters 6 and 7; Gupta, Koren, Singer, Shampoo, ICML 2018.
+
+    Example:
+        >>> x, info = secant.ops.block_inv_root(torch.diag(torch.tensor([4.0, 16.0])), 2)
+        >>> # x equals diag(0.5, 0.25)
+    """
+    op = "block_inv_root"
+    _check_blocks(op, a)
+    if not isinstance(p, int) or p not in (1, 2, 4):
+        raise _gate.fail(op, "p", "1, 2 or 4", repr(p))
+    lam, value, scaled = _check_damping(op, damping, a, a.shape[:-2])
+    if _is_transformed(a, lam):
+        x, info = autograd.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)
+        return x.to(a.dtype), info
+    return dispatch.inv_root(a, p, lam, value, scaled)
