@@ -222,4 +222,6 @@ def inv_root(a: Tensor, p: int, damping: float | Tensor | None, scaled: bool, ou
     w, v, code = _eigh(_damped(a, damping, scaled))
     code = torch.where(code == 0, (w <= 0).sum(-1).int(), code)
     info.copy_(code)
-    _finish(_function(w ** (-1.0 / p), v), code != 0, out)
+    for _ in range(p.bit_length() - 1):  # square roots, which are rounded alike wherever they stand; pow is not
+        w = w.sqrt()
+    _finish(_function(1.0 / w, v), code != 0, out)

@@ -83,30 +83,42 @@ for _name, _op in (
 def _flat(x: Tensor) -> Tensor:
     """(..., r, c) as (B, r, c) with contiguous row-major blocks and any stride between them; a copy only if need be."""
     x = x.resolve_neg()
-    if not x.is_contiguous():
-        x = x.reshape(-1, *x.shape[-2:])  # a view wherever one stride can stand for all batch dimensions
-        rows, columns = x.stride()[1:]
-        if (columns != 1 and x.shape[2] > 1) or (rows != x.shape[2] and x.shape[1] > 1):
-            return x.contiguous()
-        return x
-    return x if x.dim() == 3 else x.view(-1, *x.shape[-2:])
+    if x.is_contiguous():
+        return x if x.dim() == 3 else x.view(-1, *x.shape[-2:])
+    x = x.reshape(-1, *x.shape[-2:])  # a view wherever one stride can stand for all batch dimensions
+    rows, columns = x.stride()[1:]
+    if (columns != 1 and x.shape[2] > 1) or (rows != x.shape[2] and x.shape[1] > 1):
+        return x.contiguous()
+    return x
 
 
 def _registered(a: Tensor) -> bool:
     """Whether the call has to be visible to a compiler or a tensor subclass."""
-    return torch.compiler.is_compiling() or not _gate.is_plain(a)
-
-
-def _line(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1).contiguous()
+    return torch.compiler.is_compiling() or (type(a) is not Tensor and not _gate.is_plain(a))
 
 
 def _result(shape: torch.Size, like: Tensor, out: Tensor | None) -> tuple[Tensor, bool]:
     """Where a kernel may write: `out` itself when its layout allows, else a new tensor."""
     # While compiling, an argument that is written may not be an input too, so that `out` is copied to.
-    if out is not None and not _registered(out) and out.is_contiguous() and not out.is_neg():
-        return out, True
-    return torch.empty(shape, dtype=like.dtype, device=like.device), False
+    if out is None:
+        return _empty(shape, like), False
+    direct = not _registered(out) and out.is_contiguous() and not out.is_neg()
+    return (out if direct else _empty(shape, like)), direct
+
+
+def _empty(shape: torch.Size, like: Tensor) -> Tensor:
+    """A contiguous tensor. What there is to parse makes torch.empty three times as slow as empty_like."""
+    return torch.empty_like(like) if like.is_contiguous() and like.shape == shape else like.new_empty(shape)
+
+
+def _codes(a: Tensor) -> Tensor:
+    # A plain number parses in half the time that a slice of a shape takes.
+    return a.new_empty(a.shape[0] if a.dim() == 3 else a.shape[:-2], dtype=torch.int32)
+
+
+def _line(x: Tensor) -> Tensor:
+    """(...) as (B,), contiguous; most often it is."""
+    return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
 
 
 def _finish(x: Tensor, direct: bool, out: Tensor | None) -> Tensor:
@@ -117,13 +129,12 @@ def inv(
     a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(inverse, info) of a (..., n, n)."""
-    shape = a.shape
-    x, direct = _result(shape, a, out)
-    info = torch.empty(shape[:-2], dtype=torch.int32, device=a.device)
+    x, direct = _result(a.shape, a, out)
+    info = _codes(a)
     if a.numel():
-        a3, x3, codes = _flat(a), (x if x.dim() == 3 else _flat(x)), (info if info.dim() == 1 else info.view(-1))
+        a3, x3, codes = _flat(a), (x if x.dim() == 3 else _flat(x)), _line(info)
         if _registered(a):
-            torch.ops.secant.block_inv(a3, _line(lam), value, scaled, spd, x3, codes)
+            torch.ops.secant.block_inv(a3, lam if lam is None else _line(lam), value, scaled, spd, x3, codes)
         else:
             backend = backends.resolve("blocks", a.device, a.dtype)
             backend.inv(a3, value if lam is None else _line(lam), scaled, spd, x3, codes)
@@ -140,17 +151,17 @@ def solve(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x, info) for a (*batch, n, n) and b (*batch, n, k)."""
-    x, direct = _result(b.shape, a, out)
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    x, direct = _result(b.shape, b, out)
+    info = _codes(a)
     if a.numel():
-        a3, codes = _flat(a), (info if info.dim() == 1 else info.view(-1))
+        a3, codes = _flat(a), _line(info)
         if b.shape[-1]:
             b3, x3 = _flat(b), (x if x.dim() == 3 else _flat(x))
         else:  # nothing to solve for, but the codes are asked for
             b3 = torch.zeros(len(a3), a3.shape[1], 1, dtype=a.dtype, device=a.device)
             x3 = torch.empty_like(b3)
         if _registered(a):
-            torch.ops.secant.block_solve(a3, b3, _line(lam), value, scaled, spd, x3, codes)
+            torch.ops.secant.block_solve(a3, b3, lam if lam is None else _line(lam), value, scaled, spd, x3, codes)
         else:
             backend = backends.resolve("blocks", a.device, a.dtype)
             backend.solve(a3, b3, value if lam is None else _line(lam), scaled, spd, x3, codes)
@@ -160,10 +171,10 @@ def solve(
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, info) of a (..., n, n)."""
     values = torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
-    vectors = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    vectors = _empty(a.shape, a)
+    info = _codes(a)
     if a.numel():
-        arguments = (_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), info.view(-1))
+        arguments = (_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), _line(info))
         if _registered(a):
             torch.ops.secant.block_eigh(*arguments)
         else:
@@ -173,25 +184,29 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def abs_inv(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tensor, Tensor]:
     """(V diag(1 / max(|w|, floor)) V^T, info) of a (..., n, n)."""
-    x = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    x = _empty(a.shape, a)
+    info = _codes(a)
     if a.numel():
         if _registered(a):
-            torch.ops.secant.block_abs_inv(_flat(a), _line(floor), value, _flat(x), info.view(-1))
+            torch.ops.secant.block_abs_inv(
+                _flat(a), floor if floor is None else _line(floor), value, _flat(x), _line(info)
+            )
         else:
             backend = backends.resolve("blocks", a.device, a.dtype)
-            backend.abs_inv(_flat(a), _either(_line(floor), value), _flat(x), info.view(-1))
+            backend.abs_inv(_flat(a), value if floor is None else _line(floor), _flat(x), _line(info))
     return x, info
 
 
 def inv_root(a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool) -> tuple[Tensor, Tensor]:
     """((A + damping)^(-1/p), info) of a (..., n, n)."""
-    x = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    x = _empty(a.shape, a)
+    info = _codes(a)
     if a.numel():
         if _registered(a):
-            torch.ops.secant.block_inv_root(_flat(a), p, _line(lam), value, scaled, _flat(x), info.view(-1))
+            torch.ops.secant.block_inv_root(
+                _flat(a), p, lam if lam is None else _line(lam), value, scaled, _flat(x), _line(info)
+            )
         else:
             backend = backends.resolve("blocks", a.device, a.dtype)
-            backend.inv_root(_flat(a), p, _either(_line(lam), value), scaled, _flat(x), info.view(-1))
+            backend.inv_root(_flat(a), p, value if lam is None else _line(lam), scaled, _flat(x), _line(info))
     return x, info

@@ -47,9 +47,10 @@ def _check_spd(op: str, assume: str) -> bool:
     return assume == "spd"
 
 
-def _per_block(op: str, name: str, x: Tensor, a: Tensor, batch: torch.Size) -> Tensor:
+def _per_block(op: str, name: str, x: Tensor, a: Tensor) -> Tensor:
     """A tensor of one number a block, in the compute dtype and of the batch's shape."""
     _gate.tensor(op, name, x, DTYPES, a.device)
+    batch = a.shape[:-2]
     sizes = zip(reversed(x.shape), reversed(batch), strict=False)
     if x.dim() > len(batch) or any(size not in (1, full) for size, full in sizes):
         raise _gate.fail(
@@ -58,7 +59,7 @@ def _per_block(op: str, name: str, x: Tensor, a: Tensor, batch: torch.Size) -> T
     return x.to(torch.float64 if a.dtype is torch.float64 else torch.float32).expand(batch)
 
 
-def _check_damping(op: str, damping: Damping, a: Tensor, batch: torch.Size) -> tuple[Tensor | None, float | None, bool]:
+def _check_damping(op: str, damping: Damping, a: Tensor) -> tuple[Tensor | None, float | None, bool]:
     """(per-block tensor or None, number or None, whether it multiplies the diagonal)."""
     if damping is None:
         return None, None, False
@@ -69,7 +70,7 @@ def _check_damping(op: str, damping: Damping, a: Tensor, batch: torch.Size) -> t
             raise _gate.fail(op, "damping", "a number, a tensor or ('scale', number or tensor)", repr(damping))
         amount = damping[1]
     if isinstance(amount, Tensor):
-        return _per_block(op, "damping", amount, a, batch), None, scaled
+        return _per_block(op, "damping", amount, a), None, scaled
     if not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
         raise _gate.fail(op, "damping", "a finite number >= 0, a tensor or ('scale', either)", repr(damping))
     return None, float(amount), scaled
@@ -91,10 +92,18 @@ def _check_out(op: str, out: Tensor, shape: tuple[int, ...], inputs: dict[str, T
             raise _gate.fail(op, "out", f"{name} itself or no overlap with it", "partly overlapping memory")
 
 
-def _is_transformed(*tensors: Tensor | None) -> bool:
+def _is_transformed(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> bool:
     """Whether autograd, forward AD or a functorch transform has to see the call."""
     return (
-        (any(x is not None and x.requires_grad for x in tensors) and torch.is_grad_enabled())
+        (
+            (
+                a.requires_grad
+                or (b is not None and b.requires_grad)
+                or (c is not None and c.requires_grad)
+                or (d is not None and d.requires_grad)
+            )
+            and torch.is_grad_enabled()
+        )
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
     )
@@ -149,7 +158,7 @@ def block_inv(
     op = "block_inv"
     _check_blocks(op, a)
     spd = _check_spd(op, assume)
-    lam, value, scaled = _check_damping(op, damping, a, a.shape[:-2])
+    lam, value, scaled = _check_damping(op, damping, a)
     if _is_transformed(a, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
@@ -199,7 +208,7 @@ def block_solve(
     _gate.tensor(op, "b", b, (a.dtype,), a.device)
     spd = _check_spd(op, assume)
     a, b, vector = _broadcast(op, a, b)
-    lam, value, scaled = _check_damping(op, damping, a, a.shape[:-2])
+    lam, value, scaled = _check_damping(op, damping, a)
     if _is_transformed(a, b, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
@@ -313,7 +322,7 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(floor, Tensor):
         if floor.requires_grad:
             raise _gate.fail(op, "floor", "a tensor that does not require grad (detach it)", "requires_grad=True")
-        least = _per_block(op, "floor", floor, a, a.shape[:-2])
+        least = _per_block(op, "floor", floor, a)
     elif isinstance(floor, (int, float)) and 0 < floor < math.inf:
         value = float(floor)
     else:
@@ -360,7 +369,7 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
     _check_blocks(op, a)
     if not isinstance(p, int) or p not in (1, 2, 4):
         raise _gate.fail(op, "p", "1, 2 or 4", repr(p))
-    lam, value, scaled = _check_damping(op, damping, a, a.shape[:-2])
+    lam, value, scaled = _check_damping(op, damping, a)
     if _is_transformed(a, lam):
         x, info = autograd.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)
         return x.to(a.dtype), info
