@@ -191,8 +191,8 @@ def _inverse_gaps(w: Tensor) -> Tensor:
 class Eigh(Function):
     """A = V diag(w) V^T: dw = diag(K) and dV = V (F * K), K = V^T dA V, F_ij = 1 / (w_j - w_i).
 
-    Where w_i = w_j the vectors are free to turn into each other, F_ij is set to 0, and what remains is the derivative
-    of every function that does not see that freedom.
+    Where w_i = w_j the vectors are free to turn into each other, and F_ij is set to 0: right for what treats equal
+    eigenvalues alike, and finite for all else.
     """
 
     @staticmethod

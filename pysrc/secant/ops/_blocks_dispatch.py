@@ -160,7 +160,7 @@ def solve(
         else:  # nothing to solve for, but the codes are asked for
             b3 = torch.zeros(len(a3), a3.shape[1], 1, dtype=a.dtype, device=a.device)
             x3 = torch.empty_like(b3)
-        if _registered(a):
+        if _registered(a) or _registered(b):
             torch.ops.secant.block_solve(a3, b3, lam if lam is None else _line(lam), value, scaled, spd, x3, codes)
         else:
             backend = backends.resolve("blocks", a.device, a.dtype)

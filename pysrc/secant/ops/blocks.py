@@ -159,6 +159,8 @@ def block_inv(
     _check_blocks(op, a)
     spd = _check_spd(op, assume)
     lam, value, scaled = _check_damping(op, damping, a)
+    if out is not None:
+        _gate.tensor(op, "out", out, (a.dtype,), a.device)
     if _is_transformed(a, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
@@ -209,6 +211,8 @@ def block_solve(
     spd = _check_spd(op, assume)
     a, b, vector = _broadcast(op, a, b)
     lam, value, scaled = _check_damping(op, damping, a)
+    if out is not None:
+        _gate.tensor(op, "out", out, (a.dtype,), a.device)
     if _is_transformed(a, b, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
@@ -260,9 +264,9 @@ def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
         Differentiable in `a`, forward and reverse mode: dw = diag(V^T dA V) and dV = V (F * V^T dA V), with
         F_ij = 1 / (w_j - w_i), and 0 where these are equal to working precision (n eps max |w|). Eigenvectors of equal
-        eigenvalues are determined up to a rotation among themselves, which has no derivative: what comes back is
-        finite, and right for every function that does not depend on that choice to first order. The gradient is
-        symmetric.
+        eigenvalues are determined up to a rotation among themselves, which has no derivative: what comes back is always
+        finite, and right for functions that treat equal eigenvalues alike, such as tr f(A) and the projector onto an
+        eigenspace. `block_inv_root` and `block_abs_inv` have exact derivatives there. The gradient is symmetric.
 
     Raises:
         TypeError: `a` is no tensor, or of another dtype.

@@ -10,7 +10,7 @@ from secant.kernels.blocks import reference
 
 import block_matrices as bm
 
-SIZES = [1, 2, 3, 5, 8, 13, 32, 64]
+SIZES = [1, 2, 3, 7, 16, 64]
 EVERY = [pytest.param(n, marks=[] if n in SIZES else pytest.mark.slow) for n in range(1, 65)]
 real = pytest.mark.parametrize("dtype", bm.REAL, ids=str)
 
@@ -99,7 +99,7 @@ def test_no_jitter(dtype):
 
 
 @real
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16, 33])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16])
 def test_bad_blocks(n, dtype):
     cases = [
         (bm.bad_spd(n, dtype), lambda a: bm.run_inv(reference, a), bm.random_spd(n, dtype, 2)),
@@ -146,7 +146,7 @@ def test_the_upper_triangle_is_not_read(dtype):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("n", [1, 3, 7, 8, 20, 64])
+@pytest.mark.parametrize("n", [1, 3, 8, 13])
 def test_bits_do_not_depend_on_the_place_in_the_batch(n):
     a, general = bm.random_symmetric(n, torch.float64, 7), bm.random_general(n, torch.float64, 7)
     spd = bm.random_spd(n, torch.float64, 7)
