@@ -6,15 +6,17 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/blocks/cpu.h"
 #include "../kernels/lbfgs/cpu.h"
 #include "bandwidth.h"
 #include "parallel.h"
 
 // One namespace per instruction set that the build compiled; SECANT_ISAS is X(name) for each, best last.
-#define X(isa)                              \
-  namespace isa {                           \
-  extern const secant::LbfgsCpu lbfgs;      \
-  extern const secant::Bandwidth bandwidth; \
+#define X(isa)                                 \
+  namespace isa {                              \
+  extern const secant::BlocksCpu blocks_table; \
+  extern const secant::LbfgsCpu lbfgs;         \
+  extern const secant::Bandwidth bandwidth;    \
   }
 SECANT_ISAS
 #undef X
@@ -25,12 +27,13 @@ namespace {
 
 struct Isa {
   const char* name;
+  const secant::BlocksCpu* blocks;
   const secant::LbfgsCpu* lbfgs;
   const secant::Bandwidth* bandwidth;
 };
 
 const Isa kBuilt[] = {
-#define X(isa) {#isa, &isa::lbfgs, &isa::bandwidth},
+#define X(isa) {#isa, &isa::blocks_table, &isa::lbfgs, &isa::bandwidth},
     SECANT_ISAS
 #undef X
 };
@@ -113,6 +116,46 @@ void lbfgs_two_loop(int vectors, int rings, int64_t batch, int64_t m, int64_t n,
   isa().lbfgs->two_loop[vectors][rings](args);
 }
 
+void blocks_inv(int arithmetic, int64_t batch, int n, uintptr_t a, int64_t a_batch, uintptr_t damping, double value,
+                bool scaled, bool spd, uintptr_t out, uintptr_t info, int threads) {
+  secant::Blocks c{};
+  c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
+  c.shift = ptr(damping), c.shift_value = value, c.scaled = scaled, c.spd = spd;
+  c.out = ptr(out), c.info = ptr<int32_t>(info), c.threads = threads;
+  py::gil_scoped_release release;
+  isa().blocks->inv[arithmetic](c);
+}
+
+void blocks_solve(int arithmetic, int64_t batch, int n, int64_t k, uintptr_t a, int64_t a_batch, uintptr_t b,
+                  int64_t b_batch, uintptr_t damping, double value, bool scaled, bool spd, uintptr_t out,
+                  uintptr_t info, int threads) {
+  secant::Blocks c{};
+  c.batch = batch, c.n = n, c.k = k, c.a = ptr(a), c.a_batch = a_batch, c.b = ptr(b), c.b_batch = b_batch;
+  c.shift = ptr(damping), c.shift_value = value, c.scaled = scaled, c.spd = spd;
+  c.out = ptr(out), c.info = ptr<int32_t>(info), c.threads = threads;
+  py::gil_scoped_release release;
+  isa().blocks->solve[arithmetic](c);
+}
+
+void blocks_eigh(int arithmetic, int64_t batch, int n, uintptr_t a, int64_t a_batch, uintptr_t values,
+                 uintptr_t vectors, uintptr_t info, int threads) {
+  secant::Blocks c{};
+  c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
+  c.values = ptr(values), c.out = ptr(vectors), c.info = ptr<int32_t>(info), c.threads = threads;
+  py::gil_scoped_release release;
+  isa().blocks->eigh[arithmetic](c);
+}
+
+void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a, int64_t a_batch, uintptr_t shift,
+                     double value, bool scaled, uintptr_t out, uintptr_t info, int threads) {
+  secant::Blocks c{};
+  c.root = root, c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
+  c.shift = ptr(shift), c.shift_value = value, c.scaled = scaled;
+  c.out = ptr(out), c.info = ptr<int32_t>(info), c.threads = threads;
+  py::gil_scoped_release release;
+  isa().blocks->function[arithmetic](c);
+}
+
 double read_bandwidth(uintptr_t data, int64_t bytes, int repeats) {
   py::gil_scoped_release release;
   return isa().bandwidth->read(ptr<const void>(data), bytes, repeats);
@@ -146,5 +189,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("build_config", &build_config, "Compiler, instruction sets, OpenMP version and threads.");
   m.def("lbfgs_update", &lbfgs_update);
   m.def("lbfgs_two_loop", &lbfgs_two_loop);
+  m.def("blocks_inv", &blocks_inv);
+  m.def("blocks_solve", &blocks_solve);
+  m.def("blocks_eigh", &blocks_eigh);
+  m.def("blocks_function", &blocks_function);
   m.def("read_bandwidth", &read_bandwidth, "Best bytes per second over `repeats` reads of a buffer by all threads.");
 }

@@ -5,8 +5,11 @@
 // SECANT_ISA (the name of the namespace) and SECANT_VECTOR_BYTES set by the build.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -112,11 +115,44 @@ SECANT_INLINE vec<T> load_t(const S* p) {
   return load_as<T, kLanes<T>>(p);
 }
 
-// Fixed order: lane 0, 1, 2, ...
+// Vectors of doubles in a vector of T, and the h-th of them, lower lanes first.
+template <class T>
+constexpr int kHalves = kLanes<T> / kDoubles;
+
+template <class T>
+SECANT_INLINE vd half(const vec<T>& v, int h) {
+  if constexpr (__is_same(T, double)) {
+    return v;
+  } else {
+    using F = typename VecN<float, kDoubles>::type;
+#if defined(__AVX512F__)
+    return widen_float<kDoubles>(
+        (F)(h == 0 ? _mm512_castps512_ps256((__m512)v) : _mm512_extractf32x8_ps((__m512)v, 1)));
+#elif defined(__AVX2__)
+    return widen_float<kDoubles>((F)(h == 0 ? _mm256_castps256_ps128((__m256)v) : _mm256_extractf128_ps((__m256)v, 1)));
+#else
+    F part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&v) + h * sizeof(F), sizeof(F));
+    return widen_float<kDoubles>(part);
+#endif
+  }
+}
+
+// The sum of the lanes, by halves: the order is fixed.
 SECANT_INLINE double hsum(const vd& v) {
+#if defined(__AVX512F__)
+  const __m256d x = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+#elif defined(__AVX2__)
+  const __m256d x = (__m256d)v;
+#endif
+#if defined(__AVX2__)
+  const __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
+#else
   double s = v[0];
   for (int i = 1; i < kDoubles; ++i) s += v[i];
   return s;
+#endif
 }
 
 SECANT_INLINE float to_float(bf16 x) {
@@ -147,5 +183,213 @@ struct Round<bf16> {
     return bf16{static_cast<uint16_t>(f != f ? 0x7fc0u : rounded)};
   }
 };
+
+// ------------------------------------------------------------------------------- masks, lane by lane, and transposes
+
+// One truth value per lane: a bit mask where the instruction set has them, else all bits of the lane.
+#ifdef __AVX512F__
+template <class T>
+using mask = typename std::conditional<sizeof(T) == 4, __mmask16, __mmask8>::type;
+#else
+template <class T>
+using mask = vec<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type>;
+#endif
+
+// x < y; false where either is NaN.
+template <class T>
+SECANT_INLINE mask<T> less(const vec<T>& x, const vec<T>& y) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_LT_OQ);
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_LT_OQ);
+#else
+  return x < y;
+#endif
+}
+
+template <class T>
+SECANT_INLINE mask<T> equal(const vec<T>& x, const vec<T>& y) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_EQ_OQ);
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_EQ_OQ);
+#else
+  return x == y;
+#endif
+}
+
+// |x| > |y| by their bits: NaN is larger than infinity.
+template <class T>
+SECANT_INLINE mask<T> larger(const vec<T>& x, const vec<T>& y) {
+  using I = vec<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type>;
+  const I bits = ~(I)splat(T(-0.0)), a = (I)x & bits, b = (I)y & bits;
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+  if constexpr (sizeof(T) == 8) return _mm512_cmpgt_epi64_mask((__m512i)a, (__m512i)b);
+#else
+  return a > b;
+#endif
+}
+
+template <class T>
+SECANT_INLINE vec<T> select(mask<T> m, const vec<T>& yes, const vec<T>& no) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_mask_blend_ps(m, (__m512)no, (__m512)yes);
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm512_mask_blend_pd(m, (__m512d)no, (__m512d)yes);
+#else
+  return m ? yes : no;
+#endif
+}
+
+template <class T>
+SECANT_INLINE bool any(mask<T> m) {
+#if defined(__AVX512F__)
+  return m != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)m) != 0;
+#else
+  bool r = false;
+  for (int i = 0; i < kLanes<T>; ++i) r |= m[i] != 0;
+  return r;
+#endif
+}
+
+template <class T>
+SECANT_INLINE vec<T> absolute(const vec<T>& x) {
+  using I = vec<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type>;
+  return (vec<T>)((I)x & ~(I)splat(T(-0.0)));
+}
+
+template <class T>
+SECANT_INLINE vec<T> square_root(const vec<T>& x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_sqrt_ps((__m512)x);
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm256_sqrt_ps((__m256)x);
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm256_sqrt_pd((__m256d)x);
+#else
+  vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = std::sqrt(x[i]);
+  return r;
+#endif
+}
+
+// A vector is kPieces pieces of 16 bytes. Small matrices that lie side by side in memory are interleaved, lane by lane,
+// from pieces of kPiece<T> elements: each piece of a register belongs to another matrix, and kPiece<T> registers are
+// transposed within their pieces. That takes half the shuffles of a transpose across the whole register.
+constexpr int kPieces = kBytes / 16;
+template <class T>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+
+// Piece i from p[i * step] + offset.
+template <class T>
+SECANT_INLINE vec<T> load_pieces(const T* const* p, int step, int64_t offset) {
+#if defined(__AVX2__)
+  const auto at = [&](int i) __attribute__((always_inline)) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(p[i * step] + offset));
+  };
+#endif
+#if defined(__AVX512F__)
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(1), 1);
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(at(2)), at(3), 1);
+  return (vec<T>)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif defined(__AVX2__)
+  return (vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(1), 1);
+#else
+  (void)step;
+  return load<vec<T>>(p[0] + offset);
+#endif
+}
+
+template <class T>
+SECANT_INLINE void store_pieces(T* const* p, int step, int64_t offset, const vec<T>& v) {
+#if defined(__AVX2__)
+  const auto at = [&](int i) __attribute__((always_inline)) { return reinterpret_cast<float*>(p[i * step] + offset); };
+#endif
+#if defined(__AVX512F__)
+  _mm_storeu_ps(at(0), _mm512_castps512_ps128((__m512)v));
+  _mm_storeu_ps(at(1), _mm512_extractf32x4_ps((__m512)v, 1));
+  _mm_storeu_ps(at(2), _mm512_extractf32x4_ps((__m512)v, 2));
+  _mm_storeu_ps(at(3), _mm512_extractf32x4_ps((__m512)v, 3));
+#elif defined(__AVX2__)
+  _mm_storeu_ps(at(0), _mm256_castps256_ps128((__m256)v));
+  _mm_storeu_ps(at(1), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  (void)step;
+  store(p[0] + offset, v);
+#endif
+}
+
+template <class V>
+SECANT_INLINE V unpack_low(const V& a, const V& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_unpacklo_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm512_unpacklo_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_unpacklo_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm256_unpacklo_pd((__m256d)a, (__m256d)b);
+#else
+  if constexpr (sizeof(a[0]) == 4) return V{a[0], b[0], a[1], b[1]};
+  if constexpr (sizeof(a[0]) == 8) return V{a[0], b[0]};
+#endif
+}
+
+template <class V>
+SECANT_INLINE V unpack_high(const V& a, const V& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm256_unpackhi_pd((__m256d)a, (__m256d)b);
+#else
+  if constexpr (sizeof(a[0]) == 4) return V{a[2], b[2], a[3], b[3]};
+  if constexpr (sizeof(a[0]) == 8) return V{a[1], b[1]};
+#endif
+}
+
+// Transposes kPiece<T> registers within their pieces; its own inverse.
+template <class T>
+SECANT_INLINE void transpose_pieces(vec<T> (&v)[kPiece<T>]) {
+  if constexpr (sizeof(T) == 4) {
+    const vd a = (vd)unpack_low(v[0], v[1]), b = (vd)unpack_low(v[2], v[3]);
+    const vd c = (vd)unpack_high(v[0], v[1]), d = (vd)unpack_high(v[2], v[3]);
+    v[0] = (vec<T>)unpack_low(a, b);
+    v[1] = (vec<T>)unpack_high(a, b);
+    v[2] = (vec<T>)unpack_low(c, d);
+    v[3] = (vec<T>)unpack_high(c, d);
+  } else {
+    const vec<T> a = v[0];
+    v[0] = unpack_low(a, v[1]);
+    v[1] = unpack_high(a, v[1]);
+  }
+}
+
+// f(0), f(1), ... f(N - 1), each with its index as a constant: arrays indexed by it stay in registers.
+template <class F, int... I>
+SECANT_INLINE void unroll(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+SECANT_INLINE void unroll(const F& f) {
+  unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+// A vector of float as bfloat16, rounded as Round<bf16>.
+SECANT_INLINE void store_bf16(bf16* p, const vec<float>& v) {
+  constexpr int N = kLanes<float>;
+  using U = typename VecN<uint32_t, N>::type;
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U nan = (U)(v != v);
+  const U half = (rounded & ~nan) | (0x7fc0u & nan);
+#if defined(__AVX512F__)
+  store(p, _mm512_cvtepi32_epi16((__m512i)half));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)half, (__m256i)half);  // within 128-bit lanes
+  store(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  store(p, __builtin_convertvector(half, VecN<uint16_t, N>::type));
+#endif
+}
 
 }  // namespace SECANT_ISA
