@@ -345,7 +345,10 @@ def _curve(a: Tensor, b: Tensor, c: Tensor, floor: Tensor) -> Tensor:
 
 
 def _floor(floor: Tensor | None, value: float | None, like: Tensor) -> Tensor:
-    return like.new_tensor(value) if floor is None else floor[..., None, None]
+    if floor is not None:
+        return floor[..., None, None]
+    assert value is not None
+    return like.new_full((), value)
 
 
 class Clamp(Function):

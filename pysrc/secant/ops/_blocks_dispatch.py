@@ -129,7 +129,7 @@ def inv(
     a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(inverse, info) of a (..., n, n)."""
-    x, direct = _result(a.shape, a, out)
+    x, direct = (torch.empty_like(a), False) if out is None and a.is_contiguous() else _result(a.shape, a, out)
     info = _codes(a)
     if a.numel():
         a3, x3, codes = _flat(a), (x if x.dim() == 3 else _flat(x)), _line(info)

@@ -81,7 +81,8 @@ def _check_out(op: str, out: Tensor, shape: tuple[int, ...], inputs: dict[str, T
     first = next(iter(inputs.values()))
     assert first is not None
     _gate.shaped(op, "out", out, shape, first.dtype, first.device)
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    strided = () if out.is_contiguous() else zip(out.shape, out.stride(), strict=True)
+    if any(stride == 0 and size > 1 for size, stride in strided):
         raise _gate.fail(op, "out", "an address of its own for each element", f"strides {out.stride()}")
     for name, x in inputs.items():
         if x is None or not _gate.overlaps(out, x):
@@ -229,9 +230,9 @@ def block_solve(
 
 def _broadcast(op: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, bool]:
     """(a, b, whether b holds vectors), with equal batch dimensions and b as (..., n, k)."""
-    n = a.shape[-1]
-    vector = b.dim() == 1 or b.shape == a.shape[:-1]
-    given = b.shape
+    if b.shape == a.shape[:-1]:
+        return a, b.unsqueeze(-1), True
+    n, given, vector = a.shape[-1], b.shape, b.dim() == 1
     if vector:
         b = b.unsqueeze(-1)
     if b.dim() < 2 or b.shape[-2] != n:
