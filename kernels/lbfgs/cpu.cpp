@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -33,48 +34,66 @@ int team_size(int asked, int64_t bytes) {
   return bytes < kSerialBytes ? 1 : secant::max_threads();
 }
 
-template <class T, class S>
-SECANT_INLINE void to_doubles(const S* x, int len, double* out) {
+template <class A, class S>
+SECANT_INLINE void convert(const S* x, int len, A* out) {
   int i = 0;
-  for (; i + kDoubles <= len; i += kDoubles) store(out + i, load_d(x + i));
-  for (; i < len; ++i) out[i] = to_float(x[i]);
+  for (; i + kLanes<A> <= len; i += kLanes<A>) store(out + i, load_t<A>(x + i));
+  for (; i < len; ++i) out[i] = static_cast<A>(to_float(x[i]));
 }
 
-// x.y, two vectors of doubles.
-SECANT_INLINE double dot(const double* x, const double* y, int len) {
-  vd a0{}, a1{}, a2{}, a3{};
+// x.y, accumulated in double.
+template <class X, class Y>
+SECANT_INLINE double dot(const X* x, const Y* y, int len) {
+  vd a[4] = {};
   int i = 0;
-  for (; i + 4 * kDoubles <= len; i += 4 * kDoubles) {
-    a0 += load<vd>(x + i) * load<vd>(y + i);
-    a1 += load<vd>(x + i + kDoubles) * load<vd>(y + i + kDoubles);
-    a2 += load<vd>(x + i + 2 * kDoubles) * load<vd>(y + i + 2 * kDoubles);
-    a3 += load<vd>(x + i + 3 * kDoubles) * load<vd>(y + i + 3 * kDoubles);
-  }
-  double r = hsum((a0 + a1) + (a2 + a3));
-  for (; i < len; ++i) r += x[i] * y[i];
+  for (; i + 4 * kDoubles <= len; i += 4 * kDoubles)
+    for (int u = 0; u < 4; ++u) a[u] += load_d(x + i + u * kDoubles) * load_d(y + i + u * kDoubles);
+  double r = hsum((a[0] + a[1]) + (a[2] + a[3]));
+  for (; i < len; ++i) r += static_cast<double>(to_float(x[i])) * to_float(y[i]);
   return r;
 }
 
+// r += the lanes of a, in double.
+template <class A>
+SECANT_INLINE void add_lanes(vd& r, const vec<A>& a) {
+  for (int h = 0; h < kHalves<A>; ++h) r += half<A>(a, h);
+}
+
+// The type that products with a row of the history are computed in, where g and y are held as such: float for a
+// bfloat16 history, in runs of kRun elements that are summed in double, else double.
+template <class T, class S>
+using Product = std::conditional_t<__is_same(T, float) && __is_same(S, bf16), float, double>;
+constexpr int kRun = 256;
+
 // Dots of one pair of rows with g and with y, as asked: r[0] += s.g, r[1] += y_j.g, r[2] += s.y, r[3] += y_j.y.
-template <bool G, bool P, class S>
-SECANT_INLINE void pair_dots(const S* s, const S* y, const double* g, const double* p, int len, double* r) {
-  vd a[2][4] = {};
+template <bool G, bool P, class A, class S>
+SECANT_INLINE void pair_dots(const S* s, const S* y, const A* g, const A* p, int len, double* r) {
+  using V = vec<A>;
+  constexpr int kFirst = G ? 0 : 2, kLast = P ? 4 : 2;
+  vd sum[4] = {};
   int i = 0;
-  for (; i + 2 * kDoubles <= len; i += 2 * kDoubles) {
-    for (int u = 0; u < 2; ++u) {
-      const int k = i + u * kDoubles;
-      const vd sv = load_d(s + k), yv = load_d(y + k);
+  while (i + kLanes<A> <= len) {
+    V a[2][4] = {};
+    const auto add = [&](int k, V(&to)[4]) __attribute__((always_inline)) {
+      const V sv = load_t<A>(s + k), yv = load_t<A>(y + k);
       if (G) {
-        const vd gv = load<vd>(g + k);
-        a[u][0] += sv * gv;
-        a[u][1] += yv * gv;
+        const V gv = load<V>(g + k);
+        to[0] += sv * gv;
+        to[1] += yv * gv;
       }
       if (P) {
-        const vd pv = load<vd>(p + k);
-        a[u][2] += sv * pv;
-        a[u][3] += yv * pv;
+        const V pv = load<V>(p + k);
+        to[2] += sv * pv;
+        to[3] += yv * pv;
       }
+    };
+    const int end = __is_same(A, float) ? std::min(len, i + kRun) : len;
+    for (; i + 2 * kLanes<A> <= end; i += 2 * kLanes<A>) {
+      add(i, a[0]);
+      add(i + kLanes<A>, a[1]);
     }
+    if (i + kLanes<A> <= end) add(i, a[0]), i += kLanes<A>;
+    for (int c = kFirst; c < kLast; ++c) add_lanes<A>(sum[c], a[0][c] + a[1][c]);
   }
   double tail[4] = {};
   for (; i < len; ++i) {
@@ -82,7 +101,7 @@ SECANT_INLINE void pair_dots(const S* s, const S* y, const double* g, const doub
     if (G) tail[0] += sv * g[i], tail[1] += yv * g[i];
     if (P) tail[2] += sv * p[i], tail[3] += yv * p[i];
   }
-  for (int c = G ? 0 : 2; c < (P ? 4 : 2); ++c) r[c] += hsum(a[0][c] + a[1][c]) + tail[c];
+  for (int c = kFirst; c < kLast; ++c) r[c] += hsum(sum[c]) + tail[c];
 }
 
 // acc += a x + b y over a block, in T.
@@ -179,11 +198,19 @@ Direction solve(int64_t m, int64_t newest, const double* sy, const double* yy, c
 // The new pair over a block, as the ring stores it.
 template <class T, class S>
 SECANT_INLINE void new_pair(const T* s, const T* y, const T* y_prev, T t, int len, S* s_out, S* y_out) {
-  for (int i = 0; i < len; ++i) s_out[i] = Round<S>::from(t * s[i]);
+  int i = 0;
+  if constexpr (__is_same(S, bf16) && __is_same(T, float)) {  // the rounding of the others vectorises by itself
+    using V = vec<float>;
+    for (; i + kLanes<float> <= len; i += kLanes<float>) {
+      store_bf16(s_out + i, t * load<V>(s + i));
+      store_bf16(y_out + i, y_prev == nullptr ? load<V>(y + i) : load<V>(y + i) - load<V>(y_prev + i));
+    }
+  }
+  for (int k = i; k < len; ++k) s_out[k] = Round<S>::from(t * s[k]);
   if (y_prev != nullptr) {
-    for (int i = 0; i < len; ++i) y_out[i] = Round<S>::from(static_cast<T>(y[i] - y_prev[i]));
+    for (int k = i; k < len; ++k) y_out[k] = Round<S>::from(static_cast<T>(y[k] - y_prev[k]));
   } else {
-    for (int i = 0; i < len; ++i) y_out[i] = Round<S>::from(y[i]);
+    for (int k = i; k < len; ++k) y_out[k] = Round<S>::from(y[k]);
   }
 }
 
@@ -233,28 +260,29 @@ struct UpdateScratch {
 
 template <bool G, bool P, class T, class S>
 void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, double* part) {
-  alignas(64) double g[kBlock], y[kBlock], s[kBlock];
+  using A = Product<T, S>;
+  alignas(64) A g[kBlock], y[kBlock];
   S s_new[kBlock], y_new[kBlock];
   double* scalars = part + 4 * p.m;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int len = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     if (G) {
-      to_doubles<T>(p.grad + at, len, g);
-      double top = scalars[kGMax];
-      for (int i = 0; i < len; ++i) top = std::max(top, std::fabs(g[i]));
+      const T* grad = p.grad + at;
+      convert(grad, len, g);
+      T top = static_cast<T>(scalars[kGMax]);
+      for (int i = 0; i < len; ++i) top = std::max(top, std::fabs(grad[i]));
       scalars[kGMax] = top;
-      scalars[kGG] += dot(g, g, len);
+      scalars[kGG] += dot(grad, grad, len);
     }
     if (P) {
       new_pair(p.s + at, p.y + at, p.y_prev != nullptr ? p.y_prev + at : nullptr, p.t, len, s_new, y_new);
-      to_doubles<T>(s_new, len, s);
-      to_doubles<T>(y_new, len, y);
-      scalars[kSY] += dot(s, y, len);
-      scalars[kSS] += dot(s, s, len);
-      scalars[kYY] += dot(y, y, len);
+      convert(y_new, len, y);
+      scalars[kSY] += dot(s_new, y_new, len);
+      scalars[kSS] += dot(s_new, s_new, len);
+      scalars[kYY] += dot(y_new, y_new, len);
       if (G) {
-        scalars[kSG] += dot(s, g, len);
-        scalars[kYG] += dot(y, g, len);
+        scalars[kSG] += dot(s_new, p.grad + at, len);
+        scalars[kYG] += dot(y_new, p.grad + at, len);
       }
     }
     for (int64_t j = 0; j < p.m; ++j)
@@ -414,47 +442,63 @@ struct TwoLoopScratch {
   bool have_gamma = false;
 };
 
+// The type that the products of a panel are computed in: float where the history and the vectors have no more digits.
+// Runs of kGramBlock / kLanes<float> products are summed in it, and the runs in double; the bound is in README.md.
+template <class T, class S>
+using Panel = std::conditional_t<sizeof(T) == 4 && sizeof(S) <= 4, float, double>;
+
 // The same sums, one vector each: a block adds to them, and only the end of a pass folds the lanes.
 struct PanelLanes {
-  vd first[kPanel], sy[kPanel][kPanel], yy[kPanel];
+  vd first[kPanel], sy[kPanel][kPanel], yy[kPanel], unused[kPanel];
 };
 
-// s_i.q, s_i.y_j (i <= j) and y_i.y_i over a block held as doubles, rows kGramBlock apart and padded with zeros: to
-// whole pairs of vectors, and to a multiple of four rows. A tile of 4 x 2 needs 6 loads for 8 products; the rows of a
-// tile are constants away from one pointer, since an indexed operand would cost a second micro-operation.
-SECANT_INLINE void gram(const double* s, const double* y, const double* q, int k, int len, PanelLanes& r) {
+template <class A>
+struct PanelRows {
+  const A *s[kPanel], *y[kPanel];
+};
+
+// s_i.y_j (i <= j) over `len` elements, a multiple of the lanes. A tile of 4 x 2 needs 6 loads for 8
+// products. What a tile computes beyond the triangle, or with a repeated row, is never read.
+template <class A>
+SECANT_INLINE void gram(const PanelRows<A>& rows, int k, int len, PanelLanes& r) {
+  using V = vec<A>;
   for (int j = 0; j < k; j += 2) {
-    for (int i = 0; i <= j + 1; i += 4) {
-      vd a0[4] = {}, a1[4] = {};
-      const double *sp = s + i * kGramBlock, *yp = y + j * kGramBlock;
-      for (const double* end = yp + len; yp != end; yp += kDoubles, sp += kDoubles) {
-        const vd v0 = load<vd>(yp), v1 = load<vd>(yp + kGramBlock);
-        for (int u = 0; u < 4; ++u) {
-          const vd x = load<vd>(sp + u * kGramBlock);
-          a0[u] += x * v0;
-          a1[u] += x * v1;
-        }
+    const A *y0 = rows.y[j], *y1 = rows.y[j + 1];
+    for (int i = 0; i <= j + 1 && i < k; i += 4) {
+      const A *s0 = rows.s[i], *s1 = rows.s[i + 1], *s2 = rows.s[i + 2], *s3 = rows.s[i + 3];
+      V a[4][2] = {};
+      for (int c = 0; c < len; c += kLanes<A>) {
+        const V v0 = load<V>(y0 + c), v1 = load<V>(y1 + c);
+        const V x0 = load<V>(s0 + c), x1 = load<V>(s1 + c), x2 = load<V>(s2 + c), x3 = load<V>(s3 + c);
+        a[0][0] += x0 * v0, a[0][1] += x0 * v1;
+        a[1][0] += x1 * v0, a[1][1] += x1 * v1;
+        a[2][0] += x2 * v0, a[2][1] += x2 * v1;
+        a[3][0] += x3 * v0, a[3][1] += x3 * v1;
       }
       for (int u = 0; u < 4; ++u) {
-        r.sy[i + u][j] += a0[u];
-        r.sy[i + u][j + 1] += a1[u];
+        add_lanes<A>(r.sy[i + u][j], a[u][0]);
+        add_lanes<A>(r.sy[i + u][j + 1], a[u][1]);
       }
     }
   }
+}
+
+// x_i.q, and x_i.x_i when asked.
+template <bool kNorms, class A>
+SECANT_INLINE void row_dots(const A* const* x, const A* q, int k, int len, vd* dots, vd* norms) {
+  using V = vec<A>;
   for (int i = 0; i < k; i += 4) {
-    vd a[4] = {}, b[4] = {};
-    const double *sp = s + i * kGramBlock, *yp = y + i * kGramBlock;
-    for (int c = 0; c < len; c += kDoubles, sp += kDoubles, yp += kDoubles) {
-      const vd qv = load<vd>(q + c);
-      for (int u = 0; u < 4; ++u) {
-        const vd v = load<vd>(yp + u * kGramBlock);
-        a[u] += load<vd>(sp + u * kGramBlock) * qv;
-        b[u] += v * v;
-      }
+    const A *x0 = x[i], *x1 = x[i + 1], *x2 = x[i + 2], *x3 = x[i + 3];
+    V a[4] = {}, b[4] = {};
+    for (int c = 0; c < len; c += kLanes<A>) {
+      const V qv = load<V>(q + c);
+      const V v0 = load<V>(x0 + c), v1 = load<V>(x1 + c), v2 = load<V>(x2 + c), v3 = load<V>(x3 + c);
+      a[0] += v0 * qv, a[1] += v1 * qv, a[2] += v2 * qv, a[3] += v3 * qv;
+      if (kNorms) b[0] += v0 * v0, b[1] += v1 * v1, b[2] += v2 * v2, b[3] += v3 * v3;
     }
     for (int u = 0; u < 4; ++u) {
-      r.first[i + u] += a[u];
-      r.yy[i + u] += b[u];
+      add_lanes<A>(dots[i + u], a[u]);
+      if (kNorms) add_lanes<A>(norms[i + u], b[u]);
     }
   }
 }
@@ -467,68 +511,100 @@ SECANT_INLINE void fold(const PanelLanes& v, int k, PanelSums& r) {
   }
 }
 
-// Doubles of a block, padded with zeros to two vectors.
-template <class T, class S>
-SECANT_INLINE int to_padded(const S* x, int len, double* out) {
-  to_doubles<T>(x, len, out);
-  const int whole = (len + 2 * kDoubles - 1) / (2 * kDoubles) * (2 * kDoubles);
-  for (int i = len; i < whole; ++i) out[i] = 0;
+// A block as A, padded with zeros to whole vectors.
+template <class A, class S>
+SECANT_INLINE int to_padded(const S* x, int len, A* out) {
+  convert(x, len, out);
+  const int whole = (len + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  std::fill(out + len, out + whole, A(0));
   return whole;
 }
 
-// One pair: s.q, s.y and y.y straight from the rows.
-template <class S>
-SECANT_INLINE void single(const S* s, const S* y, const double* q, int len, PanelSums& r) {
-  vd a[2][3] = {};
-  int i = 0;
-  for (; i + 2 * kDoubles <= len; i += 2 * kDoubles) {
-    for (int u = 0; u < 2; ++u) {
-      const vd sv = load_d(s + i + u * kDoubles), yv = load_d(y + i + u * kDoubles);
-      a[u][0] += sv * load<vd>(q + i + u * kDoubles);
-      a[u][1] += sv * yv;
-      a[u][2] += yv * yv;
+// Where the rows of a block start as A: in the history itself where that holds whole vectors of A, else converted into
+// `buffer`. Rows beyond the last repeat it, so that tiles are whole.
+template <class A, class S>
+SECANT_INLINE void stage(const S* x, int64_t stride, int k, int len, A* buffer, const A** rows) {
+  const bool in_place = __is_same(A, S) && len % kLanes<A> == 0;
+  for (int i = 0; i < k; ++i) {
+    if (in_place) {
+      rows[i] = reinterpret_cast<const A*>(x + i * stride);
+    } else {
+      rows[i] = buffer + i * kGramBlock;
+      to_padded<A>(x + i * stride, len, buffer + i * kGramBlock);
     }
   }
-  double t0 = 0, t1 = 0, t2 = 0;
-  for (; i < len; ++i) {
-    const double sv = to_float(s[i]), yv = to_float(y[i]);
-    t0 += sv * q[i], t1 += sv * yv, t2 += yv * yv;
-  }
-  r.first[0] += hsum(a[0][0] + a[1][0]) + t0;
-  r.sy[0][0] += hsum(a[0][1] + a[1][1]) + t1;
-  r.yy[0] += hsum(a[0][2] + a[1][2]) + t2;
-}
-
-// x.q for one row.
-template <class S>
-SECANT_INLINE double row_dot(const S* x, const double* q, int len) {
-  vd a[4] = {};
-  int i = 0;
-  for (; i + 4 * kDoubles <= len; i += 4 * kDoubles)
-    for (int u = 0; u < 4; ++u) a[u] += load_d(x + i + u * kDoubles) * load<vd>(q + i + u * kDoubles);
-  double r = hsum((a[0] + a[1]) + (a[2] + a[3]));
-  for (; i < len; ++i) r += static_cast<double>(to_float(x[i])) * q[i];
-  return r;
+  for (int i = k; i < (k + 3) / 4 * 4; ++i) rows[i] = rows[k - 1];
 }
 
 enum class Dots { kNone, kGram, kRows };
 
-// One pass: v = scale * src + sum coef row, stored to `out` when that changes anything, and the dots of a panel with v.
-template <class T, class S>
-void panel_pass(const T* src, T scale, const TwoLoopScratch<T, S>& w, T* out, Dots dots, const S* s, int64_t s_row,
-                const S* y, int64_t y_row, int k, int64_t begin, int64_t end, bool backwards, PanelSums& r) {
-  const int64_t block = dots == Dots::kGram && k > 1 ? kGramBlock : kBlock;
-  alignas(64) T acc[kBlock];
-  alignas(64) double q[kBlock];
-  alignas(64) double sd[kPanel * kGramBlock], yd[kPanel * kGramBlock];
-  PanelLanes lanes;
-  if (dots == Dots::kGram && k > 1) {
-    std::memset(&lanes, 0, sizeof(lanes));
-    for (int i = k; i < (k + 3) / 4 * 4; ++i) {
-      std::fill(sd + i * kGramBlock, sd + (i + 1) * kGramBlock, 0.0);
-      std::fill(yd + i * kGramBlock, yd + (i + 1) * kGramBlock, 0.0);
+// A pass for one pair, in registers: v = scale src + c x, stored to `out`, and its dots with the pair: s.v, s.y and y.y
+// (kGram) or y.v (kRows), accumulated in double.
+template <Dots kDots, bool kNorms, bool kRow, bool kStore, class T, class S>
+SECANT_INLINE void single(const T* src, T scale, T c, const S* x, T* out, const S* s, const S* y, int64_t begin,
+                          int64_t end, PanelSums& r) {
+  using V = vec<T>;
+  const V sv = splat(scale), cv = splat(c);
+  vd a[2][kHalves<T>][3] = {};
+  int64_t i = begin;
+  const auto step = [&](int64_t at, vd(&sum)[kHalves<T>][3]) __attribute__((always_inline)) {
+    V v = sv * load<V>(src + at);
+    if (kRow) v += cv * load_t<T>(x + at);
+    if (kStore) store(out + at, v);
+    if (kDots == Dots::kNone) return;
+    for (int h = 0; h < kHalves<T>; ++h) {
+      const vd vh = half<T>(v, h), yh = load_d(y + at + h * kDoubles);
+      if (kDots == Dots::kRows) {
+        sum[h][0] += yh * vh;
+      } else {
+        const vd sh = load_d(s + at + h * kDoubles);
+        sum[h][0] += sh * vh;
+        sum[h][1] += sh * yh;
+        if (kNorms) sum[h][2] += yh * yh;
+      }
+    }
+  };
+  for (; i + 2 * kLanes<T> <= end; i += 2 * kLanes<T>) {
+    step(i, a[0]);
+    step(i + kLanes<T>, a[1]);
+  }
+  if (i + kLanes<T> <= end) step(i, a[0]), i += kLanes<T>;
+  double t[3] = {};
+  for (; i < end; ++i) {
+    T v = scale * src[i];
+    if (kRow) v += c * static_cast<T>(to_float(x[i]));
+    if (kStore) out[i] = v;
+    if (kDots == Dots::kNone) continue;
+    const double yi = to_float(y[i]);
+    if (kDots == Dots::kRows) {
+      t[0] += yi * v;
+    } else {
+      const double si = to_float(s[i]);
+      t[0] += si * v, t[1] += si * yi, t[2] += yi * yi;
     }
   }
+  const auto total = [&](int which) {
+    vd sum = a[0][0][which] + a[1][0][which];
+    for (int h = 1; h < kHalves<T>; ++h) sum += a[0][h][which] + a[1][h][which];
+    return hsum(sum) + t[which];
+  };
+  if (kDots != Dots::kNone) r.first[0] = total(0);
+  if (kDots == Dots::kGram) r.sy[0][0] = total(1);
+  if (kDots == Dots::kGram && kNorms) r.yy[0] = total(2);
+}
+
+// One pass: v = scale * src + sum coef row, stored to `out` when that changes anything, and the dots of a panel with v.
+// `norms` asks for y_i.y_i too.
+template <class T, class S>
+void panel_pass(const T* src, T scale, const TwoLoopScratch<T, S>& w, T* out, Dots dots, bool norms, const S* s,
+                int64_t s_row, const S* y, int64_t y_row, int k, int64_t begin, int64_t end, bool backwards,
+                PanelSums& r) {
+  using A = Panel<T, S>;
+  alignas(64) T acc[kBlock];
+  alignas(64) A sa[kPanel * kGramBlock], ya[kPanel * kGramBlock], q[kGramBlock];
+  PanelLanes lanes;
+  std::memset(&lanes, 0, sizeof(lanes));
+  const int64_t block = dots == Dots::kNone ? kBlock : kGramBlock;
   const int64_t blocks = (end - begin + block - 1) / block;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t at = begin + (backwards ? blocks - 1 - b : b) * block;
@@ -537,20 +613,47 @@ void panel_pass(const T* src, T scale, const TwoLoopScratch<T, S>& w, T* out, Do
     combine(w.rows, w.coef, at, acc, len);
     if (out != nullptr) std::copy(acc, acc + len, out + at);
     if (dots == Dots::kNone) continue;
-    if (dots == Dots::kRows || k == 1) to_doubles<T>(acc, len, q);
+    PanelRows<A> rows;
+    stage<A>(y + at, y_row, k, len, ya, rows.y);
     if (dots == Dots::kRows) {
-      for (int i = 0; i < k; ++i) r.first[i] += row_dot(y + i * y_row + at, q, len);
-    } else if (k == 1) {
-      single(s + at, y + at, q, len, r);
-    } else {
-      for (int i = 0; i < k; ++i) {
-        to_padded<T>(s + i * s_row + at, len, sd + i * kGramBlock);
-        to_padded<T>(y + i * y_row + at, len, yd + i * kGramBlock);
-      }
-      gram(sd, yd, q, k, to_padded<T>(acc, len, q), lanes);
+      row_dots<false>(rows.y, q, k, to_padded<A>(acc, len, q), lanes.first, lanes.yy);
+      continue;
     }
+    stage<A>(s + at, s_row, k, len, sa, rows.s);
+    const int whole = to_padded<A>(acc, len, q);
+    gram(rows, k, whole, lanes);
+    row_dots<false>(rows.s, q, k, whole, lanes.first, lanes.yy);
+    if (norms) row_dots<true>(rows.y, q, k, whole, lanes.unused, lanes.yy);
   }
-  if (dots == Dots::kGram && k > 1) fold(lanes, k, r);
+  fold(lanes, k, r);
+}
+
+// The same for a panel of one pair.
+template <class T, class S>
+void single_pass(const T* src, T scale, const TwoLoopScratch<T, S>& w, T* out, Dots dots, bool norms, const S* s,
+                 const S* y, int64_t begin, int64_t end, PanelSums& r) {
+  const bool row = !w.rows.empty();
+  const T c = row ? w.coef[0] : T(0);
+  const S* x = row ? w.rows[0] : nullptr;
+  const auto run = [&](auto kind, auto norm) __attribute__((always_inline)) {
+    if (row) {
+      single<decltype(kind)::value, decltype(norm)::value, true, true>(src, scale, c, x, out, s, y, begin, end, r);
+    } else if (out != nullptr) {
+      single<decltype(kind)::value, decltype(norm)::value, false, true>(src, scale, c, x, out, s, y, begin, end, r);
+    } else {
+      single<decltype(kind)::value, decltype(norm)::value, false, false>(src, scale, c, x, out, s, y, begin, end, r);
+    }
+  };
+  using std::integral_constant;
+  if (dots == Dots::kNone) {
+    run(integral_constant<Dots, Dots::kNone>{}, std::false_type{});
+  } else if (dots == Dots::kRows) {
+    run(integral_constant<Dots, Dots::kRows>{}, std::false_type{});
+  } else if (norms) {
+    run(integral_constant<Dots, Dots::kGram>{}, std::true_type{});
+  } else {
+    run(integral_constant<Dots, Dots::kGram>{}, std::false_type{});
+  }
 }
 
 SECANT_INLINE void add(PanelSums& a, const PanelSums& b, int k) {
@@ -587,8 +690,17 @@ void two_loop_team(const LbfgsTwoLoop& p, int64_t b, int panel, const Team& team
     const int k = static_cast<int>(std::min<int64_t>(panel, m - lo));
     mine.clear(k);
     const bool change = !w.rows.empty();
-    panel_pass(stored ? out : grad, stored ? T(1) : T(-1), w, change ? out : nullptr, Dots::kGram, s + lo * p.s_row,
-               p.s_row, y + lo * p.y_row, p.y_row, k, begin, end, backwards, mine);
+    // y.y is for gamma, and in double it may overflow where s.y does not; in float a finite s.y says that y is finite.
+    const bool norms = !w.have_gamma || sizeof(S) == 8;
+    const T* src = stored ? out : grad;
+    const T sign = stored ? T(1) : T(-1);
+    const S *s_lo = s + lo * p.s_row, *y_lo = y + lo * p.y_row;
+    if (panel == 1) {
+      single_pass(src, sign, w, change ? out : nullptr, Dots::kGram, norms, s_lo, y_lo, begin, end, mine);
+    } else {
+      panel_pass(src, sign, w, change ? out : nullptr, Dots::kGram, norms, s_lo, p.s_row, y_lo, p.y_row, k, begin, end,
+                 backwards, mine);
+    }
     stored = stored || change;
     backwards = !backwards;
     team.barrier();
@@ -623,8 +735,15 @@ void two_loop_team(const LbfgsTwoLoop& p, int64_t b, int panel, const Team& team
     T scale = c == 1 ? static_cast<T>(w.gamma) : T(1);
     if (!stored) scale = -scale;
     const bool change = !w.rows.empty() || scale != T(1) || last;
-    panel_pass(stored ? out : grad, scale, w, change ? out : nullptr, last ? Dots::kNone : Dots::kRows, s, p.s_row,
-               y + lo * p.y_row, p.y_row, k, begin, end, backwards, mine);
+    const T* src = stored ? out : grad;
+    const Dots dots = last ? Dots::kNone : Dots::kRows;
+    const S* y_lo = y + lo * p.y_row;
+    if (panel == 1) {
+      single_pass(src, scale, w, change ? out : nullptr, dots, false, s, y_lo, begin, end, mine);
+    } else {
+      panel_pass(src, scale, w, change ? out : nullptr, dots, false, s, p.s_row, y_lo, p.y_row, k, begin, end,
+                 backwards, mine);
+    }
     stored = stored || change;
     backwards = !backwards;
     team.barrier();
@@ -649,6 +768,82 @@ void two_loop_team(const LbfgsTwoLoop& p, int64_t b, int panel, const Team& team
   }
 }
 
+// The recursion for one problem on one thread with the running vector q in double: for the short ones, where the steps
+// between the passes cost as much as the passes.
+constexpr int64_t kShort = 2048;
+// A history of this many bytes may be asked for ahead: it and the current one fit in the second-level cache.
+constexpr int64_t kPrefetchBytes = 64 * 1024;
+struct ShortScratch {
+  alignas(64) double q[kShort];
+  std::vector<double> alpha, rho;
+};
+
+// q = scale q + c x (x null: no row), and the dots of `single` with it.
+template <Dots kDots, bool kNorms, class S>
+SECANT_INLINE void short_pass(double* q, double scale, double c, const S* x, const S* s, const S* y, int64_t n,
+                              PanelSums& r) {
+  if (x != nullptr) {
+    single<kDots, kNorms, true, true>(q, scale, c, x, q, s, y, 0, n, r);
+  } else {
+    single<kDots, kNorms, false, true>(q, scale, c, x, q, s, y, 0, n, r);
+  }
+}
+
+// Asks for what a problem will read. The rows of one problem are too short for the hardware to see the next one coming.
+template <class T, class S>
+SECANT_INLINE void prefetch(const LbfgsTwoLoop& p, int64_t b) {
+  constexpr int kLine = 64;
+  const int64_t bytes = p.n * static_cast<int64_t>(sizeof(S));
+  const auto* s = reinterpret_cast<const char*>(static_cast<const S*>(p.s) + b * p.s_batch);
+  const auto* y = reinterpret_cast<const char*>(static_cast<const S*>(p.y) + b * p.y_batch);
+  for (int64_t i = 0; i < p.m; ++i) {
+    for (int64_t at = 0; at < bytes; at += kLine) {
+      __builtin_prefetch(s + i * p.s_row * sizeof(S) + at);
+      __builtin_prefetch(y + i * p.y_row * sizeof(S) + at);
+    }
+  }
+  const auto* g = reinterpret_cast<const char*>(static_cast<const T*>(p.grad) + b * p.n);
+  for (int64_t at = 0; at < p.n * static_cast<int64_t>(sizeof(T)); at += kLine) __builtin_prefetch(g + at);
+}
+
+template <class T, class S>
+void two_loop_short(const LbfgsTwoLoop& p, int64_t b, ShortScratch& w) {
+  const int64_t m = p.m, n = p.n;
+  const S* s = static_cast<const S*>(p.s) + b * p.s_batch;
+  const S* y = static_cast<const S*>(p.y) + b * p.y_batch;
+  T* out = static_cast<T*>(p.out) + b * n;
+  convert(static_cast<const T*>(p.grad) + b * n, static_cast<int>(n), w.q);
+  bool have_gamma = !std::isnan(p.gamma);
+  double gamma = have_gamma ? p.gamma : 1;
+  double scale = -1, c = 0;  // what the next pass does to q: q = scale q + c x
+  const S* x = nullptr;
+  PanelSums r;
+  for (int64_t i = m - 1; i >= 0; --i) {  // newest to oldest
+    const S *si = s + i * p.s_row, *yi = y + i * p.y_row;
+    r.yy[0] = 0;
+    if (have_gamma && sizeof(S) < 8) {
+      short_pass<Dots::kGram, false>(w.q, scale, c, x, si, yi, n, r);
+    } else {
+      short_pass<Dots::kGram, true>(w.q, scale, c, x, si, yi, n, r);
+    }
+    scale = 1, x = nullptr;
+    const bool ok = valid(r.sy[0][0], r.yy[0]);
+    w.rho[i] = ok ? 1 / r.sy[0][0] : 0;
+    if (!ok) continue;
+    if (!have_gamma) gamma = r.sy[0][0] / r.yy[0], have_gamma = true;
+    w.alpha[i] = w.rho[i] * r.first[0];
+    c = -w.alpha[i], x = yi;
+  }
+  scale *= gamma, c *= gamma;
+  for (int64_t i = 0; i < m; ++i) {  // oldest to newest
+    if (w.rho[i] == 0) continue;
+    short_pass<Dots::kRows, false>(w.q, scale, c, x, s, y + i * p.y_row, n, r);
+    scale = 1, c = w.alpha[i] - w.rho[i] * r.first[0], x = s + i * p.s_row;
+  }
+  short_pass<Dots::kNone, false>(w.q, scale, c, x, s, y, n, r);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(w.q[i]);
+}
+
 template <class T, class S>
 void reserve(TwoLoopScratch<T, S>& w, int64_t m, int panel, int threads) {
   const int64_t panels = (m + panel - 1) / panel;
@@ -661,20 +856,29 @@ void reserve(TwoLoopScratch<T, S>& w, int64_t m, int panel, int threads) {
 template <class T, class S>
 void two_loop(const LbfgsTwoLoop& a) {
   const int64_t bytes = 2 * a.m * a.n * static_cast<int64_t>(sizeof(S));
-  // Measured: a history beyond the caches wants few passes over it; a batch of small ones few passes at all; a single
-  // one that the caches hold is fastest without the extra products of a panel.
-  const int panel = a.panel > 0 ? std::min(a.panel, kPanel) : a.batch > 1 ? 8 : bytes > (8 << 20) ? kPanel : 1;
-  if (a.batch > 1) {
-    const int threads = static_cast<int>(std::min<int64_t>(team_size(a.threads, a.batch * bytes), a.batch));
-    secant::run_team(threads, [&](const Team& team) {
+  const int threads = team_size(a.threads, a.batch * bytes);
+  const bool is_short = a.panel == 0 && a.n <= kShort;
+  // Measured: a history beyond the caches wants few passes over it; one that they hold is fastest without the extra
+  // products of a panel.
+  const int panel = a.panel > 0 ? std::min(a.panel, kPanel) : bytes > (8 << 20) ? kPanel : 1;
+  if (a.batch > 1 || (is_short && threads == 1)) {
+    secant::run_team(static_cast<int>(std::min<int64_t>(threads, a.batch)), [&](const Team& team) {
+      const auto [begin, end] = team.share(a.batch, 1);
+      if (is_short) {
+        ShortScratch w;
+        w.alpha.resize(a.m), w.rho.resize(a.m);
+        for (int64_t b = begin; b < end; ++b) {
+          if (bytes <= kPrefetchBytes && b + 1 < end) prefetch<T, S>(a, b + 1);
+          two_loop_short<T, S>(a, b, w);
+        }
+        return;
+      }
       TwoLoopScratch<T, S> w;
       reserve(w, a.m, panel, 1);
-      const auto [begin, end] = team.share(a.batch, 1);
       for (int64_t b = begin; b < end; ++b) two_loop_team(a, b, panel, Team{0, 1, nullptr}, w);
     });
     return;
   }
-  const int threads = team_size(a.threads, bytes);
   TwoLoopScratch<T, S> w;
   reserve(w, a.m, panel, threads);
   secant::run_team(threads, [&](const Team& team) { two_loop_team(a, 0, panel, team, w); });

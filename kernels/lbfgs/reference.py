@@ -10,7 +10,8 @@ Every backend module of this family has the four functions below, with these sig
 * `sy`, `yy` and `stats` are float64, `head` and `count` int32, all on the device of the vectors;
 * no function reads a value back to the host.
 
-Dot products are accumulated in float64; the recursion over coefficients runs in float64; vectors are combined in T.
+Dot products are accumulated in float64, where T and T' have no more than float32's digits possibly from runs of at most
+256 products summed in float32; the recursion over coefficients runs in float64; vectors are combined in T.
 This file computes everything in float64 and rounds once at the end.
 
 References:

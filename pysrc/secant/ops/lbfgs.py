@@ -53,7 +53,8 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
 
         H_{i+1} = (I - rho_i s_i y_i^T) H_i (I - rho_i y_i s_i^T) + rho_i s_i s_i^T,    rho_i = 1 / (s_i . y_i),
 
-    so that H y = s holds for the newest pair. Dot products are accumulated in float64.
+    so that H y = s holds for the newest pair. Dot products are accumulated in float64 (a long float32 history on a CPU: in
+    float64 from runs of at most 256 products).
 
     Args:
         grad: (n,) or (B, n), float32 or float64; bfloat16 and float16 are computed in float32.

@@ -120,10 +120,11 @@ def test_update_follows_the_reference_around_the_ring(m, n, batch, vectors, ring
             (want, outputs[1], reference.update, {}),
         ):
             update(*state.values(), grad, d, grad, p, t, tol, d, p, **extra)
-        oracle.check_state(mine, want)
+        products = oracle.FLOAT_RUNS if (vectors, ring) == (torch.float32, torch.bfloat16) else 0.0
+        oracle.check_state(mine, want, products)
         s, y = oracle.ordered(want)
         good = torch.isfinite(grad).all(-1)
-        size = oracle.bound(grad, s, y, torch.float64) * grad.double().norm(dim=-1)
+        size = oracle.bound(grad, s, y, torch.float64, products) * grad.double().norm(dim=-1)
         oracle.check_stats(mine["stats"], want["stats"], n)
         assert torch.all(((mine["stats"][:, 0] - want["stats"][:, 0]).abs() <= size) | ~good)
         assert torch.equal(outputs[0][1].nan_to_num(nan=7), grad.nan_to_num(nan=7)), "prev_out"
