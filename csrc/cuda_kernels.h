@@ -1,4 +1,5 @@
-// The table of CUDA kernels that cuda_kernels.cu exports to cuda_module.cpp.
+// The tables of CUDA kernels that one source a family (cuda_<family>.cu) exports to cuda_module.cpp. A new family: its
+// source in CMakeLists.txt, its table here and in cuda_module.cpp.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,14 @@ struct CudaKernel {
   size_t parameter_bytes;  // of the one struct that every kernel takes
 };
 
-extern const CudaKernel kCudaKernels[];
-extern const int kCudaKernelCount;
+struct CudaTable {
+  const CudaKernel* kernels;
+  int count;
+};
+
+CudaTable lbfgs_kernels();
+CudaTable blocks_kernels();
 
 }  // namespace secant
+
+#define SECANT_CUDA_ROW(name, Params) {#name, reinterpret_cast<const void*>(&name), sizeof(Params)},

@@ -47,18 +47,30 @@ class OnDevice {
   bool changed_ = false;
 };
 
+// The kernels of all families, one after the other.
+const std::vector<secant::CudaKernel>& table() {
+  static const std::vector<secant::CudaKernel> all = [] {
+    std::vector<secant::CudaKernel> x;
+    for (const secant::CudaTable& family : {secant::lbfgs_kernels(), secant::blocks_kernels()}) {
+      x.insert(x.end(), family.kernels, family.kernels + family.count);
+    }
+    return x;
+  }();
+  return all;
+}
+
 const secant::CudaKernel& kernel(int index) {
-  if (index < 0 || index >= secant::kCudaKernelCount) {
-    throw py::index_error("kernel: expected an index below " + std::to_string(secant::kCudaKernelCount) + ", got " +
+  if (index < 0 || size_t(index) >= table().size()) {
+    throw py::index_error("kernel: expected an index below " + std::to_string(table().size()) + ", got " +
                           std::to_string(index));
   }
-  return secant::kCudaKernels[index];
+  return table()[size_t(index)];
 }
 
 // Largest dynamic shared memory that a kernel has been allowed on a device so far. The GIL guards it.
 int& allowed_shared(int index, int device) {
-  static std::vector<int> table(size_t(secant::kCudaKernelCount) * kMaxDevices, kDefaultShared);
-  return table.at(size_t(index) * kMaxDevices + size_t(device));
+  static std::vector<int> allowed(table().size() * kMaxDevices, kDefaultShared);
+  return allowed.at(size_t(index) * kMaxDevices + size_t(device));
 }
 
 void allow_shared(int index, int device, int bytes) {
@@ -144,7 +156,7 @@ int device_count() {
 
 py::dict kernels() {
   py::dict result;
-  for (int i = 0; i < secant::kCudaKernelCount; ++i) result[secant::kCudaKernels[i].name] = i;
+  for (size_t i = 0; i < table().size(); ++i) result[table()[i].name] = i;
   return result;
 }
 
@@ -153,7 +165,7 @@ py::dict build_config() {
   result["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   result["architectures"] = SECANT_CUDA_ARCHITECTURES;
   result["compiler"] = SECANT_COMPILER;
-  result["kernels"] = secant::kCudaKernelCount;
+  result["kernels"] = table().size();
   return result;
 }
 

@@ -56,10 +56,36 @@ SECANT_DEVICE void copy_async16(void* shared, const void* global) {
 #endif
 }
 
+// One element of 4 or 8 bytes, likewise.
+template <class X>
+SECANT_DEVICE void copy_async(X* shared, const X* global) {
+  static_assert(sizeof(X) == 4 || sizeof(X) == 8, "cp.async copies 4, 8 or 16 bytes");
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
+               "l"(global), "n"(int(sizeof(X)))
+               : "memory");
+#else
+  *shared = *global;
+#endif
+}
+
 SECANT_DEVICE void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// The bits of a float16 and back, to nearest even.
+SECANT_DEVICE float half_to_float(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+SECANT_DEVICE u16 float_to_half(float x) {
+  u16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
 }
 
 // Returns once *flag differs from `old`. The writer must be running: cooperative launches only.

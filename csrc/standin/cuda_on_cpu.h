@@ -75,6 +75,7 @@ enum class State { ready, barrier, collective, waiting, done };
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 // A fiber starts through ucontext, which sets up its stack. After that _setjmp and _longjmp change stacks without the
@@ -405,9 +406,13 @@ inline void aligned(const void* p, size_t bytes) {
 
 inline u32 atomicAdd(u32* p, u32 x) { return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline float __uint_as_float(u32 x) { return secant_standin::from_bits<float>(x); }
 inline u32 __float_as_uint(float x) { return u32(secant_standin::to_bits(x)); }
+inline double __longlong_as_double(i64 x) { return secant_standin::from_bits<double>(uint64_t(x)); }
+inline i64 __double_as_longlong(double x) { return i64(secant_standin::to_bits(x)); }
+using std::fabs;
 using std::sqrt;
 
 template <int N, class X>
@@ -425,12 +430,38 @@ inline void store_wide(X* p, const X* x) {
 inline void copy_async16(void* shared, const void* global) {
   secant_standin::aligned(shared, 16);
   secant_standin::aligned(global, 16);
-  secant_standin::fiber().copies.push_back({shared, global});
+  secant_standin::fiber().copies.push_back({shared, global, 16});
+}
+
+template <class X>
+inline void copy_async(X* shared, const X* global) {
+  static_assert(sizeof(X) == 4 || sizeof(X) == 8, "cp.async copies 4, 8 or 16 bytes");
+  secant_standin::aligned(shared, sizeof(X));
+  secant_standin::aligned(global, sizeof(X));
+  secant_standin::fiber().copies.push_back({shared, global, sizeof(X)});
 }
 
 inline void copy_async_wait() {
-  for (const secant_standin::Copy& copy : secant_standin::fiber().copies) std::memcpy(copy.to, copy.from, 16);
+  for (const secant_standin::Copy& copy : secant_standin::fiber().copies) std::memcpy(copy.to, copy.from, copy.bytes);
   secant_standin::fiber().copies.clear();
+}
+
+// Float16 by arithmetic: a power of two brings its exponents to float32's, subnormals included.
+inline float half_to_float(u16 x) {
+  const u32 sign = u32(x & 0x8000u) << 16, rest = x & 0x7fffu;
+  if (rest >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
+}
+
+inline u16 float_to_half(float x) {
+  const u16 sign = u16(__float_as_uint(x) >> 16 & 0x8000u);
+  const double size = std::fabs(double(x));
+  if (x != x) return 0x7fff;
+  if (size >= 65520.0) return u16(sign | 0x7c00u);
+  int exponent;
+  std::frexp(size, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));  // 11 bits, subnormals of 2^-24
+  return u16(sign | u16(__float_as_uint(float(std::nearbyint(size / unit) * unit * 0x1p-112)) >> 13));
 }
 
 inline void wait_while_equal(const u32* flag, u32 old) {

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
+from secant.kernels._cuda_driver import Device, Driver, Launch
 from torch import Tensor
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
@@ -39,25 +40,6 @@ WARP_N = 512  # longest vector of a warp: 16 elements a lane
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 
 
-class Device(NamedTuple):
-    """What the planner needs to know of a device."""
-
-    multiprocessors: int
-    shared: int  # bytes of dynamic shared memory that a block may have (opt-in limit)
-
-
-class Launch(NamedTuple):
-    """One kernel launch, all but its parameters."""
-
-    kernel: str
-    grid_x: int
-    grid_y: int
-    threads: int
-    shared: int
-    cooperative: bool
-    phase: int  # passes of an update; of a two_loop: the step
-
-
 class Plan(NamedTuple):
     """The launches of a call and the numbers of the struct that do not change between calls."""
 
@@ -66,22 +48,6 @@ class Plan(NamedTuple):
     work_stride: int  # doubles a problem
     resident: int
     group_bytes: int
-
-
-class Driver(Protocol):
-    """Runs kernels of cuda.cu."""
-
-    def device(self, index: int) -> Device:
-        """Properties of a device."""
-
-    def stream(self, index: int) -> int:
-        """Handle of the current stream of a device."""
-
-    def capturing(self) -> bool:
-        """Whether the current stream is being captured into a graph."""
-
-    def launch(self, item: Launch, index: int, stream: int, parameters: bytes) -> None:
-        """Launch a kernel with one struct as its parameter."""
 
 
 def _chunk(size: int, threads: int) -> int:

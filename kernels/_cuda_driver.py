@@ -1,0 +1,219 @@
+"""What the `cuda` and `nvrtc` backends of every family share: two drivers that launch a kernel of `cuda.cu` by name.
+
+A family's `plan.py` decides what to launch and packs the one struct that each kernel takes; a driver knows how:
+`AheadOfTime` through `secant._cuda`, `RunTime` through NVRTC and CuPy. The tests have a third one, on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+try:
+    from secant import _cuda
+except ImportError as error:
+    _cuda = None
+    _why = f"secant was built without CUDA ({error})"
+else:
+    _why = ""
+
+KERNELS = Path(__file__).resolve().parent
+
+
+class Device(NamedTuple):
+    """What a planner needs to know of a device."""
+
+    multiprocessors: int
+    shared: int  # bytes of dynamic shared memory that a block may have (opt-in limit)
+
+
+class Launch(NamedTuple):
+    """One kernel launch, all but its parameters."""
+
+    kernel: str
+    grid_x: int
+    grid_y: int
+    threads: int
+    shared: int
+    cooperative: bool = False
+    phase: int = 0  # which part of a call this is, for families that need several
+
+
+class Driver(Protocol):
+    """Runs kernels of a cuda.cu."""
+
+    def device(self, index: int) -> Device:
+        """Properties of a device."""
+
+    def stream(self, index: int) -> int:
+        """Handle of the current stream of a device."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+
+    def launch(self, item: Launch, index: int, stream: int, parameters: bytes) -> None:
+        """Launch a kernel with one struct as its parameter."""
+
+
+def _no_device() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA device" if torch.version.cuda else "this torch has no CUDA support"
+
+
+def ahead_of_time_available() -> str | None:
+    """Return None when `AheadOfTime` can run here, else the reason why it cannot."""
+    return _why if _cuda is None else _no_device()
+
+
+@functools.cache
+def _ahead_of_time_reason(index: int) -> str | None:
+    found: str | None = _cuda.reason(index)
+    return None if found is None else f"the kernels of secant._cuda do not run on cuda:{index}: {found}"
+
+
+def ahead_of_time_supports(device: torch.device) -> str | None:
+    """Return None when `AheadOfTime` has kernels for this device, else the reason why it has not."""
+    if device.type != "cuda":
+        return f"runs on CUDA devices, not on {device}"
+    return _ahead_of_time_reason(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def run_time_available() -> str | None:
+    """Return None when `RunTime` can run here, else the reason why it cannot."""
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy is not installed (pip install secant[cupy])"
+    reason = _no_device()
+    if reason is not None:
+        return reason
+    try:
+        import cupy
+    except ImportError as error:
+        return f"cupy cannot be imported: {error}"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"cupy finds no CUDA device: {error}"
+    return None
+
+
+def run_time_supports(device: torch.device) -> str | None:
+    """Return None when `RunTime` can compile for this device, else the reason why it cannot."""
+    return None if device.type == "cuda" else f"runs on CUDA devices, not on {device}"
+
+
+def source(family: str, definitions: str) -> str:
+    """The text that NVRTC compiles: it includes nothing; `definitions` choose which kernels it has."""
+    portable = (KERNELS / "cuda_portable.cuh").read_text().replace("#pragma once\n", "")
+    return portable + definitions + (KERNELS / family / "cuda.cu").read_text()
+
+
+class AheadOfTime:
+    """The driver on `secant._cuda`."""
+
+    capturing = staticmethod(torch.cuda.is_current_stream_capturing)
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {} if _cuda is None else _cuda.kernels()
+
+    def device(self, index: int) -> Device:
+        """Properties of a device."""
+        found = _cuda.device_properties(index)
+        return Device(found["multiprocessors"], found["shared"])
+
+    def stream(self, index: int) -> int:
+        """Handle of the current stream of a device."""
+        return torch._C._cuda_getCurrentRawStream(index)
+
+    def launch(self, item: Launch, index: int, stream: int, parameters: bytes) -> None:
+        """Launch a kernel with one struct as its parameter."""
+        _cuda.launch(
+            self._index[item.kernel],
+            item.grid_x,
+            item.grid_y,
+            item.threads,
+            item.shared,
+            item.cooperative,
+            index,
+            stream,
+            parameters,
+        )
+
+
+@functools.cache
+def _stream(handle: int, index: int) -> Any:
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and newer, which deprecates ExternalStream
+
+        class Handle:
+            def __cuda_stream__(self) -> tuple[int, int]:
+                return 0, handle
+
+        return cupy.cuda.Stream.from_external(Handle())
+    return cupy.cuda.ExternalStream(handle, index)
+
+
+class RunTime:
+    """The driver on NVRTC through CuPy, which keeps what it has compiled in a cache on disk.
+
+    `module` names the module that a kernel belongs to, `text` gives a module's source: families keep modules small, so
+    that the first call is short.
+    """
+
+    capturing = staticmethod(torch.cuda.is_current_stream_capturing)
+
+    def __init__(self, module: Callable[[str], str], text: Callable[[str], str]) -> None:
+        self._module_of, self._text = module, text
+        self._modules: dict[tuple[str, bool], Any] = {}
+        self._kernels: dict[tuple[str, bool, int], Any] = {}
+        self._shared: dict[tuple[str, bool, int], int] = {}  # dynamic shared memory that a kernel has been allowed
+
+    def device(self, index: int) -> Device:
+        """Properties of a device."""
+        import cupy
+
+        found = cupy.cuda.Device(index).attributes
+        return Device(found["MultiProcessorCount"], found["MaxSharedMemoryPerBlockOptin"])
+
+    def stream(self, index: int) -> int:
+        """Handle of the current stream of a device."""
+        return torch._C._cuda_getCurrentRawStream(index)
+
+    def _kernel(self, name: str, cooperative: bool, index: int) -> Any:
+        import cupy
+
+        found = self._kernels.get((name, cooperative, index))
+        if found is not None:
+            return found
+        # CuPy launches every kernel of a module with cooperative groups enabled cooperatively: hence two modules.
+        key = (self._module_of(name), cooperative)
+        if key not in self._modules:
+            self._modules[key] = cupy.RawModule(
+                code=self._text(key[0]),
+                options=("--std=c++17",),
+                backend="nvrtc",
+                enable_cooperative_groups=cooperative,
+            )
+        with cupy.cuda.Device(index):
+            found = self._kernels[name, cooperative, index] = self._modules[key].get_function(name)
+        return found
+
+    def launch(self, item: Launch, index: int, stream: int, parameters: bytes) -> None:
+        """Launch a kernel with one struct as its parameter."""
+        import cupy
+        import numpy as np
+
+        key = (item.kernel, item.cooperative, index)
+        kernel = self._kernel(*key)
+        # An array of one element is passed by value: here one element of all the bytes.
+        struct = np.frombuffer(parameters, dtype=np.dtype((np.void, len(parameters))))
+        with cupy.cuda.Device(index), _stream(stream, index):
+            if item.shared > self._shared.get(key, 48 * 1024):
+                kernel.max_dynamic_shared_size_bytes = self._shared[key] = item.shared
+            kernel((item.grid_x, item.grid_y), (item.threads,), (struct,), shared_mem=item.shared)
