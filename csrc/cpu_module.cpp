@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "../kernels/blocks/cpu.h"
 #include "../kernels/lbfgs/cpu.h"
 #include "bandwidth.h"
+#include "dlpack.h"
 #include "parallel.h"
 
 // One namespace per instruction set that the build compiled; SECANT_ISAS is X(name) for each, best last.
@@ -156,6 +158,67 @@ void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a
   isa().blocks->function[arithmetic](c);
 }
 
+const secant::dlpack::Exchange* exchange = nullptr;
+
+// Takes the table of torch.Tensor; whether it is of a version that is understood here.
+bool use_dlpack(const py::capsule& table) {
+  const auto* found = table.get_pointer<const secant::dlpack::Exchange>();
+  if (found->version.major != 1 || found->view == nullptr) return false;
+  exchange = found;
+  return true;
+}
+
+bool view(py::handle object, secant::dlpack::Tensor* out) {
+  if (exchange->view(object.ptr(), out) == 0) return out->device.type == secant::dlpack::kCpu && out->dtype.lanes == 1;
+  PyErr_Clear();
+  return false;
+}
+
+// The number of a dtype in the tables of LbfgsCpu, -1 for another.
+int dtype_code(const secant::dlpack::Tensor& x) {
+  if (x.dtype.code == secant::dlpack::kFloat && x.dtype.bits == 32) return 0;
+  if (x.dtype.code == secant::dlpack::kFloat && x.dtype.bits == 64) return 1;
+  return x.dtype.code == secant::dlpack::kBfloat && x.dtype.bits == 16 ? 2 : -1;
+}
+
+// The gate and the call in one, for tensors that the kernel takes as they are; false for all others, right or wrong.
+bool lbfgs_two_loop_plain(py::handle grad, py::handle s, py::handle y, py::handle out) {
+  secant::dlpack::Tensor g, a, b, d;
+  if (exchange == nullptr || !view(grad, &g) || !view(s, &a) || !view(y, &b) || !view(out, &d)) return false;
+  const int vectors = dtype_code(g), rings = dtype_code(a);
+  if (vectors < 0 || vectors > 1 || dtype_code(d) != vectors || rings < 0 || dtype_code(b) != rings) return false;
+  const int dims = g.ndim;
+  if (dims < 1 || dims > 2 || d.ndim != dims || a.ndim != dims + 1 || b.ndim != dims + 1) return false;
+  const int64_t n = g.size(1), m = a.size(2), batch = dims == 2 ? g.size(2) : 1;
+  if (n < 1 || batch < 1 || m < 1 || m > 256 || d.size(1) != n || (dims == 2 && d.size(2) != batch)) return false;
+  for (const auto* x : {&a, &b}) {
+    if (x->size(1) != n || x->size(2) != m || (dims == 2 && x->size(3) != batch)) return false;
+    if (n > 1 && x->stride(1) != 1) return false;
+    if (overlap(d, *x)) return false;
+  }
+  for (const auto* x : {&g, &d}) {
+    if ((n > 1 && x->stride(1) != 1) || (batch > 1 && x->stride(2) != n)) return false;
+  }
+  if (d.address() != g.address() && overlap(d, g)) return false;
+  const secant::LbfgsTwoLoop args{batch,
+                                  m,
+                                  n,
+                                  g.address(),
+                                  a.address(),
+                                  b.address(),
+                                  batch > 1 ? a.stride(3) : 0,
+                                  a.stride(2),
+                                  batch > 1 ? b.stride(3) : 0,
+                                  b.stride(2),
+                                  std::numeric_limits<double>::quiet_NaN(),
+                                  d.address(),
+                                  0,
+                                  0};
+  py::gil_scoped_release release;
+  isa().lbfgs->two_loop[vectors][rings](args);
+  return true;
+}
+
 double read_bandwidth(uintptr_t data, int64_t bytes, int repeats) {
   py::gil_scoped_release release;
   return isa().bandwidth->read(ptr<const void>(data), bytes, repeats);
@@ -189,6 +252,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("build_config", &build_config, "Compiler, instruction sets, OpenMP version and threads.");
   m.def("lbfgs_update", &lbfgs_update);
   m.def("lbfgs_two_loop", &lbfgs_two_loop);
+  m.def("lbfgs_two_loop_plain", &lbfgs_two_loop_plain, "Takes four tensors; False when the gate has to look at them.");
+  m.def("use_dlpack", &use_dlpack, "Takes torch.Tensor.__dlpack_c_exchange_api__; False when its version is unknown.");
   m.def("blocks_inv", &blocks_inv);
   m.def("blocks_solve", &blocks_solve);
   m.def("blocks_eigh", &blocks_eigh);

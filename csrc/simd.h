@@ -141,7 +141,7 @@ SECANT_INLINE vd half(const vec<T>& v, int h) {
 // The sum of the lanes, by halves: the order is fixed.
 SECANT_INLINE double hsum(const vd& v) {
 #if defined(__AVX512F__)
-  const __m256d x = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+  const __m256d x = (__m256d)(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
 #elif defined(__AVX2__)
   const __m256d x = (__m256d)v;
 #endif

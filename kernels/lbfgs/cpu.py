@@ -29,6 +29,17 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in _VECTORS else f"it computes in float32 or float64, got {dtype}"
 
 
+def _exchange() -> bool:
+    """Hand torch's DLPack table (2.10 and later) to the extension, which then reads a tensor in one C call."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return _cpu is not None and table is not None and _cpu.use_dlpack(table)
+
+
+#: two_loop_plain(grad, s, y, out) -> bool: `two_loop` with gamma None and the checks of the public function. False, and
+#: nothing done, unless the arguments are right and need no conversion. Tensors are of the very class torch.Tensor.
+two_loop_plain = _cpu.lbfgs_two_loop_plain if _exchange() else None
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from secant.kernels.lbfgs import cpu
 
 import secant
 from secant.ops import two_loop
@@ -222,3 +224,48 @@ def test_a_plan_does_not_outlive_the_backend_that_made_it():
     with secant.use_backend("cuda"), pytest.raises(secant.BackendError, match="backend 'cuda' was chosen"):
         two_loop(g, s, y)
     assert torch.equal(two_loop(g, s, y), want)
+
+
+shortcut = pytest.mark.skipif(cpu.two_loop_plain is None, reason="torch before 2.10 has no DLPack exchange table")
+
+
+@shortcut
+@pytest.mark.parametrize("ring", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_the_shortcut_takes_plain_tensors_and_gives_the_same_bits(batch, ring):
+    g = torch.randn(*batch, 33)
+    s = torch.randn(*batch, 5, 40).to(ring)[..., 3:36]
+    y = 1.5 * s
+    d = torch.full_like(g, math.nan)
+    want = torch.full_like(g, math.nan)
+    assert cpu.two_loop_plain(g, s, y, d)
+    cpu.two_loop(g, s, y, None, want)
+    assert torch.equal(d, want)
+    assert torch.equal(secant.ops.two_loop(g, s, y), want)
+
+
+@shortcut
+def test_the_shortcut_leaves_everything_else_to_the_gate():
+    g, s, y = torch.randn(8), torch.randn(3, 8), torch.randn(3, 8)
+    wide = torch.randn(16)
+    for name, call in {
+        "float16": (g.half(), s, y, torch.empty(8).half()),
+        "mixed vectors": (g, s, y, torch.empty(8, dtype=torch.float64)),
+        "mixed pairs": (g, s, y.double(), torch.empty(8)),
+        "integers": (g.int(), s, y, torch.empty(8).int()),
+        "another length": (g, s[:, :7], y[:, :7], torch.empty(8)),
+        "another m": (g, s, y[:2], torch.empty(8)),
+        "no pair": (g, s[:0], y[:0], torch.empty(8)),
+        "a vector for a matrix": (g, s[0], y[0], torch.empty(8)),
+        "columns": (g, s.T.contiguous().T, y, torch.empty(8)),
+        "strides in grad": (wide[::2], s, y, torch.empty(8)),
+        "strides in out": (g, s, y, wide[::2]),
+        "out over grad": (wide[:8], s, y, wide[4:12]),
+        "out over a pair": (g, s, y, s[1]),
+        "sparse": (g.to_sparse(), s, y, torch.empty(8)),
+        "no tensor": ([1.0] * 8, s, y, torch.empty(8)),
+    }.items():
+        before = [x.clone() if isinstance(x, torch.Tensor) else x for x in call]
+        assert not cpu.two_loop_plain(*call), name
+        for x, was in zip(call[:3], before[:3], strict=True):
+            assert not isinstance(x, torch.Tensor) or x.is_sparse or torch.equal(x, was), name

@@ -53,8 +53,8 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
 
         H_{i+1} = (I - rho_i s_i y_i^T) H_i (I - rho_i y_i s_i^T) + rho_i s_i s_i^T,    rho_i = 1 / (s_i . y_i),
 
-    so that H y = s holds for the newest pair. Dot products are accumulated in float64 (a long float32 history on a CPU: in
-    float64 from runs of at most 256 products).
+    so that H y = s holds for the newest pair. Dot products are accumulated in float64 (those of a long float32 history
+    on a CPU from runs of at most 256 in float32).
 
     Args:
         grad: (n,) or (B, n), float32 or float64; bfloat16 and float16 are computed in float32.
@@ -81,6 +81,11 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         >>> # equals -g / 2
     """
     if gamma is None and not torch.compiler.is_compiling():
+        plain = _plain()
+        if plain is not None and type(grad) is type(s) is type(y) is Tensor and not _is_transformed(grad, s, y):
+            d = torch.empty_like(grad) if out is None else out
+            if type(d) is Tensor and not d.requires_grad and plain(grad, s, y, d):
+                return d
         plan = _plans.get(_plan_key(grad, s, y))
         if plan is not None and not _is_transformed(grad, s, y) and (out is None or plan.takes(grad, s, y, out)):
             d = torch.empty_like(grad) if out is None else out
@@ -103,6 +108,22 @@ def _is_transformed(grad: Tensor, s: Tensor, y: Tensor) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+_shortcuts: dict[str, Any] = {}
+
+
+def _plain() -> Any:
+    """The backend's own way for plain CPU tensors (see `kernels/lbfgs/cpu.py`), or None."""
+    name = backends.current_backend()
+    try:
+        return _shortcuts[name]
+    except KeyError:
+        try:
+            module = backends.resolve("lbfgs", torch.device("cpu"), torch.float32)
+        except backends.BackendError:
+            module = None  # the call itself will say why
+        return _shortcuts.setdefault(name, getattr(module, "two_loop_plain", None))
 
 
 class _Plan(NamedTuple):
