@@ -54,6 +54,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_nothing_for_gpus_is_imported_for_a_cpu_tensor():
+    code = "import secant, sys, torch; secant.ops.two_loop(torch.ones(2), torch.ones(1, 2), torch.ones(1, 2)); "
+    assert run(code + "print('triton' in sys.modules, 'cupy' in sys.modules)").stdout == "False False\n"
+
+
 def test_environment_variable():
     code = "import secant; print(secant.current_backend())"
     assert run(code, SECANT_BACKEND="reference").stdout == "reference\n"
