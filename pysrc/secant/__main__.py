@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="time the kernels against every peer and check the bars, in a few minutes"
     )
+    bench.add_argument("--family", choices=("lbfgs", "blocks"), help="one family of kernels (default: both)")
+    bench.add_argument("--full", action="store_true", help="the blocks of every n from 1 to 64")
     bench.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=_file, metavar="FILE", help="draw the results (PNG)")
 
@@ -101,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from secant.cli import bench
 
-        bench.run(args.device, json_path=args.json, plot_path=args.plot, quick=args.quick)
+        families = (args.family,) if args.family else bench.FAMILIES
+        bench.run(
+            args.device, json_path=args.json, plot_path=args.plot, quick=args.quick, families=families, full=args.full
+        )
     return 0
 
 

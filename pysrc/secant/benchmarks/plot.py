@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from secant.benchmarks.report import duration
 
@@ -231,3 +231,78 @@ def speedup_panel(ax: Axes, title: str, below: str, ratios: Sequence[tuple[str, 
         handletextpad=0.1,
         columnspacing=1.2,
     )
+
+
+#: Colour of each backend and peer of the blocks, and its name in the legend.
+BLOCKS = {
+    "cpu": (SECANT, "secant, cpu"),
+    "cuda": (SECANT, "secant, cuda"),
+    "triton": (STEP, "secant, triton"),
+    "nvrtc": (BF16, "secant, nvrtc"),
+    "reference": ("#b9b9b9", "secant, reference"),
+    "inv_ex": (TORCH, "torch.linalg.inv_ex"),
+    "solve_ex": (TORCH, "torch.linalg.solve_ex"),
+    "eigh": (TORCH, "torch.linalg.eigh"),
+    "cholesky": ("#E69F00", "torch: cholesky_ex, then inverse or solve"),
+    "matinvBatched": ("#CC79A7", "cuBLAS matinvBatched"),
+    "cupy": ("#B22222", "cupy.linalg.inv"),
+    "copy": (INK, "copy of the batch"),
+}
+_BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class BlockPanels(NamedTuple):
+    """What is computed, in words; over n, by name as in `BLOCKS`: seconds a block, and share of the copy bandwidth."""
+
+    panel: Panel
+    seconds: dict[str, dict[int, float]]
+    shares: dict[str, dict[int, float]]
+
+
+def _small_duration(seconds: float) -> str:
+    return f"{seconds * 1e9:.3g} ns" if seconds < 1e-6 else duration(seconds)
+
+
+def _block_curves(ax: Axes, curves: dict[str, dict[int, float]]) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for name, points in curves.items():
+        ours, copy = name in ("cpu", "cuda"), name == "copy"
+        ax.plot(
+            list(points), list(points.values()), color=BLOCKS[name][0], linewidth=2.4 if ours else 1.5, zorder=3 - copy,
+            marker="" if copy else "o", markersize=4 if ours else 3, linestyle=(0, (5, 3)) if copy else "-",
+        )  # fmt: skip
+    ax.xaxis.set_major_locator(FixedLocator(_BLOCK_SIZES))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_locator(NullLocator())
+    _bare(ax)
+
+
+def save_blocks(path: Path, columns: Sequence[BlockPanels], footer: str) -> None:
+    """A column per kind of block: time a block against n above, share of the copy bandwidth below. Write a PNG."""
+    figure = Figure(figsize=(4.1 * len(columns) + 1.2, 9.6), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
+    figure.subplots_adjust(left=0.09 - 0.008 * len(columns), right=0.985, top=0.91, bottom=0.15, wspace=0.1, hspace=0.2)
+    for i, (column, above, below) in enumerate(zip(columns, *grid, strict=True)):
+        _block_curves(above, column.seconds)
+        _block_curves(below, column.shares)
+        _title(above, *column.panel)
+        below.set_xlabel("n, rows of a block", fontsize=10, color=INK)
+        if i == 0:
+            above.set_ylabel("time a block", fontsize=10, color=INK)
+            below.set_ylabel("bytes that must move, against the copy", fontsize=10, color=INK)
+    grid[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda t, _: _small_duration(t)))
+    grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3%}".rstrip("0%").rstrip(".") + "%"))
+    seen = [name for name in BLOCKS if any(name in column.seconds for column in columns)]
+    lines = [
+        Line2D([], [], color=BLOCKS[name][0], linewidth=2.4, linestyle=(0, (3, 2)) if name == "copy" else "-")
+        for name in seen
+    ]
+    figure.legend(
+        lines, [BLOCKS[name][1] for name in seen], loc="lower left", bbox_to_anchor=(0.04, 0.035), frameon=False,
+        ncols=len(seen), fontsize=9.5,
+    )  # fmt: skip
+    figure.text(0.045, 0.015, footer, fontsize=8.5, color="#7a7a7a")
+    figure.savefig(path)

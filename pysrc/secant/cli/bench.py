@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from secant.benchmarks import digits, lbfgs, machine, report
+from secant.benchmarks import blocks, blocks_report, digits, lbfgs, machine, report
 from secant.benchmarks.lbfgs import Case, Row
 from secant.benchmarks.optimizers import outside_per_iteration
 from secant.benchmarks.report import Overhead
@@ -17,6 +17,9 @@ from secant.cli import console
 
 #: Seconds of timing per group of cases, and the longest vector of those that GPU users would replay from a graph.
 GROUP_SECONDS, GRAPH_N = 2.0, 10**5
+#: Seconds of timing per case of the blocks.
+BLOCK_SECONDS = 0.25
+FAMILIES = ("lbfgs", "blocks")
 #: n, history and line search of the optimizers that are compared.
 OVERHEADS = (
     *((n, history, None) for n in (10**3, 10**6) for history in (10, 100)),
@@ -103,16 +106,8 @@ def draw(path: Path, rows: Sequence[Row], bandwidth: machine.Bandwidth, about: d
     )
 
 
-def run(device: torch.device, *, json_path: Path | None, plot_path: Path | None, quick: bool = False) -> dict[str, Any]:
-    """Run the benchmarks, print the tables, and write what is asked for.
-
-    Args:
-        device: where. json_path, plot_path: files to write. quick: small inputs, short samples, no torch.compile.
-
-    Returns:
-        The plain data of `report.as_json`.
-    """
-    about, first = machine.describe(device), machine.bandwidth(device)
+def _run_lbfgs(device: torch.device, about: dict[str, Any], plot_path: Path | None, *, quick: bool) -> dict[str, Any]:
+    first = machine.bandwidth(device)
     rows = measure_rows(device, quick=quick)
     overheads = measure_overheads(device, quick=quick)
     bandwidth = max(first, machine.bandwidth(device))  # the better of before and after: a disturbance only takes
@@ -122,19 +117,103 @@ def run(device: torch.device, *, json_path: Path | None, plot_path: Path | None,
     else:
         bars = report.cpu_bars(rows, overheads, _errors(device))
     tables = (
-        report.Table("Machine", ("", ""), [(key.replace("_", " "), str(value)) for key, value in about.items()]),
         report.rows_table(rows, bandwidth.bytes_per_second),
         report.overheads_table(overheads),
         report.bars_table(bars),
     )
     for table in tables:
         console.show(table)
-    result = report.as_json(about, rows, overheads, bars, bandwidth.bytes_per_second)
-    print("\n  ".join(["Where secant loses:", *result["lost"]]) if result["lost"] else "secant loses nowhere above.")
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"Wrote {json_path}.")
     if plot_path is not None:
         draw(plot_path, rows, bandwidth, about)
         print(f"Wrote {plot_path}.")
+    return report.as_json(about, rows, overheads, bars, bandwidth.bytes_per_second)
+
+
+def measure_blocks(cases: Sequence[blocks.Case], device: torch.device, *, quick: bool) -> list[blocks.Row]:
+    """Every case of the `blocks` family."""
+    rows: list[blocks.Row] = []
+    with console.progress("blocks") as advance:
+        for i, case in enumerate(cases):
+            rows += blocks.measure(case, device, seconds=0.0 if quick else BLOCK_SECONDS)
+            advance((i + 1) / len(cases), f"{case.label}, n = {case.n}")
+    return rows
+
+
+def draw_blocks(path: Path, rows: Sequence[blocks.Row], about: dict[str, Any]) -> None:
+    """Write the picture of the `blocks` family, of the rows in float32."""
+    from secant.benchmarks import plot
+
+    columns = []
+    for op, assume in blocks.KINDS:
+        chosen = [
+            row for row in rows if row.case[:2] == (op, assume) and row.case.dtype is torch.float32 and row.seconds
+        ]
+        seconds: dict[str, dict[int, float]] = {}
+        shares: dict[str, dict[int, float]] = {}
+        for row in chosen:
+            seconds.setdefault(row.name, {})[row.case.n] = row.seconds or 0.0
+            if row.name != "reference":  # far below everything
+                shares.setdefault(row.name, {})[row.case.n] = blocks_report.of_copy(rows, row) or 0.0
+        cases = dict.fromkeys(row.case for row in chosen)
+        found = [
+            blocks_report.ratio(blocks_report.fastest(rows, case), blocks_report.own(rows, case)) for case in cases
+        ]
+        ratios = [x for x in found if x is not None]
+        below = f"the fastest peer takes {min(ratios):.2g} to {max(ratios):.2g} times as long" if ratios else ""
+        if chosen:
+            columns.append(plot.BlockPanels(plot.Panel(chosen[0].case.label, below), seconds, shares))
+    elements = f"batches of {blocks.ELEMENTS[about['device'].partition(':')[0]]:,} / n² blocks, float32"
+    plot.save_blocks(path, columns, f"{machine.summary(about)}; {elements}")
+
+
+def _run_blocks(
+    device: torch.device, about: dict[str, Any], plot_path: Path | None, *, quick: bool, full: bool
+) -> dict[str, Any]:
+    rows = measure_blocks(blocks.small_cases() if quick else blocks.cases(device, full=full), device, quick=quick)
+    console.show(blocks_report.rows_table(rows, device))
+    if found := blocks_report.verdicts(rows, device):
+        console.show(blocks_report.bars_table(found))
+    if plot_path is not None:
+        draw_blocks(plot_path, rows, about)
+        print(f"Wrote {plot_path}.")
+    return blocks_report.as_json(rows, device)
+
+
+def run(
+    device: torch.device,
+    *,
+    json_path: Path | None,
+    plot_path: Path | None,
+    quick: bool = False,
+    families: Sequence[str] = FAMILIES,
+    full: bool = False,
+) -> dict[str, Any]:
+    """Run the benchmarks, print the tables, and write what is asked for.
+
+    Args:
+        device: where. json_path, plot_path: files to write; with both families, the picture of the blocks goes next to
+            that of the directions, to *-blocks.
+        quick: small inputs, short samples, no torch.compile. families: of `FAMILIES`. full: every n of the blocks.
+
+    Returns:
+        The plain data: "machine", what `report.as_json` returns, and as "blocks" what `blocks_report.as_json` does.
+    """
+    about = machine.describe(device)
+    result: dict[str, Any] = {"machine": about}
+    lost: list[str] = []
+    if "lbfgs" in families:
+        result |= _run_lbfgs(device, about, plot_path, quick=quick)
+        lost += result["lost"]
+        if plot_path is not None:
+            plot_path = plot_path.with_stem(f"{plot_path.stem}-blocks")
+    if "blocks" in families:
+        result["blocks"] = _run_blocks(device, about, plot_path, quick=quick, full=full)
+        lost += result["blocks"]["lost"]
+    console.show(
+        report.Table("Machine", ("", ""), [(key.replace("_", " "), str(value)) for key, value in about.items()])
+    )
+    print("\n  ".join(["Where secant loses:", *lost]) if lost else "secant loses nowhere above.")
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"Wrote {json_path}.")
     return result
