@@ -8,14 +8,17 @@ Two schemes, told apart by n alone:
 * above: a matrix is a tile (P, P), P the next power of two, several to a program while they are small. Tiles have no
   indices: a row or a column is taken out by a masked sum, in which one entry is not zero, so that it is exact.
 
-Inverses are Gauss-Jordan in place. For a positive definite matrix that is the sweep operator, in exact arithmetic and in
-rounding LDL^T followed by L^-T D^-1 L^-1. For a general one rows stay where they are, pivots are searched in the rows
-that are left, and the permutation is applied by the addresses of the last store. Solves are LU, or LDL^T, with back
-substitution: Gauss-Jordan would lose accuracy there. Eigenvalues: two-sided cyclic Jacobi, in parallel order for tiles.
+Inverses are Gauss-Jordan in place. For a positive definite matrix that is the sweep operator, which is LDL^T followed
+by L^-T D^-1 L^-1, with their rounding errors. For a general one the rows of a tile stay where they are, pivots are
+searched in the rows that are left, and the permutation is applied by the addresses of the last store. Solves are LU, or
+LDL^T, with back substitution: Gauss-Jordan would lose accuracy there (Higham, section 14.4). Eigenvalues: two-sided
+Jacobi, row by row in lanes, by rounds of a tournament in tiles.
 
 bfloat16 is widened right after each load and rounded by integer arithmetic: Triton's interpreter has no bfloat16
 arithmetic and truncates where the hardware rounds to nearest even.
 """
+
+# ruff: noqa: RUF005 (there is no unpacking in a kernel)
 
 from __future__ import annotations
 
@@ -143,7 +146,7 @@ def _exponent(magnitude):
 @triton.jit
 def _power(e, C: tl.constexpr):
     """2^e from its bits."""
-    if C == tl.float64:
+    if C.primitive_bitwidth == 64:
         return ((e + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     else:
         return ((e + 127) << 23).to(tl.float32, bitcast=True)
@@ -151,19 +154,19 @@ def _power(e, C: tl.constexpr):
 
 @triton.jit
 def _diagonal_scale(d, C: tl.constexpr):
-    """A power of two near 1 / sqrt(d), 1 where d is not positive and finite; products of two neither vanish nor overflow."""
-    LIMIT: tl.constexpr = 511 if C == tl.float64 else 63
+    """A power of two near 1 / sqrt(d), 1 where d is not positive and finite; products of two are normal numbers."""
+    LIMIT: tl.constexpr = 511 if C.primitive_bitwidth == 64 else 63
     e = tl.minimum(tl.maximum(-(_exponent(_magnitude(d)) >> 1), -LIMIT), LIMIT)
     return tl.where((d > 0) & _finite(d), _power(e, C), 1.0)
 
 
 @triton.jit
 def _shift(magnitude, STEP: tl.constexpr, C: tl.constexpr):
-    """A multiple e of STEP such that 2^e brings the largest magnitude near 1 and 2^-e exists; 0 when it is not finite."""
-    LAST: tl.constexpr = 1023 if C == tl.float64 else 127
+    """A multiple e of STEP such that 2^e brings the largest magnitude near 1 and 2^-e exists; 0 if it is not finite."""
+    LAST: tl.constexpr = 1023 if C.primitive_bitwidth == 64 else 127
     LIMIT: tl.constexpr = (LAST - 1) // STEP * STEP
     e = _exponent(magnitude)
-    return tl.where(e > LAST, 0, tl.minimum(tl.maximum((-e) // STEP * STEP, -LIMIT), LIMIT))
+    return tl.where(e > LAST, 0, tl.minimum(tl.maximum(-e & -STEP, -LIMIT), LIMIT))
 
 
 @triton.jit
@@ -173,7 +176,7 @@ def _above(low, high, off, C: tl.constexpr):
     It is relative to the two diagonal entries, which keeps small eigenvalues of graded matrices, and stops at eps^2 of
     the largest entry.
     """
-    EPS2: tl.constexpr = 2.0**-104 if C == tl.float64 else 2.0**-46
+    EPS2: tl.constexpr = 2.0**-104 if C.primitive_bitwidth == 64 else 2.0**-46
     return (tl.abs(off) > EPS2) & (off * off > EPS2 * tl.abs(low * high))
 
 
@@ -568,7 +571,7 @@ def _eigh_lanes(
     """Eigenvalues and vectors, or a function of the matrix, for BLOCK matrices by a program."""
     m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = m < batch
-    LAST: tl.constexpr = 1023 if C == tl.float64 else 127
+    LAST: tl.constexpr = 1023 if C.primitive_bitwidth == 64 else 127
     x = _mirrored(_read_lanes(a, stride, damping, damping_ptr, m, live, DAMPING, N, LEVELS, C), N)
     largest = _magnitude(x[0])
     for i in tl.static_range(1, N * N):
@@ -673,7 +676,7 @@ def _line(x, chosen, AXIS: tl.constexpr):
 
 @triton.jit
 def _column(x, k):
-    """Column k of x in all columns: a column is spread over the lanes, where a gather is a shuffle and a sum is five."""
+    """Column k of x in all columns. A row is spread over the lanes: a gather takes one shuffle there, a sum five."""
     return tl.gather(x, tl.zeros(x.shape, tl.int32) + k, 2)
 
 
@@ -770,8 +773,8 @@ def _solve_tile(
 ):  # fmt: skip
     """Solutions for M matrices and COLUMNS right-hand sides by a program: LU or LDL^T, then back substitution.
 
-    Rows stay where they are: `order` is the step at which a row held the pivot, and in the end the unknown it holds. The
-    right-hand sides y are transposed, to have their rows along the lanes, as are `order` and the rows of x.
+    Rows stay where they are: `order` is the step at which a row held the pivot, and in the end the unknown it holds.
+    The right-hand sides y are transposed, to have their rows along the lanes, as are `order` and the rows of x.
     """
     pid = tl.program_id(0)
     m = (pid // chunks).to(tl.int64) * M + tl.arange(0, M)
@@ -828,11 +831,10 @@ def _partner(i, step, n):
     the last, or nobody.
     """
     circle = n - 1 + n % 2
-    mirror = (step + circle - i % circle) % circle
-    alone = tl.where(n % 2 == 0, n - 1, i)
-    other = tl.where(mirror == i, alone, mirror)
-    last = step * ((circle + 1) // 2) % circle
-    other = tl.where((n % 2 == 0) & (i == n - 1), last, other)
+    mirror = step - i
+    mirror = tl.where(mirror < 0, mirror + circle, mirror)
+    other = tl.where((mirror == i) & (n % 2 == 0), n - 1, mirror)
+    other = tl.where(i == circle, step * ((circle + 1) // 2) % circle, other)
     return tl.where(i < n, other, i)
 
 
@@ -844,11 +846,12 @@ def _eigh_tile(
 ):  # fmt: skip
     """Eigenvalues and vectors, or a function of the matrix, for M matrices by a program.
 
-    The tile x holds what is off the diagonal and w the diagonal. In a round everyone rotates with a partner.
+    The tile x holds what is off the diagonal and w the diagonal. In a round everyone rotates with a partner, by the
+    angle of the entry in the upper triangle.
     """
     m = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     live = m < batch
-    LAST: tl.constexpr = 1023 if C == tl.float64 else 127
+    LAST: tl.constexpr = 1023 if C.primitive_bitwidth == 64 else 127
     row = tl.arange(0, P)[None, :, None]
     column = tl.arange(0, P)[None, None, :]
     x = _read_tile(a, stride, damping, damping_ptr, m, live, row, column, n, True, DAMPING, C)
@@ -866,15 +869,15 @@ def _eigh_tile(
         for step in range(n - 1 + n % 2):
             partner = _partner(index, step, n) + tl.zeros([M, P], tl.int32)
             first = index < partner
-            off = tl.sum(tl.where(column == _partner(row, step, n), x, 0.0), axis=2)
+            rows = partner[:, :, None] + tl.zeros([M, P, P], tl.int32)
+            columns = partner[:, None, :] + tl.zeros([M, P, P], tl.int32)
+            off = tl.sum(tl.where(column == rows, x, 0.0), axis=2)
             off = tl.where(first, off, tl.gather(off, partner, 1))
             off = tl.where(partner == index, 0.0, off)
             here, tangent, cosine = _rotation(w, tl.gather(w, partner, 1), off, first, C)
             sine = tangent * cosine
             w -= tangent * off
             rotated = tl.maximum(rotated, here.to(tl.int32))
-            rows = _partner(row, step, n) + tl.zeros([M, P, P], tl.int32)
-            columns = _partner(column, step, n) + tl.zeros([M, P, P], tl.int32)
             x = cosine[:, :, None] * x - sine[:, :, None] * tl.gather(x, rows, 1)
             x = cosine[:, None, :] * x - sine[:, None, :] * tl.gather(x, columns, 2)
             x = tl.where(here[:, :, None] & (column == rows), 0.0, x)
@@ -884,7 +887,8 @@ def _eigh_tile(
     # A block that waits for its neighbours turns by nothing, which changes at most the sign of a zero: take it away.
     w += 0.0
     v += 0.0
-    above = _above(w[:, :, None], w[:, None, :], x, C) & (row > column)
+    # The upper triangle, as above: the lower one may differ by its rounding errors.
+    above = _above(w[:, :, None], w[:, None, :], x, C) & (row < column)
     code = tl.sum(tl.sum(above.to(tl.int32), axis=2, keep_dims=True), axis=1, keep_dims=True)
     code = tl.where(bad, -1, code)
     inside = live[:, None, None] & (row < n) & (column < n)
