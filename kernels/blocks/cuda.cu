@@ -1158,15 +1158,15 @@ SECANT_DEVICE void jacobi_round(bool live, int r, C* x, C* rotations, C (&v)[W])
   sync<Warps>();
 }
 
-// Shared memory of a matrix, in elements: the matrix W max(W + 2, Padded), for abs_inv and inv_root the result n (n |
-// 1), rotations W, eigenvalues W, functions or sorted eigenvalues W, places W; for two warps 2 words behind it.
+// Shared memory of a matrix, in elements: the matrix, later V, W max(W + 2, Padded); the result n (n | 1); rotations W,
+// eigenvalues W, functions or sorted eigenvalues W, places W; for two warps 2 words behind it.
 template <class C, int W, int Warps>
 SECANT_DEVICE void rows_eigen(const Blocks& a, unsigned char* memory) {
   typedef typename Real<C>::Bits Bits;
   constexpr int vec = Vec<C>::value, ldv = Padded<C, W>::value, ld = W + 2, lanes = Lanes<W>::value;
   constexpr int square = (W * (ld > ldv ? ld : ldv) + vec - 1) / vec * vec;
   const Team<Warps> team = team_of<Warps>(a, memory);
-  const int n = a.n, ldx = n | 1, pitch = square + (a.function == kEigh ? 0 : round_up<C>(n * ldx)) + 4 * W;
+  const int n = a.n, ldx = n | 1, pitch = square + round_up<C>(n * ldx) + 4 * W;
   const Place at = place_of<Warps>(team.rank, lanes);
   const int r = at.row;
   C* tiles = reinterpret_cast<C*>(team.memory);
@@ -1238,27 +1238,21 @@ SECANT_DEVICE void rows_eigen(const Blocks& a, unsigned char* memory) {
   }
   const int info = eigen_info(a, broken, left, nonpositive);
   if (stored && r == 0) reinterpret_cast<int*>(a.info)[b] = info;
+  if (r < W) store_wide<W>(x + r * ldv, v);
+  C* result = x + square;
   if (a.function == kEigh) {
     if (real) {
       places[r] = broken ? r : place;
-      results[broken ? r : place] = broken ? nan<C>() : w;
+      results[places[r]] = broken ? nan<C>() : w;
     }
     sync<Warps>();
-    SECANT_UNROLL
-    for (int j = 0; j < W; ++j) {
-      if (j >= begin && j < begin + n && r < n) x[r * ld + places[j]] = broken ? nan<C>() : v[j];
+    SECANT_LOOP
+    for (int j = begin; j < begin + n && r < n; ++j) {
+      result[r * ldx + places[j]] = broken ? nan<C>() : x[r * ldv + j];
     }
-    sync<Warps>();
-    store(a.type, a.out, first * (n * n), Layout{i64(n) * n, n, ld, pitch, n, n}, count, tiles, team.rank, team.size);
-    store(a.type, a.values, first * n, Layout{n, n, n, pitch, 1, n}, count, tiles + (results - x), team.rank,
-          team.size);
   } else {
-    if (r < W) {
-      results[r] = real ? function_of(a, w, shift) : C(0);
-      store_wide<W>(x + r * ldv, v);
-    }
+    if (r < W) results[r] = real ? function_of(a, w, shift) : C(0);
     sync<Warps>();
-    C* result = x + square;
     SECANT_UNROLL
     for (int j = 0; j < W; j += vec) {
       C f[vec];
@@ -1281,8 +1275,12 @@ SECANT_DEVICE void rows_eigen(const Blocks& a, unsigned char* memory) {
       for (int e = 1; e < vec; ++e) total += sums[e];
       if (j <= r && r < n) result[r * ldx + j] = result[j * ldx + r] = info ? nan<C>() : total;
     }
-    sync<Warps>();
-    store(a.type, a.out, first * (n * n), Layout{i64(n) * n, n, ldx, pitch, n, n}, count, tiles + square, team.rank,
+  }
+  sync<Warps>();
+  store(a.type, a.out, first * (n * n), Layout{i64(n) * n, n, ldx, pitch, n, n}, count, tiles + square, team.rank,
+        team.size);
+  if (a.function == kEigh) {
+    store(a.type, a.values, first * n, Layout{n, n, n, pitch, 1, n}, count, tiles + (results - x), team.rank,
           team.size);
   }
 }

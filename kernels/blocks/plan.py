@@ -82,7 +82,7 @@ def _padded(width: int, size: int) -> int:
 
 
 @functools.cache
-def plan(op: str, tag: str, n: int, size: int, columns: int, function: int) -> Plan:
+def plan(op: str, tag: str, n: int, size: int, columns: int) -> Plan:
     """Plan a call; `columns`: min(right-hand sides, COLUMNS); the shared memory is laid out in cuda.cu."""
     if n <= THREAD_N[op]:
         bytes_ = size * _round_up(32 * (n * n | 1), size)
@@ -99,7 +99,7 @@ def plan(op: str, tag: str, n: int, size: int, columns: int, function: int) -> P
         elements = matrices * (_round_up(n * max(ld, padded), size) + 2 * warps * width)
     elif op == "eigen":
         square = _round_up(width * max(width + 2, padded), size)
-        elements = matrices * (square + (0 if function == EIGH else _round_up(n * ld, size)) + 4 * width)
+        elements = matrices * (square + _round_up(n * ld, size) + 4 * width)
     else:
         factors = _round_up(n * max(ld, padded), size) + (2 * warps + 1) * width
         elements = matrices * factors + _round_up(matrices * (n * n + n * (columns | 1)), size)
@@ -132,7 +132,7 @@ class Launcher:
         batch, n, _ = a.shape
         tag, size, type_ = TYPES[a.dtype]
         k = 1 if b is None else b.shape[-1]
-        chosen = plan(op, tag, n, size, min(k, COLUMNS), function)
+        chosen = plan(op, tag, n, size, min(k, COLUMNS))
         given, pointer = 0.0 if shift is None else shift, 0
         if isinstance(given, Tensor):
             given, pointer = math.nan, given.data_ptr()
