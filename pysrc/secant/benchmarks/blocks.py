@@ -200,12 +200,19 @@ def peers(case: Case, device: torch.device) -> dict[str, Compute]:
     """What computes the same elsewhere, by name."""
     if case.op == "block_eigh":
         return {"eigh": _eigh}
-    spd = case.assume == "spd"
+    spd, found = case.assume == "spd", dict[str, Compute]()
     if case.op == "block_solve":
-        return {"solve_ex": _solve_ex} | ({"cholesky": _cholesky_solve} if spd else {})
-    found: dict[str, Compute] = {"inv_ex": _inv_ex} | ({"cholesky": _cholesky_inverse} if spd else {})
+        found["solve_ex"] = _solve_ex
+        if spd:
+            found["cholesky"] = _cholesky_solve
+        return found
+    found["inv_ex"] = _inv_ex
+    if spd:
+        found["cholesky"] = _cholesky_inverse
     if device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
-        found |= ({"matinvBatched": _cublas_inverse} if case.n <= 32 else {}) | {"cupy": _cupy_inverse}
+        if case.n <= 32:
+            found["matinvBatched"] = _cublas_inverse
+        found["cupy"] = _cupy_inverse
     return found
 
 
@@ -357,8 +364,8 @@ def measure(case: Case, device: torch.device, *, seconds: float, wanted: Wanted 
 
     def row(name: str, kind: str, blocks: int, error: float, note: str) -> Row:
         timing = timings.get(name)
-        per_block = (timing.median / blocks, timing.best / blocks) if timing else (None, None)
-        return Row(case, name, kind, blocks, *per_block, error, note)
+        median, best = (timing.median / blocks, timing.best / blocks) if timing else (None, None)
+        return Row(case, name, kind, blocks, median, best, error, note)
 
     rows = [row(x.contender.name, x.contender.kind, x.blocks, x.error, x.note) for x in checked]
     return [*rows, row(COPY, "limit", case.batch, 0.0, "")]
@@ -378,8 +385,8 @@ def cases(device: torch.device, *, full: bool = False) -> list[Case]:
 def small_cases() -> list[Case]:
     """A case of each kind that takes no time, to see that it runs."""
     return [
-        Case(op, assume, n, 300 // n, dtype)
-        for dtype, sizes in ((torch.float32, (3, 8, 16)), (torch.float64, (3,)))
+        Case(op, assume, n, 100 // n, dtype)
+        for dtype, sizes in ((torch.float32, (3, 9)), (torch.float64, (3,)))
         for op, assume in KINDS
         for n in sizes
     ]

@@ -233,6 +233,7 @@ def speedup_panel(ax: Axes, title: str, below: str, ratios: Sequence[tuple[str, 
     )
 
 
+_LINALG = "torch.linalg: inv_ex, solve_ex, eigh"
 #: Colour of each backend and peer of the blocks, and its name in the legend.
 BLOCKS = {
     "cpu": (SECANT, "secant, cpu"),
@@ -240,9 +241,9 @@ BLOCKS = {
     "triton": (STEP, "secant, triton"),
     "nvrtc": (BF16, "secant, nvrtc"),
     "reference": ("#b9b9b9", "secant, reference"),
-    "inv_ex": (TORCH, "torch.linalg.inv_ex"),
-    "solve_ex": (TORCH, "torch.linalg.solve_ex"),
-    "eigh": (TORCH, "torch.linalg.eigh"),
+    "inv_ex": (TORCH, _LINALG),
+    "solve_ex": (TORCH, _LINALG),
+    "eigh": (TORCH, _LINALG),
     "cholesky": ("#E69F00", "torch: cholesky_ex, then inverse or solve"),
     "matinvBatched": ("#CC79A7", "cuBLAS matinvBatched"),
     "cupy": ("#B22222", "cupy.linalg.inv"),
@@ -295,13 +296,12 @@ def save_blocks(path: Path, columns: Sequence[BlockPanels], footer: str) -> None
             below.set_ylabel("bytes that must move, against the copy", fontsize=10, color=INK)
     grid[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda t, _: _small_duration(t)))
     grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3%}".rstrip("0%").rstrip(".") + "%"))
-    seen = [name for name in BLOCKS if any(name in column.seconds for column in columns)]
+    seen = dict.fromkeys(BLOCKS[name] for name in BLOCKS if any(name in column.seconds for column in columns))
     lines = [
-        Line2D([], [], color=BLOCKS[name][0], linewidth=2.4, linestyle=(0, (3, 2)) if name == "copy" else "-")
-        for name in seen
+        Line2D([], [], color=color, linewidth=2.4, linestyle=(0, (3, 2)) if color == INK else "-") for color, _ in seen
     ]
     figure.legend(
-        lines, [BLOCKS[name][1] for name in seen], loc="lower left", bbox_to_anchor=(0.04, 0.035), frameon=False,
+        lines, [label for _, label in seen], loc="lower left", bbox_to_anchor=(0.04, 0.035), frameon=False,
         ncols=len(seen), fontsize=9.5,
     )  # fmt: skip
     figure.text(0.045, 0.015, footer, fontsize=8.5, color="#7a7a7a")

@@ -145,25 +145,24 @@ def draw_blocks(path: Path, rows: Sequence[blocks.Row], about: dict[str, Any]) -
 
     columns = []
     for op, assume in blocks.KINDS:
-        chosen = [
-            row for row in rows if row.case[:2] == (op, assume) and row.case.dtype is torch.float32 and row.seconds
-        ]
+        chosen = [row for row in rows if row.case[:2] == (op, assume) and row.case.dtype is torch.float32]
         seconds: dict[str, dict[int, float]] = {}
         shares: dict[str, dict[int, float]] = {}
         for row in chosen:
-            seconds.setdefault(row.name, {})[row.case.n] = row.seconds or 0.0
-            if row.name != "reference":  # far below everything
-                shares.setdefault(row.name, {})[row.case.n] = blocks_report.of_copy(rows, row) or 0.0
-        cases = dict.fromkeys(row.case for row in chosen)
-        found = [
-            blocks_report.ratio(blocks_report.fastest(rows, case), blocks_report.own(rows, case)) for case in cases
-        ]
-        ratios = [x for x in found if x is not None]
-        below = f"the fastest peer takes {min(ratios):.2g} to {max(ratios):.2g} times as long" if ratios else ""
-        if chosen:
-            columns.append(plot.BlockPanels(plot.Panel(chosen[0].case.label, below), seconds, shares))
-    elements = f"batches of {blocks.ELEMENTS[about['device'].partition(':')[0]]:,} / n² blocks, float32"
-    plot.save_blocks(path, columns, f"{machine.summary(about)}; {elements}")
+            share = blocks_report.of_copy(rows, row)
+            if row.seconds is not None:
+                seconds.setdefault(row.name, {})[row.case.n] = row.seconds
+            if share is not None and row.name != "reference":  # which is far below everything
+                shares.setdefault(row.name, {})[row.case.n] = share
+        slower = (
+            blocks_report.ratio(blocks_report.fastest(rows, case), blocks_report.own(rows, case))
+            for case in dict.fromkeys(row.case for row in chosen)
+        )
+        found = [x for x in slower if x is not None]
+        below = f"the fastest peer takes {min(found):.2g} to {max(found):.2g} times as long" if found else ""
+        columns.append(plot.BlockPanels(plot.Panel(chosen[0].case.label, below), seconds, shares))
+    elements = max(row.case.batch * row.case.n**2 for row in rows)
+    plot.save_blocks(path, columns, f"{machine.summary(about)}; batches of up to {elements:,} elements, float32")
 
 
 def _run_blocks(

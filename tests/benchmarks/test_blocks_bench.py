@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from secant import backends
+from secant.__main__ import main
+from secant.benchmarks import blocks, blocks_report
+from secant.benchmarks.blocks import COPY, THRESHOLD, Case, Problem, Row, contenders, measure
+from secant.benchmarks.timing import HostClock
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+F32, F64 = torch.float32, torch.float64
+#: A case of each kind.
+KINDS = [Case(op, assume, 5, 40) for op, assume in blocks.KINDS]
+
+
+def named(kind):
+    return f"{kind.op} {kind.assume}"
+
+
+def test_default_cases_are_the_sizes_of_the_bars_and_full_ones_every_n():
+    cases, full = blocks.cases(CPU), blocks.cases(CPU, full=True)
+    for op, assume in blocks.KINDS:
+        for chosen, single in ((cases, blocks.SIZES), (full, tuple(range(1, 65)))):
+            mine = [case for case in chosen if (case.op, case.assume) == (op, assume)]
+            assert tuple(case.n for case in mine if case.dtype == F32) == single
+            assert tuple(case.n for case in mine if case.dtype == F64) == blocks.DOUBLE
+    assert all(case.batch == 4 * 2**20 // case.n**2 for case in full)
+    assert len(set(full)) == len(full)
+
+
+def test_bytes_count_the_block_its_results_and_its_code_once():
+    assert Case("block_inv", "spd", 3, 10).block_bytes == 2 * 9 * 4 + 4
+    assert Case("block_solve", "general", 3, 10, F64).block_bytes == (9 + 3 + 3) * 8 + 4
+    assert Case("block_eigh", "symmetric", 3, 10).block_bytes == (9 + 9 + 3) * 4 + 4
+
+
+@pytest.mark.parametrize("case", KINDS, ids=named)
+def test_blocks_are_what_the_case_assumes(case):
+    a = Problem(case, CPU).a
+    if case.assume == "spd":
+        assert bool((torch.linalg.eigvalsh(a.double()) > 0.99).all())
+    assert torch.equal(a, a.mT) == (case.assume != "general")
+    if case.assume == "symmetric":
+        assert bool((torch.linalg.eigvalsh(a)[:, 0] < 0).all())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("case", KINDS, ids=named)
+def test_every_contender_is_right(case, dtype):
+    problem = Problem(case._replace(dtype=dtype), CPU)
+    found = contenders(problem)
+    expected = [*blocks.serving(case, CPU), *blocks.peers(case, CPU)]
+    assert [one.name for one in found] == expected
+    for one in found:
+        checked = blocks.check(one, problem)
+        assert (checked.blocks, checked.note) == (case.batch, "")
+        assert 0 < checked.error < THRESHOLD
+
+
+def altered(case, change):
+    """A check of the answer of torch with `change` made to its results, for the first 30 blocks."""
+    problem = Problem(case, CPU)
+    peer = next(one for one in contenders(problem) if one.kind == "peer")
+    answer = tuple(x.clone() for x in peer.on(problem, 30)())
+    change(answer)
+    return problem.worst_ratio(answer)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=named)
+def test_one_wrong_column_of_one_block_is_found(case):
+    assert altered(case, lambda answer: None) < THRESHOLD
+
+    def wrong(answer):
+        answer[-2][17, ..., 3] += 1e-3
+
+    # 1e-3 of a result of order 1 is 8,000 times the epsilon of float32; the ratio has n = 5 and the norms, each a sum
+    # of 5 entries of order 1, in its denominator.
+    assert altered(case, wrong) > THRESHOLD
+
+    def missing(answer):
+        answer[-2][29, ..., 0] = math.nan
+
+    assert math.isnan(altered(case, missing))
+    assert math.isnan(altered(case, lambda answer: answer[-1][5].fill_(2)))
+
+
+def test_eigenvalues_that_do_not_ascend_are_wrong():
+    def swap(answer):
+        w, v, _ = answer
+        w[3], v[3] = w[3].flip(-1), v[3].flip(-1)  # still A = V diag(w) V^T
+
+    assert math.isnan(altered(KINDS[-1], swap))
+
+
+def test_an_answer_of_another_shape_is_an_error():
+    problem = Problem(KINDS[2], CPU)
+    with pytest.raises(ValueError, match="expected shapes"):
+        problem.worst_ratio((problem.b[:10, :4], torch.zeros(10, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("value", [1.01, math.nan])
+def test_a_wrong_answer_has_no_speed(monkeypatch, value):
+    case = KINDS[0]
+    first = blocks.serving(case, CPU)[0]
+    auto = backends.load("blocks", first)
+    right = auto.inv
+
+    def wrong(a, damping, scaled, spd, out, info):
+        right(a, damping, scaled, spd, out, info)
+        out[7, 0, 0] *= value
+
+    monkeypatch.setattr(auto, "inv", wrong)
+    rows = measure(case, CPU, seconds=0.0)
+    own = blocks_report.own(rows, case)
+    assert (own.name, own.seconds, own.best, own.bytes_per_second, own.correct) == (first, None, None, None, False)
+    assert own.note == "wrong answer"
+    assert all(row.seconds for row in rows if row is not own)
+    lost = blocks_report.losses(rows)
+    assert [line for line in lost if "wrong" in line] == [line for line in lost if first in line]
+    assert all(x.measured is None and x.met is None for x in blocks_report.verdicts(rows, CPU))
+
+
+def test_a_peer_that_fails_fails_alone(monkeypatch):
+    def broken(a, b):
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(blocks, "_inv_ex", broken)
+    rows = measure(KINDS[0], CPU, seconds=0.0)
+    peers = {row.name: row for row in rows if row.kind == "peer"}
+    assert peers["inv_ex"].note == "failed: RuntimeError"
+    assert peers["inv_ex"].seconds is None
+    assert peers["cholesky"].seconds
+    assert blocks_report.fastest(rows, KINDS[0]).name == "cholesky"
+
+
+class SlowClock(HostClock):
+    """Each block takes a microsecond."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def mark(self):
+        return self.now
+
+
+def test_slow_peers_are_timed_on_a_slice_and_ours_never():
+    case = Case("block_inv", "general", 2, 10**5)
+    problem, clock = Problem(case, CPU), SlowClock()
+
+    def slow(a, b):
+        clock.now += len(a) * 1e-6
+        return blocks._inv_ex(a, b)
+
+    peer = blocks.Contender("slow", "peer", slow, False)
+    # 4,096 blocks take 4 ms, less than a quarter of 25 ms; 16,384 take more.
+    assert peer.fitting(problem, clock) == 16_384
+    assert peer._replace(whole=True).fitting(problem, clock) == 10**5
+    clock.now = 0.0
+    assert peer.fitting(Problem(case._replace(batch=300), CPU), clock) == 300
+    whole = {one.name: one.whole for one in contenders(problem)}
+    assert whole == {name: name not in ("reference", "inv_ex") for name in whole}
+
+
+def test_rows_of_a_slice_say_so_and_are_per_block(monkeypatch):
+    monkeypatch.setattr(blocks, "SLICE_SECONDS", 0.0)
+    case = Case("block_solve", "spd", 3, 1000)
+    rows = {row.name: row for row in measure(case, CPU, seconds=0.0)}
+    peer, copy = rows["solve_ex"], rows[COPY]
+    assert (peer.blocks, peer.note) == (blocks.PILOT, f"timed on {blocks.PILOT} of 1,000 blocks, scaled")
+    assert (copy.blocks, copy.kind, copy.note) == (1000, "limit", "")
+    for row in rows.values():
+        assert 0 < row.best <= row.seconds < 1e-3
+    assert peer.bytes_per_second == pytest.approx(case.block_bytes / peer.seconds)
+    assert copy.bytes_per_second == pytest.approx(2 * 9 * 4 / copy.seconds)
+    assert blocks_report.of_copy(list(rows.values()), copy) == 1.0
+
+
+def factors(op, assume, n, dtype=F32, device=CPU):
+    case = Case(op, assume, n, blocks.batch_of(n, device), dtype)
+    return [(goal.target(dtype), goal.at_least) for goal in blocks_report.goals(case, device)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            ("block_inv", "spd"),
+            {
+                1: [], 2: [25, 2.5], 3: [25, 2.5], 4: [12, 2.5], 5: [9, 2.5], 8: [9, 2.5], 9: [14, 2.5], 16: [14, 2.5],
+                17: [], 24: [10], 32: [10, 4], 48: [5], 64: [5],
+            },
+        ),
+        (("block_inv", "general"), {2: [], 3: [10], 9: [10], 10: [], 16: [8], 32: [6], 64: []}),
+        (("block_solve", "spd"), {2: [], 3: [10], 16: [10], 17: []}),
+        (("block_solve", "general"), {3: [10], 17: []}),
+        (("block_eigh", "symmetric"), {3: [10], 6: [10], 8: [], 9: [10], 16: [4], 32: [4], 33: []}),
+    ],
+)  # fmt: skip
+def test_bars_of_each_size(kind, expected):
+    assert {n: [target for target, _ in factors(*kind, n)] for n in expected} == expected
+
+
+def test_float64_has_to_be_half_as_good():
+    assert factors("block_inv", "spd", 16, F64) == [(7.0, True), (5.0, False)]
+
+
+def test_bars_of_a_gpu_and_of_batches_of_another_size():
+    assert factors("block_inv", "spd", 16, device=GPU) == [(pytest.approx(1 / 0.6), False), (3.0, True)]
+    assert factors("block_inv", "spd", 32, device=GPU) == [(pytest.approx(1 / 0.35), False), (3.0, True)]
+    assert factors("block_eigh", "symmetric", 64, device=GPU) == [(5.0, True)]
+    assert blocks_report.goals(Case("block_inv", "spd", 16, 10), CPU) == []
+
+
+SPD16 = Case("block_inv", "spd", 16, blocks.batch_of(16, CPU))
+NS = 1e-9
+
+
+def row(name, nanoseconds, kind="peer", error=1.0, case=SPD16, count=SPD16.batch):
+    seconds = None if nanoseconds is None else nanoseconds * NS
+    return Row(case, name, kind, count, seconds, seconds, error)
+
+
+ROWS = [
+    row("cpu", 300, "backend"),
+    row("reference", 90_000, "backend"),
+    row("inv_ex", 4500, count=64),
+    row("cholesky", 3900),
+    row(COPY, 100, "limit", 0.0),
+]
+
+
+def test_verdicts_are_against_the_fastest_of_the_peers_and_the_copy():
+    speed, copies = blocks_report.verdicts(ROWS, CPU)
+    assert (speed.measured, speed.met, speed.text) == (pytest.approx(13.0), False, "14x: NOT MET")
+    assert (copies.measured, copies.met, copies.text) == (pytest.approx(3.0), False, "2.5 copies: NOT MET")
+    better = [row("cpu", 240, "backend"), *ROWS[1:]]
+    assert [(x.met, x.text) for x in blocks_report.verdicts(better, CPU)] == [
+        (True, "14x: met"),
+        (True, "2.5 copies: met"),
+    ]
+    unknown = blocks_report.verdicts([row("cpu", None, "backend", math.nan), *ROWS[1:]], CPU)
+    assert [(x.met, x.text.split(": ")[1]) for x in unknown] == [(None, "not measured")] * 2
+
+
+def test_tables_have_a_line_per_backend_and_the_missed_bars():
+    table = blocks_report.rows_table(ROWS, CPU)
+    (line,) = table.rows
+    found = dict(zip(table.columns, line, strict=True))
+    assert (found["by"], found["ns a block"], found["fastest peer"], found["times"]) == (
+        "cpu",
+        "300",
+        "cholesky",
+        "13x",
+    )
+    assert found["GB/s"] == f"{(2 * 256 * 4 + 4) / 300:.3g}"
+    assert found["of copy"] == "33%"
+    assert found["bars"] == "14x: NOT MET, 2.5 copies: NOT MET"
+    missed = blocks_report.bars_table(blocks_report.verdicts(ROWS, CPU))
+    assert [line[3:] for line in missed.rows] == [("at least 14x", "13"), ("at most 2.5 copies", "3")]
+    assert missed.notes == ("0 of 2 bars met.",)
+
+
+def test_losses_are_against_every_peer():
+    assert blocks_report.losses(ROWS) == []
+    slower = [row("cpu", 4000, "backend"), *ROWS[1:]]
+    assert blocks_report.losses(slower) == ["block_inv, spd, n = 16, float32: cpu takes 1.03x the time of cholesky"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(JSON, picture, what was printed) of the command on small batches."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("blocks")
+    path, picture = folder / "x.json", folder / "x.png"
+    assert main(["bench", "--family", "blocks", "--quick", "--json", str(path), "--plot", str(picture)]) == 0
+    return json.loads(path.read_text()), picture
+
+
+def test_command_writes_every_field(run):
+    data, _ = run
+    assert data.keys() == {"machine", "blocks"}
+    assert data["blocks"].keys() == {"rows", "bars", "lost"}
+    rows = data["blocks"]["rows"]
+    assert {(row["op"], row["assume"]) for row in rows} == set(blocks.KINDS)
+    assert all(row["note"] != "wrong answer" and row["median"] >= row["min"] > 0 for row in rows)
+    for ours in (row for row in rows if row["kind"] == "backend"):
+        peers = {
+            row["by"]: row["median"]
+            for row in rows
+            if row["kind"] == "peer" and all(row[key] == ours[key] for key in ("op", "assume", "n", "dtype"))
+        }
+        assert ours["fastest_peer"] == min(peers, key=peers.get)
+        assert ours["speedup"] == pytest.approx(min(peers.values()) / ours["median"])
+        assert 0 < ours["of_copy_bandwidth"] < 2
+        assert 0 < ours["error"] < ours["tolerance"]
+        assert ours["timed_blocks"] <= ours["batch"]
+
+
+def test_json_has_the_bars():
+    bars = blocks_report.as_json(ROWS, CPU)["bars"]
+    expected = {"op": "block_inv", "assume": "spd", "n": 16, "dtype": "float32", "target": 14.0, "at_least": True}
+    assert expected.items() <= bars[0].items()
+    assert [(bar["measured"], bar["met"]) for bar in bars] == [(pytest.approx(13), False), (pytest.approx(3), False)]
+    json.dumps(bars)
+
+
+def test_command_draws_a_curve_per_backend_and_peer(run):
+    from matplotlib.image import imread
+
+    from secant.benchmarks import plot
+
+    pixels = imread(run[1])[..., :3]
+    assert min(pixels.shape[:2]) > 800
+    width = pixels.shape[1] // len(blocks.KINDS)
+    for i in range(len(blocks.KINDS)):
+        panel = pixels[: pixels.shape[0] * 4 // 5, i * width : (i + 1) * width]
+        for name in (blocks.serving(KINDS[i], CPU)[0], *blocks.peers(KINDS[i], CPU)):
+            colour = [int(plot.BLOCKS[name][0][k : k + 2], 16) / 255 for k in (1, 3, 5)]
+            assert (abs(panel - colour).max(-1) < 0.02).sum() > 50, (i, name)
+
+
+def test_every_contender_has_a_colour():
+    pytest.importorskip("matplotlib")
+    from secant.benchmarks import plot
+
+    names = {COPY, *backends.ORDER, "matinvBatched", "cupy"}
+    assert names.union(*(blocks.peers(case, CPU) for case in KINDS)) == plot.BLOCKS.keys()
+
+
+def test_pytest_benchmark_face():
+    pytest.importorskip("pytest_benchmark")
+    file = Path(__file__).parents[2] / "bench" / "test_blocks.py"
+    environment = os.environ | {"SECANT_BENCH_QUICK": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", "float64 and solve"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    solves = [case for case in KINDS if case.op == "block_solve"]
+    expected = sum(len([*blocks.serving(case, CPU), *blocks.peers(case, CPU)]) for case in solves)
+    assert f"{expected} passed" in done.stdout
