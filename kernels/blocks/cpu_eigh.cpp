@@ -193,7 +193,7 @@ void eigh(const Blocks& c) {
   const int n = c.n;
   const Plan<T> plan = lower_plan<T>(n);
   const int64_t vectors = Jacobi<T>::vectors(n);
-  for_groups<T>(c, kLanes<T> * n * n * 50.0, vectors + n, [&](const Group<T>& group, vec<T>* memory) {
+  for_groups<T>(c, kLanes<T> * n * n * 50.0, vectors + n, n * n, [&](const Group<T>& group, vec<T>* memory, Ahead&) {
     const T* in[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
     Jacobi<T> jacobi(n, memory);
@@ -228,7 +228,7 @@ void function(const Blocks& c) {
   const Plan<T> plan = lower_plan<T>(n);
   const int64_t vectors = Jacobi<T>::vectors(n);
   const Plan<T> out_plan(n, n, n, triangle(n), lower);
-  for_groups<T>(c, kLanes<T> * n * n * 50.0, vectors + n, [&](const Group<T>& group, vec<T>* memory) {
+  for_groups<T>(c, kLanes<T> * n * n * 50.0, vectors + n, n * n, [&](const Group<T>& group, vec<T>* memory, Ahead&) {
     using V = vec<T>;
     const T* in[kLanes<T>];
     T* out[kLanes<T>];

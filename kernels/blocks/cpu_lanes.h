@@ -241,7 +241,40 @@ SECANT_INLINE void store_unrolled(const vec<T>* x, T* const* matrices) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------- threads
+// ------------------------------------------------------------------------------------------------ memory and threads
+
+// Brings the input and the output of the next group to the second level of cache while this one is computed, a few
+// lines at a time: without it, arithmetic and memory take turns, and many at once wait for each other.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const Blocks& c, const Group<T>& group, int64_t out_size) {
+    constexpr int L = kLanes<T>;
+    if (group.first + 2 * L > c.batch) return;
+    if (c.a_batch == c.n * c.n) in_ = of<T>(c.a, group.first + L, c.a_batch);
+    out_ = of<T>(c.out, group.first + L, out_size);
+  }
+
+  SECANT_INLINE void fetch(int lines) {
+    in_.fetch(lines);
+    out_.fetch(lines);
+  }
+  SECANT_INLINE void fetch_all() { fetch(1 << 20); }
+
+ private:
+  struct Range {
+    const char *at = nullptr, *end = nullptr;
+    SECANT_INLINE void fetch(int lines) {
+      for (; lines > 0 && at < end; --lines, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+  };
+  template <class T>
+  static Range of(const void* base, int64_t first, int64_t size) {
+    const char* const begin = static_cast<const char*>(base) + first * size * static_cast<int64_t>(sizeof(T));
+    return {begin, begin + kLanes<T> * size * static_cast<int64_t>(sizeof(T))};
+  }
+  Range in_, out_;
+};
 
 // Vectors of every thread, made by the caller so that running out of memory is an exception there.
 template <class T>
@@ -260,9 +293,10 @@ class Scratch {
   void* data_;
 };
 
-// work(group, scratch) for all groups. `nanoseconds` is an estimate for one group.
+// work(group, scratch, ahead) for all groups, whose outputs have `out_size` elements a block. `nanoseconds` is an
+// estimate for one group.
 template <class T, class F>
-void for_groups(const Blocks& c, double nanoseconds, int64_t vectors, const F& work) {
+void for_groups(const Blocks& c, double nanoseconds, int64_t vectors, int64_t out_size, const F& work) {
   const int64_t groups = (c.batch + kLanes<T> - 1) / kLanes<T>;
   const int wanted = c.threads > 0                                         ? c.threads
                      : static_cast<double>(groups) * nanoseconds < kSerial ? 1
@@ -271,7 +305,11 @@ void for_groups(const Blocks& c, double nanoseconds, int64_t vectors, const F& w
   const Scratch<T> scratch(threads, vectors);
   secant::run_team(threads, [&](const Team& team) {
     const auto [begin, end] = team.share(groups, 1);
-    for (int64_t g = begin; g < end; ++g) work(Group<T>(g, c.batch), scratch.of(team.rank));
+    for (int64_t g = begin; g < end; ++g) {
+      const Group<T> group(g, c.batch);
+      Ahead ahead(c, group, out_size);
+      work(group, scratch.of(team.rank), ahead);
+    }
   });
 }
 

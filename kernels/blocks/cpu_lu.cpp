@@ -16,7 +16,7 @@ struct SmallFactor {
   V a[N * N], inverse[N];
   V row[N];  // which row of the matrix came to stand here
 
-  SECANT_INLINE void factor(const Blocks& c, const Group<T>& group, const T* const* in, Pivots<T>& pivots) {
+  __attribute__((noinline)) void factor(const Blocks& c, const Group<T>& group, const T* const* in, Pivots<T>& pivots) {
     load_unrolled<Square<N>, T, N>(in, a);
     const Damping<T> damped(c, group);
     unroll<N>([&](auto i) SECANT_LAMBDA {
@@ -100,14 +100,14 @@ class LargeFactor {
 
   int64_t vectors() const { return n * pitch + n; }
 
-  void factor(const Blocks& c, const Group<T>& group, const T* const* in, V* a, Pivots<T>& pivots) const {
+  void factor(const Blocks& c, const Group<T>& group, const T* const* in, Ahead& ahead, V* a, Pivots<T>& pivots) const {
     interleave<T>(plan, in, a);
     const Damping<T> damped(c, group);
     for (int i = 0; i < n; ++i) {
       a[i * pitch + i] = damped(a[i * pitch + i]);
       a[i * pitch + n] = splat(static_cast<T>(i));
     }
-    for_panels(n, [&](auto p, int k) { panel<decltype(p)::value>(a, k, pivots); });
+    for_panels(n, [&](auto p, int k) { panel<decltype(p)::value>(a, k, pivots, ahead); });
   }
 
   V row(const V* a, int i) const { return a[i * pitch + n]; }
@@ -119,18 +119,42 @@ class LargeFactor {
   }
 
  private:
-  // Rows k and where[l] of lane l change places.
+  // Rows k and where[l] of lane l change places. With whole vectors, for the few rows that any lane chose: single
+  // elements would be stored just before they are loaded as part of a vector, which stalls the load.
   void exchange(V* a, int k, const V& where) const {
-    for (int l = 0; l < L; ++l) {
-      const int other = static_cast<int>(where[l]);
-      if (other == k) continue;
-      T *x = reinterpret_cast<T*>(a + k * pitch) + l, *y = reinterpret_cast<T*>(a + other * pitch) + l;
-      for (int j = 0; j < pitch; ++j) std::swap(x[j * L], y[j * L]);
+    uint64_t chosen = 0;
+    for (int l = 0; l < L; ++l) chosen |= uint64_t{1} << static_cast<int>(where[l]);
+    chosen &= ~(uint64_t{1} << k);
+    V* const x = a + k * pitch;
+    while (chosen != 0) {
+      const int i = take(chosen), j = chosen != 0 ? take(chosen) : i;
+      const mask<T> mi = equal<T>(where, splat(static_cast<T>(i))), mj = equal<T>(where, splat(static_cast<T>(j)));
+      V *const y = a + i * pitch, *const z = a + j * pitch;
+      if (i == j) {
+        for (int c = 0; c < pitch; ++c) {
+          const V top = x[c], t = y[c];
+          x[c] = select<T>(mi, t, top);
+          y[c] = select<T>(mi, top, t);
+        }
+      } else {
+        for (int c = 0; c < pitch; ++c) {
+          const V top = x[c], t = y[c], u = z[c];
+          x[c] = select<T>(mi, t, select<T>(mj, u, top));
+          y[c] = select<T>(mi, top, t);
+          z[c] = select<T>(mj, top, u);
+        }
+      }
     }
   }
 
+  static int take(uint64_t& bits) {
+    const int i = __builtin_ctzll(bits);
+    bits &= bits - 1;
+    return i;
+  }
+
   template <int P>
-  void panel(V* a, int k, Pivots<T>& pivots) const {
+  void panel(V* a, int k, Pivots<T>& pivots, Ahead& ahead) const {
     V* const inverse = a + n * pitch + k;
     unroll<P>([&](auto c) SECANT_LAMBDA {
       const int pivot = k + c;
@@ -147,6 +171,7 @@ class LargeFactor {
       V upper[P];
       unroll<P - 1 - c>([&](auto o) SECANT_LAMBDA { upper[c + 1 + o] = a[pivot * pitch + pivot + 1 + o]; });
       for (int i = pivot + 1; i < n; ++i) {
+        ahead.fetch(kLines);
         V* const x = a + i * pitch + k;
         const V l = x[c] * inverse[c];
         x[c] = l;
@@ -180,13 +205,14 @@ class LargeFactor {
 
 template <class T, int N>
 void inv_small(const Blocks& c) {
-  for_groups<T>(c, kLanes<T> * N * N * 1.0, 0, [&](const Group<T>& group, vec<T>*) {
+  for_groups<T>(c, kLanes<T> * N * N * 1.0, 0, N * N, [&](const Group<T>& group, vec<T>*, Ahead& ahead) {
     const T* in[kLanes<T>];
     T* out[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
     group.pointers(static_cast<T*>(c.out), N * N, out);
     SmallFactor<T, N> f;
     Pivots<T> pivots;
+    ahead.fetch_all();
     f.factor(c, group, in, pivots);
     vec<T> x[N * N];
     f.invert(x);
@@ -201,15 +227,17 @@ void inv_small(const Blocks& c) {
 template <class T, int N>
 void solve_small(const Blocks& c) {
   const Columns<T> columns(N, c.k);
-  for_groups<T>(c, kLanes<T> * N * N * 0.5, N * columns.widest(), [&](const Group<T>& group, vec<T>* buffer) {
-    const T* in[kLanes<T>];
-    group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
-    SmallFactor<T, N> f;
-    Pivots<T> pivots;
-    f.factor(c, group, in, pivots);
-    solve_columns<T>(c, columns, group, buffer, pivots, [&](vec<T>* x, int k) { f.solve(x, k); });
-    group.store_info(pivots.code, c.info);
-  });
+  for_groups<T>(c, kLanes<T> * N * N * 0.5, N * columns.widest(), N * c.k,
+                [&](const Group<T>& group, vec<T>* buffer, Ahead& ahead) {
+                  const T* in[kLanes<T>];
+                  group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
+                  SmallFactor<T, N> f;
+                  Pivots<T> pivots;
+                  ahead.fetch_all();
+                  f.factor(c, group, in, pivots);
+                  solve_columns<T>(c, columns, group, buffer, pivots, [&](vec<T>* x, int k) { f.solve(x, k); });
+                  group.store_info(pivots.code, c.info);
+                });
 }
 
 template <class T>
@@ -217,13 +245,14 @@ void inv_large(const Blocks& c) {
   const int n = c.n;
   const LargeFactor<T> f(n);
   const Columns<T> columns(n, n);
-  for_groups<T>(c, kLanes<T> * n * n * 2.0, f.vectors() + n * columns.widest(), [&](const Group<T>& group, vec<T>* a) {
+  const int64_t vectors = f.vectors() + n * columns.widest();
+  for_groups<T>(c, kLanes<T> * n * n * 2.0, vectors, n * n, [&](const Group<T>& group, vec<T>* a, Ahead& ahead) {
     const T* in[kLanes<T>];
     T* out[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
     group.pointers(static_cast<T*>(c.out), n * n, out);
     Pivots<T> pivots;
-    f.factor(c, group, in, a, pivots);
+    f.factor(c, group, in, ahead, a, pivots);
     vec<T>* const x = a + f.vectors();
     columns.each([&](const Plan<T>& plan, int64_t begin, int width) {
       for (int i = 0; i < n; ++i) {
@@ -248,11 +277,12 @@ void solve_large(const Blocks& c) {
   const LargeFactor<T> f(n);
   const Columns<T> columns(n, c.k);
   const int64_t size = n * columns.widest();
-  for_groups<T>(c, kLanes<T> * n * n * 1.0, f.vectors() + 2 * size, [&](const Group<T>& group, vec<T>* a) {
+  const int64_t vectors = f.vectors() + 2 * size;
+  for_groups<T>(c, kLanes<T> * n * n * 1.0, vectors, n * c.k, [&](const Group<T>& group, vec<T>* a, Ahead& ahead) {
     const T* in[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
     Pivots<T> pivots;
-    f.factor(c, group, in, a, pivots);
+    f.factor(c, group, in, ahead, a, pivots);
     vec<T>*const x = a + f.vectors(), *const y = x + size;
     solve_columns<T>(c, columns, group, x, pivots, [&](vec<T>* b, int width) {
       for (int i = 0; i < n; ++i) {

@@ -86,7 +86,7 @@ SECANT_INLINE void update_rectangle(vec<T>* a, int begin, int end, int columns, 
 }
 
 template <class T, int P>
-void sweep(vec<T>* a, int n, int k, vec<T>* scratch, Pivots<T>& pivots) {
+void sweep(vec<T>* a, int n, int k, vec<T>* scratch, Pivots<T>& pivots, Ahead& ahead) {
   using V = vec<T>;
   Panel<T, P> panel;
   panel.factor(a, k, pivots);
@@ -96,6 +96,7 @@ void sweep(vec<T>* a, int n, int k, vec<T>* scratch, Pivots<T>& pivots) {
   unroll<P>([&](auto c) SECANT_LAMBDA { w[c] = columns + c * n; });
   const auto transform = [&](int i, V(&x)[P], T sign) SECANT_LAMBDA {
     V y[P];
+    ahead.fetch(kLines);
     panel.eliminate(x, y);
     unroll<P>([&](auto c) SECANT_LAMBDA {
       columns[c * n + i] = y[c];
@@ -134,7 +135,7 @@ void sweep(vec<T>* a, int n, int k, vec<T>* scratch, Pivots<T>& pivots) {
 
 // Leaves L below the diagonal and the reciprocals of D in `inverse`.
 template <class T, int P>
-void factor(vec<T>* a, int n, int k, vec<T>* inverse, vec<T>* scratch, Pivots<T>& pivots) {
+void factor(vec<T>* a, int n, int k, vec<T>* inverse, vec<T>* scratch, Pivots<T>& pivots, Ahead& ahead) {
   using V = vec<T>;
   Panel<T, P> panel;
   panel.factor(a, k, pivots);
@@ -146,6 +147,7 @@ void factor(vec<T>* a, int n, int k, vec<T>* inverse, vec<T>* scratch, Pivots<T>
     unroll<c>([&](auto j) SECANT_LAMBDA { a[triangle(k + c) + k + j] = panel.l[c][j]; });
   });
   for (int i = k + P; i < n; ++i) {
+    ahead.fetch(kLines);
     V x[P], y[P], *row = a + triangle(i) + k;
     unroll<P>([&](auto c) SECANT_LAMBDA { x[c] = row[c]; });
     panel.eliminate(x, y);
@@ -202,13 +204,14 @@ SECANT_INLINE void sweep_small(vec<T>* a, Pivots<T>& pivots) {
 template <class T, int N>
 void inv_small(const Blocks& c) {
   constexpr int kEntries = triangle(N);
-  for_groups<T>(c, kLanes<T> * N * N * 0.5, 0, [&](const Group<T>& group, vec<T>*) {
+  for_groups<T>(c, kLanes<T> * N * N * 0.5, 0, N * N, [&](const Group<T>& group, vec<T>*, Ahead& ahead) {
     const T* in[kLanes<T>];
     T* out[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
     group.pointers(static_cast<T*>(c.out), N * N, out);
     vec<T> a[kEntries];
     load_unrolled<LowerTriangle, T, N>(in, a);
+    ahead.fetch_all();
     const Damping<T> damped(c, group);
     unroll<N>([&](auto i) SECANT_LAMBDA { a[lower(i, i)] = damped(a[lower(i, i)]); });
     Pivots<T> pivots;
@@ -271,7 +274,7 @@ void inv_large(const Blocks& c) {
   const int n = c.n, entries = triangle(n);
   const Plan<T> in_plan = lower_plan<T>(n);
   const Plan<T> out_plan(n, n, n, entries, lower);
-  const auto work = [&](const Group<T>& group, vec<T>* a) {
+  const auto work = [&](const Group<T>& group, vec<T>* a, Ahead& ahead) {
     const T* in[kLanes<T>];
     T* out[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
@@ -280,14 +283,17 @@ void inv_large(const Blocks& c) {
     const Damping<T> damped(c, group);
     for (int i = 0; i < n; ++i) a[lower(i, i)] = damped(a[lower(i, i)]);
     Pivots<T> pivots;
-    for_panels(n, [&](auto panel, int k) { sweep<T, decltype(panel)::value>(a, n, k, a + entries + 1, pivots); });
+    for_panels(n, [&](auto panel, int k) {
+      constexpr int P = decltype(panel)::value;
+      sweep<T, P>(a, n, k, a + entries + 1, pivots, ahead);
+    });
     if (pivots.bad()) {
       for (int i = 0; i < entries; ++i) poison<T>(a[i], pivots.lanes());
     }
     deinterleave<T>(out_plan, a, out);
     group.store_info(pivots.code, c.info);
   };
-  for_groups<T>(c, kLanes<T> * n * n * 1.0, entries + 1 + 2 * kPanel * n, work);
+  for_groups<T>(c, kLanes<T> * n * n * 1.0, entries + 1 + 2 * kPanel * n, n * n, work);
 }
 
 template <class T>
@@ -297,13 +303,14 @@ struct LargeFactor {
   explicit LargeFactor(int size) : n(size), plan(lower_plan<T>(n)) {}
   int64_t vectors() const { return triangle(n) + 1 + n + 2 * kPanel * n; }
 
-  void factor(const Blocks& c, const Group<T>& group, const T* const* in, vec<T>* a, Pivots<T>& pivots) const {
+  void factor(const Blocks& c, const Group<T>& group, const T* const* in, Ahead& ahead, vec<T>* a,
+              Pivots<T>& pivots) const {
     interleave<T>(plan, in, a);
     const Damping<T> damped(c, group);
     for (int i = 0; i < n; ++i) a[lower(i, i)] = damped(a[lower(i, i)]);
     vec<T>* const inverse = a + triangle(n) + 1;
     for_panels(n, [&](auto panel, int k) {
-      blocks::factor<T, decltype(panel)::value>(a, n, k, inverse, inverse + n, pivots);
+      blocks::factor<T, decltype(panel)::value>(a, n, k, inverse, inverse + n, pivots, ahead);
     });
   }
   void solve(const vec<T>* a, vec<T>* x, int columns) const { substitute<T>(a, n, a + triangle(n) + 1, x, columns); }
@@ -313,12 +320,13 @@ template <class T>
 void solve_large(const Blocks& c) {
   const LargeFactor<T> f(c.n);
   const Columns<T> columns(c.n, c.k);
+  const int64_t vectors = f.vectors() + c.n * columns.widest();
   for_groups<T>(
-      c, kLanes<T> * c.n * c.n * 0.5, f.vectors() + c.n * columns.widest(), [&](const Group<T>& group, vec<T>* a) {
+      c, kLanes<T> * c.n * c.n * 0.5, vectors, c.n * c.k, [&](const Group<T>& group, vec<T>* a, Ahead& ahead) {
         const T* in[kLanes<T>];
         group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
         Pivots<T> pivots;
-        f.factor(c, group, in, a, pivots);
+        f.factor(c, group, in, ahead, a, pivots);
         solve_columns<T>(c, columns, group, a + f.vectors(), pivots, [&](vec<T>* x, int k) { f.solve(a, x, k); });
         group.store_info(pivots.code, c.info);
       });
@@ -327,15 +335,17 @@ void solve_large(const Blocks& c) {
 template <class T, int N>
 void solve_small(const Blocks& c) {
   const Columns<T> columns(N, c.k);
-  for_groups<T>(c, kLanes<T> * N * N * 0.5, N * columns.widest(), [&](const Group<T>& group, vec<T>* buffer) {
-    const T* in[kLanes<T>];
-    group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
-    Pivots<T> pivots;
-    SmallFactor<T, N> f;
-    f.factor(c, group, in, pivots);
-    solve_columns<T>(c, columns, group, buffer, pivots, [&](vec<T>* x, int k) { f.solve(x, k); });
-    group.store_info(pivots.code, c.info);
-  });
+  for_groups<T>(c, kLanes<T> * N * N * 0.5, N * columns.widest(), N * c.k,
+                [&](const Group<T>& group, vec<T>* buffer, Ahead& ahead) {
+                  const T* in[kLanes<T>];
+                  group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
+                  Pivots<T> pivots;
+                  SmallFactor<T, N> f;
+                  ahead.fetch_all();
+                  f.factor(c, group, in, pivots);
+                  solve_columns<T>(c, columns, group, buffer, pivots, [&](vec<T>* x, int k) { f.solve(x, k); });
+                  group.store_info(pivots.code, c.info);
+                });
 }
 
 }  // namespace

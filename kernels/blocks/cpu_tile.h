@@ -12,6 +12,9 @@ namespace blocks {
 constexpr int kPanel = 4;
 constexpr int kRows = kBytes == 64 ? 4 : 2;
 
+// Lines of cache that a row of a panel fetches: n rows in each of n / kPanel panels bring a group of n x n matrices.
+constexpr int kLines = kPanel * kBytes / 64;
+
 // c[r][j] -= sum over p of u[r][p] * w[p][j], for j in [begin, end).
 template <class T, int R, int P>
 SECANT_INLINE void rank_update(vec<T>* const (&c)[R], const vec<T> (&u)[R][P], const vec<T>* const (&w)[P], int begin,
