@@ -161,8 +161,8 @@ def test_slow_peers_are_timed_on_a_slice_and_ours_never():
         return blocks._inv_ex(a, b)
 
     peer = blocks.Contender("slow", "peer", slow, False)
-    # 4,096 blocks take 4 ms, less than a quarter of 25 ms; 16,384 take more.
-    assert peer.fitting(problem, clock) == 16_384
+    # 32 blocks, 128, ...: 2,048 take 2 ms, less than a quarter of 12 ms; 8,192 take more.
+    assert peer.fitting(problem, clock) == 8192
     assert peer._replace(whole=True).fitting(problem, clock) == 10**5
     clock.now = 0.0
     assert peer.fitting(Problem(case._replace(batch=300), CPU), clock) == 300

@@ -18,7 +18,7 @@ from secant.cli import console
 #: Seconds of timing per group of cases, and the longest vector of those that GPU users would replay from a graph.
 GROUP_SECONDS, GRAPH_N = 2.0, 10**5
 #: Seconds of timing per case of the blocks.
-BLOCK_SECONDS = 0.25
+BLOCK_SECONDS = 0.4
 FAMILIES = ("lbfgs", "blocks")
 #: n, history and line search of the optimizers that are compared.
 OVERHEADS = (
