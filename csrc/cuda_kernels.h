@@ -22,4 +22,6 @@ CudaTable blocks_kernels();
 
 }  // namespace secant
 
-#define SECANT_CUDA_ROW(name, Params) {#name, reinterpret_cast<const void*>(&name), sizeof(Params)},
+// A row of a table; the second macro makes a string of the name, which may come from a macro itself.
+#define SECANT_CUDA_ROW(name, Params) SECANT_CUDA_NAMED_ROW(name, Params)
+#define SECANT_CUDA_NAMED_ROW(name, Params) {#name, reinterpret_cast<const void*>(&name), sizeof(Params)},

@@ -138,6 +138,15 @@ def test_resources_are_those_of_the_table(measured):
         assert archs.keys() == recorded["kernels"].keys()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_have_every_kernel_by_name(family):
+    """What `secant._cuda` will offer to the planners, as the preprocessor sees it."""
+    text = run(nvcc(), "-std=c++17", "-E", str(ROOT / "csrc" / f"cuda_{family}.cu"))
+    rows = re.findall(r'\{"([^"]+)", reinterpret_cast<const void\*>\(&(\w+)\), sizeof\((\w+)\)\}', text)
+    assert sorted(name for name, _, _ in rows) == expected_kernels(family)
+    assert all(name == function for name, function, _ in rows)
+
+
 def self_contained(directory: Path, text: str) -> list[str]:
     """Names of the kernels of a text that NVRTC would get, which includes nothing and compiles by itself."""
     assert "#include" not in text
