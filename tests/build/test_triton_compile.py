@@ -15,10 +15,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from secant.kernels.blocks import triton as blocks  # noqa: E402
 from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-KERNELS = ("_dots", "_combine", "_panel", "_update_one", "_two_loop_one")
+KERNELS = {
+    lbfgs: ("_dots", "_combine", "_panel", "_update_one", "_two_loop_one"),
+    blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
+}
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 #: Lengths: short and long; the aligned ones are loaded 16 bytes at a time.
@@ -66,8 +70,9 @@ def gpu(request, monkeypatch):
     if lbfgs._INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 is set: nothing is compiled")
     compiled: list = []
-    for name in KERNELS:
-        monkeypatch.setattr(lbfgs, name, Compiler(getattr(lbfgs, name), compiled))
+    for family, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(family, name, Compiler(getattr(family, name), compiled))
     driver = triton.runtime.driver
     before = dict(vars(driver))  # reset_active would look for a real GPU
     driver.set_active(PretendDriver(request.param))
@@ -112,21 +117,26 @@ def resources(kernel, arch: int, path: Path) -> dict[str, int]:
     }
 
 
-def check(gpu, tmp_path, m, n, vectors, ring, main):
+def check_resources(gpu, tmp_path, what, allowed):
+    """Print and check what every compiled kernel uses; `allowed` maps its registers to the bytes it may spill."""
     arch, compiled = gpu
-    launch_all(m, n, vectors, ring, main)
-    want = {"_dots", "_combine", "_panel"} if n > lbfgs._ONE_PROGRAM else {"_update_one", "_two_loop_one"}
-    assert {k.metadata.name for k in compiled} == want
     for i, kernel in enumerate(compiled):
         used = resources(kernel, arch, tmp_path / "kernel.ptx")
-        label = f"{kernel.metadata.name} {i} sm_{arch} m={m} n={n} {vectors} {ring}: {used}"
+        label = f"{kernel.metadata.name} {i} sm_{arch} {what}: {used}"
         print(label)  # pytest -rP shows the table
-        # In corners ptxas gives up a word or two for an occupancy step, far below the 255 registers it could use.
-        allowed = 0 if main or used["registers"] > 128 else 32
-        assert used["spills"] <= allowed, label
-        assert used["stack"] <= allowed, label
+        assert used["spills"] <= allowed(used["registers"]), label
+        assert used["stack"] <= allowed(used["registers"]), label
         assert used["registers"] * used["threads"] <= 65536, label
         assert used["shared"] <= 48 * 1024, label
+
+
+def check(gpu, tmp_path, m, n, vectors, ring, main):
+    launch_all(m, n, vectors, ring, main)
+    want = {"_dots", "_combine", "_panel"} if n > lbfgs._ONE_PROGRAM else {"_update_one", "_two_loop_one"}
+    assert {k.metadata.name for k in gpu[1]} == want
+    # In corners ptxas gives up a word or two for an occupancy step, far below the 255 registers it could use.
+    what = f"m={m} n={n} {vectors} {ring}"
+    check_resources(gpu, tmp_path, what, lambda registers: 0 if main or registers > 128 else 32)
 
 
 @pytest.mark.parametrize(("m", "n", "vectors", "ring"), MAIN, ids=str)
@@ -149,3 +159,63 @@ def test_rows_are_read_sixteen_bytes_at_a_time(gpu, n):
         if kernel.metadata.name in ("_dots", "_combine", "_update_one"):
             wide = re.findall(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])
             assert len(wide) >= 4, kernel.metadata.name
+
+
+#: Bytes that ptxas may spill for an occupancy step, far below the 255 registers it could use, and in the corners.
+STEP, CORNER = 32, 64
+
+
+def launch_blocks(op: str, n: int, dtype: torch.dtype, mode: object) -> None:
+    """One call of an op on 1000 blocks; `mode` is spd, for solve (spd, k), for eigenvalues the function."""
+    a = torch.zeros(1000, n, n, dtype=dtype)
+    out, info = torch.zeros_like(a), torch.zeros(1000, dtype=torch.int32)
+    if op == "inv":
+        blocks.inv(a, None, False, mode, out, info)
+    elif op == "solve":
+        b = torch.zeros(1000, n, mode[1], dtype=dtype)
+        blocks.solve(a, b, None, False, mode[0], b, info)
+    elif mode == "eigh":
+        blocks.eigh(a, torch.zeros(1000, n, dtype=dtype), out, info)
+    elif mode == "abs_inv":
+        blocks.abs_inv(a, 0.1, out, info)
+    else:
+        blocks.inv_root(a, 4, None, False, out, info)
+
+
+BLOCKS_MAIN = [
+    ("inv", 4, F32, False),
+    ("inv", 32, F32, True),
+    ("solve", 9, F32, (True, 1)),
+    ("eigen", 3, F32, "eigh"),
+    ("eigen", 9, F32, "inv_root"),
+]
+BLOCKS_MORE = [
+    *(("inv", n, t, spd) for t in (F32, F64) for n in (1, 2, 3, 5, 6, 8, 9, 16, 32, 64) for spd in (True, False)),
+    *(
+        ("solve", n, t, (s, k))
+        for t in (F32, F64)
+        for n in (2, 4, 8, 16, 32, 64)
+        for s in (True, False)
+        for k in (1, 4)
+    ),
+    *(("eigen", n, t, f) for t in (F32, F64) for n in (2, 4, 8, 16, 32, 64) for f in ("eigh", "abs_inv")),
+    *(("inv", n, BF16, False) for n in (4, 16)),
+    ("solve", 32, F32, (True, 32)),
+    ("solve", 16, BF16, (True, 1)),
+    ("eigen", 3, BF16, "eigh"),
+    ("eigen", 16, BF16, "inv_root"),
+]
+
+
+@pytest.mark.parametrize(("op", "n", "dtype", "mode"), BLOCKS_MAIN, ids=str)
+def test_blocks_compile_without_spills(gpu, tmp_path, op, n, dtype, mode):
+    launch_blocks(op, n, dtype, mode)
+    assert len(gpu[1]) == 1
+    check_resources(gpu, tmp_path, f"{op} n={n} {dtype} {mode}", lambda registers: 0 if registers > 128 else STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "n", "dtype", "mode"), BLOCKS_MORE, ids=str)
+def test_all_blocks_compile(gpu, tmp_path, op, n, dtype, mode):
+    launch_blocks(op, n, dtype, mode)
+    check_resources(gpu, tmp_path, f"{op} n={n} {dtype} {mode}", lambda registers: CORNER)

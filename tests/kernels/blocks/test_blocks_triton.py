@@ -1,4 +1,4 @@
-"""The Triton backend: interpreted on the CPU, compiled on a GPU. The cases themselves are in `blocks_triton_cases.py`."""
+"""The Triton backend: interpreted on the CPU, compiled on a GPU. The cases are in `blocks_triton_cases.py`."""
 
 from __future__ import annotations
 
