@@ -8,11 +8,11 @@ Two schemes, told apart by n alone:
 * above: a matrix is a tile (P, P), P the next power of two, several to a program while they are small. Tiles have no
   indices: a row or a column is taken out by a masked sum, in which one entry is not zero, so that it is exact.
 
-Inverses are Gauss-Jordan in place. For a positive definite matrix that is the sweep operator, which is LDL^T followed
-by L^-T D^-1 L^-1, with their rounding errors. For a general one the rows of a tile stay where they are, pivots are
-searched in the rows that are left, and the permutation is applied by the addresses of the last store. Solves are LU, or
-LDL^T, with back substitution: Gauss-Jordan would lose accuracy there (Higham, section 14.4). Eigenvalues: two-sided
-Jacobi, row by row in lanes, by rounds of a tournament in tiles.
+A positive definite matrix is inverted by the sweep operator, which is LDL^T followed by L^-T D^-1 L^-1, with their
+rounding errors. A general one is inverted in lanes by Gauss-Jordan in place, which loses accuracy where L is worse
+conditioned than it can be at that size (Higham, section 14.4), in tiles by LU and substitution. Rows of a tile stay
+where they are: pivots are searched in the rows that are left, and the last store applies the permutation. Solves are
+LU or LDL^T. Eigenvalues: two-sided Jacobi, row by row in lanes, by rounds of a tournament in tiles.
 
 bfloat16 is widened right after each load and rounded by integer arithmetic: Triton's interpreter has no bfloat16
 arithmetic and truncates where the hardware rounds to nearest even.
@@ -291,6 +291,15 @@ def _lower(x, i: tl.constexpr, j: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _put_lower(x, i: tl.constexpr, j: tl.constexpr, N: tl.constexpr, value):
+    """The lower triangle with entry (i, j) of the symmetric matrix replaced."""
+    if i >= j:
+        return _put(x, i * N + j, value)
+    else:
+        return _put(x, j * N + i, value)
+
+
+@triton.jit
 def _mirrored(x, N: tl.constexpr):
     y = ()
     for i in tl.static_range(N):
@@ -554,8 +563,8 @@ def _jacobi_lanes(x, v, p: tl.constexpr, q: tl.constexpr, N: tl.constexpr, C: tl
     for r in tl.static_range(N):
         if r != p and r != q:
             one, two = _lower(x, r, p, N), _lower(x, r, q, N)
-            x = _put(x, max(r, p) * N + min(r, p), cosine * one - sine * two)
-            x = _put(x, max(r, q) * N + min(r, q), sine * one + cosine * two)
+            x = _put_lower(x, r, p, N, cosine * one - sine * two)
+            x = _put_lower(x, r, q, N, sine * one + cosine * two)
         one, two = v[r * N + p], v[r * N + q]
         v = _put(v, r * N + p, cosine * one - sine * two)
         v = _put(v, r * N + q, sine * one + cosine * two)
@@ -711,11 +720,14 @@ def _inv_tile(
     a, stride, damping: tl.float64, damping_ptr, out, info, batch, n,
     DAMPING: tl.constexpr, SPD: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Inverses of M matrices by a program, by Gauss-Jordan in place without moving rows.
+    """Inverses of M matrices by a program.
 
-    With pivot d at (r, k), u minus the column k with u_r = 1 and w the row r over d with w_k = 1 / d, the new matrix is
-    the old one, with row r and column k zeroed, plus u w. In the end entry (i, j) belongs to row `order` of i, column
-    `source` of j: rows stand for the unknowns whose pivots they held, columns for the equations that held the pivots.
+    Positive definite: with pivot d and column u at step k, u_k = -1, the new matrix is the old one, with row and column
+    k zeroed, minus u u^T / d; in the end minus the inverse.
+
+    General: elimination keeps U in the rows of the pivots and L^-1 in the columns that it empties; then U X = L^-1.
+    `order` is the step at which a row held the pivot, and so the unknown it ends as, and `source` the row that did at
+    the step of a column, the equation it stands for.
     """
     m = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     live = m < batch
@@ -747,18 +759,25 @@ def _inv_tile(
             w = _line(x, row == r, 1)
             pivot = _line(w, column == k, 2)
             code = _note(code, pivot, k, False)
-            inverse = _inverse(pivot)
-            u = tl.where(row == r, 1.0, -u)
-            w = tl.where(column == k, inverse, w * inverse)
-            x = tl.where((row == r) | (column == k), 0.0, x) + u * w
             order = tl.where(column == r, k, order)
             source = tl.where(column == k, r, source)
+            rest = tl.permute(order, (0, 2, 1)) < 0
+            w = tl.where(column == k, 1.0, w)
+            x = tl.where(rest & (column == k), 0.0, x) + tl.where(rest, u * -_inverse(pivot), 0.0) * w
+    at = row * n + column
     if SPD:
         x = -x * (left * right)
-        at = row * n + column
     else:
-        x = x * left
-        at = tl.permute(order, (0, 2, 1)) * n + source
+        order = tl.permute(order, (0, 2, 1))
+        y = tl.where(column < order, x, tl.where(column == order, 1.0, tl.zeros_like(x)))
+        for back in range(n):
+            k = n - 1 - back
+            u = _column(x, k)
+            here = order == k
+            z = _line(y, here, 1) * _inverse(_line(u, here, 1))
+            y = tl.where(here, z, y - tl.where(order < k, u, 0.0) * z)
+        x = y * left
+        at = order * n + source
     x = tl.where(code == 0, x, float("nan"))
     tl.debug_barrier()  # out may be a, which everyone has read
     _store(out + (m * n * n)[:, None, None] + at, x, live[:, None, None] & (row < n) & (column < n))
