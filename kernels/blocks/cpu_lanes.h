@@ -29,7 +29,11 @@ using secant::Team;
 constexpr double kSerial = 20e3;
 
 // Up to here the matrix of every lane stays in registers and on the stack, with all loops unrolled.
+#ifdef SECANT_BLOCKS_SMALL  // less to compile, for the sanitizers
+constexpr int kSmall = SECANT_BLOCKS_SMALL;
+#else
 constexpr int kSmall = 8;
+#endif
 
 constexpr int triangle(int i) { return i * (i + 1) / 2; }
 constexpr int lower(int i, int j) { return i > j ? triangle(i) + j : triangle(j) + i; }

@@ -48,6 +48,19 @@ def test_sanitizers(tmp_path, isa):
     assert done.stdout == "clean\n"
 
 
+@pytest.mark.slow  # minutes to compile
+@pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
+def test_sanitizers_on_blocks(tmp_path, isa):
+    """The same for small blocks. Of the sizes that are unrolled only the first ones, to compile in time."""
+    program = tmp_path / "sanitize_blocks"
+    flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSECANT_BLOCKS_SMALL=3"]
+    sources = ["tests/build/sanitize_blocks.cpp", *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_spd"))]
+    compile_cpp(isa, sources, program, *flags)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "clean\n"
+
+
 @pytest.mark.skipif("avx2" not in _cpu.build_config()["isas"], reason="x86 only")
 def test_the_loads_are_wide(tmp_path):
     """The inner loops convert whole registers and multiply-add them; none of them goes through the stack.
