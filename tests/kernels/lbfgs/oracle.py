@@ -33,8 +33,8 @@ def exact(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None = None) -> Ten
     return out
 
 
-#: The products of a backend that sums runs of 256 of them in float32, 2 x 4 chains on its narrowest vectors: 32 additions
-#: in a chain and 2 between them, each off by half an epsilon.
+#: The products of a backend that sums runs of 256 of them in float32, in 2 x 4 chains on its narrowest vectors: 32
+#: additions in a chain and 2 between them, each off by half an epsilon.
 FLOAT_RUNS = 17 * torch.finfo(torch.float32).eps
 
 
