@@ -538,8 +538,8 @@ def draw(path: Path, scene: Scene, ours: Solution, theirs: Solution) -> None:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.legend(frameon=False, fontsize=9.5)
     left.annotate(
-        f"expected from noise: {scene.expected_rms:.3f} px", (0, scene.expected_rms), (6, 5), color="#5a5a5a",
-        textcoords="offset points", fontsize=9.5,
+        f"expected from noise: {scene.expected_rms:.3f} px", (1, scene.expected_rms), (-4, 8), color="#5a5a5a",
+        xycoords=left.get_yaxis_transform(), textcoords="offset points", fontsize=9.5, ha="right",
     )  # fmt: skip
     figure.supxlabel(
         f"{size(scene)}; {machine.summary(machine.describe(torch.device('cpu')))}", fontsize=8.5, color="#5a5a5a"
