@@ -1,7 +1,8 @@
 """Kernel families: one folder each, every implementation of the same mathematics side by side."""
 
 from secant.kernels.blocks import BACKENDS as _BLOCKS
+from secant.kernels.hvp import BACKENDS as _HVP
 from secant.kernels.lbfgs import BACKENDS as _LBFGS
 
 #: Family -> backend -> module path.
-FAMILIES: dict[str, dict[str, str]] = {"lbfgs": _LBFGS, "blocks": _BLOCKS}
+FAMILIES: dict[str, dict[str, str]] = {"lbfgs": _LBFGS, "blocks": _BLOCKS, "hvp": _HVP}

@@ -1,6 +1,27 @@
 """The public functions over the kernels, one module per family: checks, allocation, dispatch, autograd."""
 
 from secant.ops.blocks import block_abs_inv, block_eigh, block_inv, block_inv_root, block_solve
+from secant.ops.hvp import (
+    cross_entropy_hvp,
+    glm_hvp,
+    glm_value_grad,
+    paired_matmul,
+    softmax_hvp,
+    softmax_value_grad,
+)
 from secant.ops.lbfgs import two_loop
 
-__all__ = ["block_abs_inv", "block_eigh", "block_inv", "block_inv_root", "block_solve", "two_loop"]
+__all__ = [
+    "block_abs_inv",
+    "block_eigh",
+    "block_inv",
+    "block_inv_root",
+    "block_solve",
+    "cross_entropy_hvp",
+    "glm_hvp",
+    "glm_value_grad",
+    "paired_matmul",
+    "softmax_hvp",
+    "softmax_value_grad",
+    "two_loop",
+]

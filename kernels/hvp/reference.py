@@ -1,0 +1,282 @@
+"""Products with the Hessians of linear models, of cross entropy and of layers, in plain PyTorch: the definition.
+
+Every backend module of this family has `available`, `supports` and the functions below, with these signatures (those
+of sparse rows only where they are written). The public functions of `secant.ops.hvp` check and allocate; what arrives
+here is valid:
+
+* `x` is (N, d), N >= 1, d >= 1, of dtype T in {float32, float64, bfloat16, float16}, its inner stride 1 and the stride
+  between rows free. C is float64 for T = float64, else float32; it is the dtype of the arithmetic and of every other
+  real tensor but `value`. All but `x`, `logits`, `u` and the factors of `paired_matmul` are contiguous. Indices are
+  64-bit.
+* `v`, `coef`, `grad` and `out` have d rows, or d + 1: then the last belongs to an implicit column of ones in `x`, the
+  intercept, and the l2 term leaves it out.
+* `weight` and `sample_weight` are (N,); the latter may be None, for ones. `l2` is a number >= 0.
+* `value` is a scalar of float64, summed in float64.
+* Outputs are written whole; none overlaps an input.
+
+What every backend owes:
+
+* The same input gives the same bits: sums are split and combined in a fixed order.
+* `x` is read from memory once a call where a row fits on chip.
+* Sums over rows have an error that does not grow with N: runs of bounded length in C, combined in float64 or by a
+  tree. Inner products of length d are summed in C with at least the lanes of a vector as partial sums.
+* No function reads a value back to the host, none allocates by values.
+
+Here everything is computed in float64, a chunk of rows at a time, and rounded once at the end.
+
+References:
+    McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5 (weights of a row).
+    Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994 (the R-operator).
+    Schraudolph, Fast curvature matrix-vector products, Neural Computation 14(7), 2002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LOSSES = ("squared", "logistic", "poisson", "huber")
+_CHUNK = 1 << 22  # elements of x that are widened at a time
+
+
+def available() -> str | None:
+    """Return None when this backend can run here, else the reason why it cannot."""
+    return None
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return None when `x` of this device and dtype is supported, else the reason why it is not."""
+    return None
+
+
+def _chunks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, _CHUNK // x.shape[1])
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, x[rows].double()
+
+
+def _logits(x: Tensor, v: Tensor) -> Tensor:
+    """X V, plus the intercept where V has a row for it."""
+    d = x.shape[1]
+    z = x @ v[:d]
+    return z + v[d] if len(v) > d else z
+
+
+def _add_gradient(total: Tensor, x: Tensor, r: Tensor) -> None:
+    d = x.shape[1]
+    total[:d] += x.mT @ r
+    if len(total) > d:
+        total[d] += r.sum(0)
+
+
+def _penalized(v: Tensor, d: int, l2: float) -> Tensor:
+    p = l2 * v
+    p[d:] = 0
+    return p
+
+
+def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float, out: Tensor) -> None:
+    """out = X^T (weight * (X v)) + l2 v, for k vectors at once.
+
+    Args:
+        x: (N, d). v: (d, k), 1 <= k <= 64. weight: (N,). l2: number. out: (d, k).
+    """
+    wide = v.double()
+    total = _penalized(wide, x.shape[1], l2)
+    for rows, part in _chunks(x):
+        _add_gradient(total, part, weight[rows, None].double() * _logits(part, wide))
+    out.copy_(total)
+
+
+def losses(z: Tensor, t: Tensor, loss: str, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, first and second derivative of a loss by z, element by element."""
+    if loss == "squared":
+        r = z - t
+        return r * r / 2, r, torch.ones_like(z)
+    if loss == "logistic":
+        e = torch.exp(-z.abs())
+        p = torch.where(z >= 0, 1, e) / (1 + e)
+        # max(z, 0) - t z without the cancellation at large z: each side of zero has its own product.
+        value = torch.where(z >= 0, (1 - t) * z, -t * z) + torch.log1p(e)
+        return value, p - t, e / (1 + e) ** 2
+    if loss == "poisson":
+        m = torch.exp(z)
+        return m - t * z, m - t, m
+    r = z - t
+    inner = r.abs() <= delta
+    value = torch.where(inner, r * r / 2, delta * (r.abs() - delta / 2))
+    return value, r.clamp(-delta, delta), inner.to(z.dtype)
+
+
+def glm_value_grad(
+    x: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    loss: str,
+    delta: float,
+    sample_weight: Tensor | None,
+    l2: float,
+    value: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+) -> None:
+    """Value, gradient and the second derivatives of the rows, of sum_i c_i loss(z_i, t_i) + l2/2 |coef|^2.
+
+    loss: "squared" (z - t)^2 / 2; "logistic" log(1 + e^z) - t z; "poisson" e^z - t z; "huber" r^2 / 2 for
+    |r| <= delta, else delta (|r| - delta / 2), r = z - t. "logistic" is finite for every finite z.
+
+    Args:
+        x: (N, d). target: (N,). coef: (d,). loss: one of `LOSSES`. delta: number > 0. sample_weight: (N,) or None.
+        l2: number. value: scalar of float64. grad: as coef. weight: (N,), receives c_i loss''(z_i, t_i).
+    """
+    wide = coef.double()
+    total = _penalized(wide, x.shape[1], l2)
+    sum_ = (total * wide).sum() / 2
+    for rows, part in _chunks(x):
+        parts = losses(_logits(part, wide), target[rows].double(), loss, delta)
+        if sample_weight is not None:
+            parts = tuple(sample_weight[rows].double() * p for p in parts)
+        sum_ = sum_ + parts[0].sum()
+        _add_gradient(total, part, parts[1])
+        weight[rows] = parts[2].to(weight.dtype)
+    value.copy_(sum_)
+    grad.copy_(total)
+
+
+def softmax_hvp(x: Tensor, v: Tensor, probs: Tensor, sample_weight: Tensor | None, l2: float, out: Tensor) -> None:
+    """Product with the Hessian of multinomial logistic regression.
+
+    Z = X V; R_ij = c_i p_ij (Z_ij - sum_l p_il Z_il); out = X^T R + l2 V.
+
+    Args:
+        x: (N, d). v: (d, K), K >= 2. probs: (N, K). sample_weight: (N,) or None. l2: number. out: (d, K).
+    """
+    wide = v.double()
+    total = _penalized(wide, x.shape[1], l2)
+    for rows, part in _chunks(x):
+        z, p = _logits(part, wide), probs[rows].double()
+        r = p * (z - (p * z).sum(-1, keepdim=True))
+        _add_gradient(total, part, r if sample_weight is None else sample_weight[rows, None].double() * r)
+    out.copy_(total)
+
+
+def softmax_value_grad(
+    x: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    sample_weight: Tensor | None,
+    l2: float,
+    value: Tensor,
+    grad: Tensor,
+    probs: Tensor,
+) -> None:
+    """Value, gradient and probabilities of sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2, Z = X coef.
+
+    Args:
+        x: (N, d). target: (N,), int64 in 0..K-1. coef: (d, K). sample_weight: (N,) or None. l2: number.
+        value: scalar of float64. grad: (d, K). probs: (N, K), receives softmax(Z).
+    """
+    wide = coef.double()
+    total = _penalized(wide, x.shape[1], l2)
+    sum_ = (total * wide).sum() / 2
+    for rows, part in _chunks(x):
+        z, index = _logits(part, wide), target[rows, None]
+        log_p = torch.log_softmax(z, -1)
+        p = log_p.exp()
+        terms, r = -log_p.gather(1, index), p.scatter_add(1, index, torch.full_like(p, -1))
+        if sample_weight is not None:
+            terms, r = sample_weight[rows, None].double() * terms, sample_weight[rows, None].double() * r
+        sum_ = sum_ + terms.sum()
+        _add_gradient(total, part, r)
+        probs[rows] = p.to(probs.dtype)
+    value.copy_(sum_)
+    grad.copy_(total)
+
+
+def cross_entropy_hvp(logits: Tensor, u: Tensor, lse: Tensor | None, out: Tensor) -> None:
+    """out = (diag(p) - p p^T) u for every row, p = exp(logits - lse).
+
+    Args:
+        logits: (R, V), T, inner stride 1, the stride between rows free. u: as logits. lse: (R,) of C, the log-sum-exp
+            of each row, or None. out: (R, V), T, contiguous.
+    """
+    for rows, part in _chunks(logits):
+        log_sum = torch.logsumexp(part, -1) if lse is None else lse[rows].double()
+        p, wide = torch.exp(part - log_sum[:, None]), u[rows].double()
+        out[rows] = (p * (wide - (p * wide).sum(-1, keepdim=True))).to(out.dtype)
+
+
+def paired_matmul(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out = scale * (a b + c e + bias) + p * q: a step of the R-operator through a layer.
+
+    Args:
+        a: (M, K), any strides, float32 or float64, like all here. b: (K, N), any strides. c, e: (M, L) and (L, N), any
+            strides, or None. bias: (N,) or None. scale: (M, N) or None. p, q: (M, N) or None, both or none.
+        out: (M, N).
+    """
+    total = a.double() @ b.double()
+    if c is not None and e is not None:
+        total += c.double() @ e.double()
+    if bias is not None:
+        total += bias.double()
+    if scale is not None:
+        total *= scale.double()
+    if p is not None and q is not None:
+        total += p.double() * q.double()
+    out.copy_(total)
+
+
+def _sparse(crow: Tensor, col: Tensor, values: Tensor, d: int) -> Tensor:
+    # The checks of the indices would read them back; the public functions take tensors that torch has checked.
+    return torch.sparse_csr_tensor(crow, col, values.double(), (len(crow) - 1, d), check_invariants=False)
+
+
+def csr_glm_hvp(
+    crow: Tensor, col: Tensor, values: Tensor, d: int, v: Tensor, weight: Tensor, l2: float, out: Tensor
+) -> None:
+    """`glm_hvp` for X of N sparse rows: crow (N + 1,), col and values (nnz,), indices int32 or int64."""
+    x, wide = _sparse(crow, col, values, d), v.double()
+    total = _penalized(wide, d, l2)
+    _add_gradient(total, x, weight[:, None].double() * _logits(x, wide))
+    out.copy_(total)
+
+
+def csr_glm_value_grad(
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    d: int,
+    target: Tensor,
+    coef: Tensor,
+    loss: str,
+    delta: float,
+    sample_weight: Tensor | None,
+    l2: float,
+    value: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+) -> None:
+    """`glm_value_grad` for X of N sparse rows."""
+    x, wide = _sparse(crow, col, values, d), coef.double()
+    total = _penalized(wide, d, l2)
+    parts = losses(_logits(x, wide[:, None])[:, 0], target.double(), loss, delta)
+    if sample_weight is not None:
+        parts = tuple(sample_weight.double() * p for p in parts)
+    value.copy_((total * wide).sum() / 2 + parts[0].sum())
+    total = total[:, None]
+    _add_gradient(total, x, parts[1][:, None])
+    grad.copy_(total[:, 0])
+    weight.copy_(parts[2])

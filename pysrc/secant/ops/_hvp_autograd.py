@@ -1,0 +1,126 @@
+"""Derivatives of the `hvp` family around its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
+
+from secant.ops import _hvp_formulas as formulas
+
+#: v (d, k) -> the product, by a kernel.
+Product = Callable[[Tensor], Tensor]
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd, forward AD or a functorch transform looks at one of these."""
+    found = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in found):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None and any(map(is_wrapped, found)):
+        return True
+    forward = torch.autograd.forward_ad._current_level >= 0
+    return forward and any(unpack_dual(x).tangent is not None for x in found)
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a functorch transform stands around this tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+class _Product(Function):
+    """A symmetric linear map of v: its derivatives of either mode, of every order, are itself.
+
+    `product` maps (d, k) to (d, k) column by column where `columns` is set; then a batch of vectors is one call.
+    """
+
+    @staticmethod
+    def forward(v: Tensor, product: Product, columns: bool) -> Tensor:
+        return product(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.product, ctx.columns = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return apply(g, ctx.product, ctx.columns), None, None
+
+
+class _DualProduct(_Product):
+    """With what torch.compile does not trace: a forward mode and a batching rule."""
+
+    @staticmethod
+    def jvp(ctx: Any, dv: Tensor, *others: None) -> Tensor:
+        return apply(dv, ctx.product, ctx.columns)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int, None, None], v: Tensor, product: Product, columns: bool) -> tuple[Tensor, int]:
+        v = v.movedim(dims[0], 0)
+        if columns:
+            batch, d, k = v.shape
+            flat = v.movedim(0, 1).reshape(d, batch * k)
+            return apply(flat, product, columns).reshape(d, batch, k).movedim(1, 0), 0
+        return torch.stack([apply(x, product, columns) for x in v]), 0
+
+
+def apply(v: Tensor, product: Product, columns: bool) -> Tensor:
+    """product(v), differentiable by v."""
+    return (_Product if torch.compiler.is_compiling() else _DualProduct).apply(v, product, columns)
+
+
+class ValueGrad(Function):
+    """(value, gradient, per-row result) of a linear model by its kernel, differentiable by the coefficients.
+
+    The last result counts as a constant. A derivative that is to be differentiated again is that of `formula`.
+    """
+
+    @staticmethod
+    def forward(
+        coef: Tensor,
+        kernel: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+        formula: Callable[[Tensor], Tensor],
+        product: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernel(coef)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        coef, _, ctx.formula, ctx.product = inputs
+        _, grad, rows = output
+        ctx.mark_non_differentiable(rows)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(coef, grad, rows)
+
+    @staticmethod
+    def backward(
+        ctx: Any, value_g: Tensor | None, grad_g: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        coef, grad, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                at = coef if coef.requires_grad else coef.detach().requires_grad_()
+                (exact,) = torch.autograd.grad(ctx.formula(at), at, create_graph=True)
+                total = torch.zeros_like(coef) if value_g is None else value_g.to(exact.dtype) * exact
+                if grad_g is not None:
+                    total = total + torch.autograd.grad(exact, at, grad_g, create_graph=True)[0]
+            return total, None, None, None
+        total = torch.zeros_like(coef) if value_g is None else value_g.to(grad.dtype) * grad
+        if grad_g is not None:
+            total = total + ctx.product(grad_g, rows)
+        return total, None, None, None
+
+
+def value_grad_of(value: Callable[[Tensor], Tensor], coef: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, gradient) of a formula, both differentiable to any order and by everything that it closes over."""
+    grad, result = torch.func.grad_and_value(value)(coef)
+    return result, grad
+
+
+__all__ = ["ValueGrad", "apply", "formulas", "is_differentiated", "is_wrapped", "value_grad_of"]

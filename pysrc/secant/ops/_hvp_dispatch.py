@@ -1,0 +1,95 @@
+"""Checked arguments of the `hvp` family on their way to a kernel: allocation, registration with torch, dispatch.
+
+The contract of the kernels is in `kernels/hvp/reference.py`. Vectors come as matrices of k columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secant import backends
+from secant._errors import BackendError
+from secant.ops import _gate
+
+_lib = torch.library.Library("secant", "FRAGMENT")
+_lib.define("glm_hvp(Tensor x, Tensor v, Tensor weight, float l2, Tensor(a!) out) -> ()")
+_lib.define(
+    "glm_value_grad(Tensor x, Tensor target, Tensor coef, str loss, float delta, Tensor? sample_weight, float l2, "
+    "Tensor(a!) value, Tensor(b!) grad, Tensor(c!) weight) -> ()"
+)
+_lib.define(
+    "softmax_hvp(Tensor x, Tensor v, Tensor probs, Tensor? sample_weight, float l2, Tensor(a!) out) -> ()"
+)  # fmt: skip
+_lib.define(
+    "softmax_value_grad(Tensor x, Tensor target, Tensor coef, Tensor? sample_weight, float l2, "
+    "Tensor(a!) value, Tensor(b!) grad, Tensor(c!) probs) -> ()"
+)
+_lib.define("cross_entropy_hvp(Tensor logits, Tensor u, Tensor? lse, Tensor(a!) out) -> ()")
+_lib.define(
+    "paired_matmul(Tensor a, Tensor b, Tensor? c, Tensor? e, Tensor? bias, Tensor? scale, Tensor? p, Tensor? q, "
+    "Tensor(a!) out) -> ()"
+)
+
+NAMES = ("glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad", "cross_entropy_hvp", "paired_matmul")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix with contiguous rows and any stride between them; a copy only if need be."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _line(x: Tensor) -> Tensor:
+    return x.resolve_neg().contiguous()
+
+
+def _arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """In the layout of the contract: a compiler may hand over other strides than it traced."""
+    if name == "paired_matmul":
+        return tuple(x.resolve_neg() for x in args[:2]) + args[2:]
+    rows = 2 if name == "cross_entropy_hvp" else 1
+    return tuple(
+        x if not isinstance(x, Tensor) else _rows(x.resolve_neg()) if i < rows else _line(x) for i, x in enumerate(args)
+    )
+
+
+def _implementation(name: str) -> Any:
+    def op(first: Tensor, *args: Any) -> None:
+        backend = backends.resolve("hvp", first.device, first.dtype)
+        getattr(backend, name)(*_arguments(name, (first, *args)))
+
+    return op
+
+
+def _no_op(*args: Any) -> None:
+    """Fake implementation: every result is written into an argument."""
+
+
+for _name in NAMES:
+    for _key in ("CPU", "CUDA"):
+        _lib.impl(_name, _implementation(_name), _key)
+    torch.library.register_fake(f"secant::{_name}", _no_op, lib=_lib)
+
+
+def call(name: str, *args: Any) -> None:
+    """Launch a kernel; through the registered op where a compiler or a tensor subclass has to see it."""
+    first = args[0]
+    if torch.compiler.is_compiling() or not _gate.is_plain(first):
+        getattr(torch.ops.secant, name)(*args)
+    else:
+        getattr(backends.resolve("hvp", first.device, first.dtype), name)(*_arguments(name, args))
+
+
+def call_sparse(name: str, x: Tensor, *args: Any) -> None:
+    """Launch the variant for sparse rows of X, for backends that have it."""
+    values = x.values()
+    backend = backends.resolve("hvp", x.device, x.dtype)
+    kernel = getattr(backend, f"csr_{name}", None)
+    if kernel is None:
+        raise BackendError(f"backend {backend.__name__.rpartition('.')[2]!r} has no sparse {name}: pass x.to_dense()")
+    kernel(
+        x.crow_indices().contiguous(), x.col_indices().contiguous(), values.contiguous(), x.shape[1],
+        *(_line(y) if isinstance(y, Tensor) else y for y in args),
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""The `hvp` family as expressions of torch operations: what is differentiated when autograd goes further.
+
+The kernels are differentiable by the vector that they multiply, where each is its own derivative. By any other
+argument, and to higher order, these expressions are differentiated in their place; they read X once per product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _logits(x: Tensor, v: Tensor) -> Tensor:
+    d = x.shape[1]
+    z = x.to(v.dtype) @ v[:d]
+    return z + v[d] if len(v) > d else z
+
+
+def _product(x: Tensor, r: Tensor, v: Tensor, l2: float) -> Tensor:
+    d = x.shape[1]
+    g = x.to(v.dtype).mT @ r + l2 * v[:d]
+    return torch.cat((g, r.sum(0, keepdim=True))) if len(v) > d else g
+
+
+def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
+    """X^T (weight * (X v)) + l2 v for v (d, k)."""
+    return _product(x, weight[:, None] * _logits(x, v), v, l2)
+
+
+def glm_value(
+    x: Tensor, target: Tensor, coef: Tensor, loss: str, delta: float, sample_weight: Tensor | None, l2: float
+) -> Tensor:
+    """sum_i c_i loss(z_i, t_i) + l2/2 |coef|^2."""
+    z = _logits(x, coef)
+    if loss == "squared":
+        terms = (z - target) ** 2 / 2
+    elif loss == "logistic":
+        terms = torch.logaddexp(z, torch.zeros_like(z)) - target * z
+    elif loss == "poisson":
+        terms = torch.exp(z) - target * z
+    else:
+        r = z - target  # huber_loss of torch has no forward mode in its derivative
+        terms = torch.where(r.abs() <= delta, r * r / 2, delta * (r.abs() - delta / 2))
+    return _penalized(terms, x, coef, sample_weight, l2)
+
+
+def glm_weight(
+    x: Tensor, target: Tensor, coef: Tensor, loss: str, delta: float, sample_weight: Tensor | None
+) -> Tensor:
+    """c_i loss''(z_i, t_i)."""
+    z = _logits(x, coef)
+    if loss == "squared":
+        w = torch.ones_like(z)
+    elif loss == "logistic":
+        w = torch.sigmoid(z) * torch.sigmoid(-z)
+    elif loss == "poisson":
+        w = torch.exp(z)
+    else:
+        w = ((z - target).abs() <= delta).to(z.dtype)
+    return w if sample_weight is None else sample_weight * w
+
+
+def _penalized(terms: Tensor, x: Tensor, coef: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
+    if sample_weight is not None:
+        terms = sample_weight * terms
+    return terms.double().sum() + l2 / 2 * (coef[: x.shape[1]].double() ** 2).sum()
+
+
+def softmax_hvp(x: Tensor, v: Tensor, probs: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
+    """X^T R + l2 V, R = c p (Z - sum p Z), Z = X V."""
+    z = _logits(x, v)
+    r = probs * (z - (probs * z).sum(-1, keepdim=True))
+    return _product(x, r if sample_weight is None else sample_weight[:, None] * r, v, l2)
+
+
+def softmax_value(x: Tensor, target: Tensor, coef: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
+    """sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2."""
+    terms = -torch.log_softmax(_logits(x, coef), -1).gather(1, target[:, None])[:, 0]
+    return _penalized(terms, x, coef, sample_weight, l2)
+
+
+def softmax_probs(x: Tensor, coef: Tensor) -> Tensor:
+    """softmax(Z), Z = X coef."""
+    return torch.softmax(_logits(x, coef), -1)
+
+
+def cross_entropy_hvp(logits: Tensor, u: Tensor) -> Tensor:
+    """p * (u - sum p u) for every row."""
+    wide = logits.double() if logits.dtype is torch.float64 else logits.float()
+    p, v = torch.softmax(wide, -1), u.to(wide.dtype)
+    return (p * (v - (p * v).sum(-1, keepdim=True))).to(logits.dtype)
+
+
+def paired_matmul(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+) -> Tensor:
+    """scale * (a b + c e + bias) + p * q."""
+    x = a @ b
+    if c is not None and e is not None:
+        x = x + c @ e
+    if bias is not None:
+        x = x + bias
+    if scale is not None:
+        x = scale * x
+    return x + p * q if p is not None and q is not None else x

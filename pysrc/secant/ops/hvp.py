@@ -1,0 +1,456 @@
+"""Products with Hessians that are never formed: linear models, cross entropy, and the R-operator of a layer.
+
+The bytes that must move and the choice of method are in `kernels/hvp/README.md`; the contract between this module and
+the kernels is in `kernels/hvp/reference.py`.
+
+`x` holds one row per observation: (N, d), float32, float64, bfloat16 or float16. Everything else is of the dtype of
+the arithmetic, float64 for float64 and else float32. A matrix whose rows are contiguous is read where it is, whatever
+the stride between them; another is copied. On a CPU `x` of the two `glm_` functions may be a torch.sparse_csr tensor
+of float32 or float64.
+
+With `intercept=True` the coefficients have d + 1 rows, the last of which belongs to a column of ones that `x` need not
+have, and to which `l2` does not apply.
+
+No function reads a value back to the host, and the same input gives the same bits. Each product is differentiable by
+the vector that it multiplies, in both modes, by the same kernel, and batches of vectors under torch.vmap are one call;
+derivatives by the other arguments go through torch operations that read `x` once more each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secant.ops import _gate
+from secant.ops import _hvp_autograd as autograd
+from secant.ops import _hvp_dispatch as dispatch
+from secant.ops import _hvp_formulas as formulas
+
+DTYPES = _gate.REAL + _gate.HALF
+LOSSES = ("squared", "logistic", "poisson", "huber")
+#: Vectors that a kernel takes at once; more are taken in turns.
+MAX_VECTORS = 64
+
+
+def _check_x(op: str, x: Tensor, sparse: bool = False) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    if sparse and isinstance(x, Tensor) and x.layout is torch.sparse_csr:
+        if x.dtype not in _gate.REAL:
+            raise TypeError(f"{op}: x: expected float32 or float64 for sparse rows, got {x.dtype}")
+        if x.device.type != "cpu":
+            raise _gate.fail(op, "x", "sparse rows on the CPU (pass x.to_dense() elsewhere)", x.device)
+    else:
+        _gate.tensor(op, "x", x, DTYPES)
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise _gate.fail(op, "x", "shape (N, d), d >= 1", f"shape {tuple(x.shape)}")
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _check_columns(op: str, name: str, v: Tensor, x: Tensor, dtype: torch.dtype, intercept: bool, both: bool) -> Tensor:
+    """`v` as a matrix of columns."""
+    _gate.tensor(op, name, v, (dtype,), x.device)
+    rows = x.shape[1] + bool(intercept)
+    if v.dim() not in ((1, 2) if both else (2,)) or v.shape[0] != rows:
+        shapes = f"({rows},) or ({rows}, k)" if both else f"({rows}, K)"
+        raise _gate.fail(op, name, f"shape {shapes}", f"shape {tuple(v.shape)}")
+    return v if v.dim() == 2 else v[:, None]
+
+
+def _check_row_values(op: str, name: str, w: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return w if w is None else _gate.shaped(op, name, w, (x.shape[0],), dtype, x.device)
+
+
+def _check_number(op: str, name: str, value: float, positive: bool = False) -> float:
+    if isinstance(value, Tensor) or not (value > 0 if positive else value >= 0) or not value < math.inf:
+        raise _gate.fail(op, name, f"a finite number {'> 0' if positive else '>= 0'}", _gate.describe(value))
+    return float(value)
+
+
+def _in_turns(v: Tensor, product: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """`product(columns, out)` for at most MAX_VECTORS columns at a time."""
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if v.shape[1] <= MAX_VECTORS:
+        product(v, out)
+    else:
+        for start in range(0, v.shape[1], MAX_VECTORS):
+            part = v[:, start : start + MAX_VECTORS].contiguous()
+            result = torch.empty_like(part)
+            product(part, result)
+            out[:, start : start + MAX_VECTORS] = result
+    return out
+
+
+def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
+    """The product when there are no rows."""
+    out = l2 * v
+    out[x.shape[1] :] = 0
+    return out
+
+
+def glm_hvp(
+    x: Tensor, v: Tensor, weight: Tensor, *, l2: float = 0.0, intercept: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Product with the Hessian of a generalised linear model, X^T (weight * (X v)) + l2 v, reading X once.
+
+    Args:
+        x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
+        v: (d,) or (d, k), k vectors at once; (d + 1, ...) with an intercept. float64 for x of float64, else float32.
+        weight: (N,), of the dtype of `v`: the second derivative of each row's loss, as `glm_value_grad` returns it.
+        l2: number >= 0.
+        intercept: whether the last row of `v` belongs to an implicit column of ones.
+        out: as `v`, contiguous; receives the result. It must not overlap an input.
+
+    Returns:
+        The product, of the shape of `v`.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device, layout or a number does not fit.
+
+    References:
+        McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5.
+
+    Example:
+        >>> value, grad, weight = secant.ops.glm_value_grad(x, y, coef, loss="logistic", l2=1.0)
+        >>> hd = secant.ops.glm_hvp(x, direction, weight, l2=1.0)
+    """
+    op = "glm_hvp"
+    dtype = _check_x(op, x, sparse=True)
+    columns = _check_columns(op, "v", v, x, dtype, intercept, both=True)
+    _gate.shaped(op, "weight", weight, (x.shape[0],), dtype, x.device)
+    l2 = _check_number(op, "l2", l2)
+    if out is not None:
+        _gate.shaped(op, "out", out, tuple(v.shape), dtype, x.device)
+        for name, other in (("v", v), ("weight", weight), *((("x", x),) if x.layout is torch.strided else ())):
+            if _gate.overlaps(out, other):
+                raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
+
+    def run(part: Tensor, result: Tensor) -> None:
+        if x.layout is torch.sparse_csr:
+            dispatch.call_sparse("glm_hvp", x, part, weight, l2, result)
+        else:
+            dispatch.call("glm_hvp", x, part, weight, l2, result)
+
+    def product(part: Tensor) -> Tensor:
+        return _in_turns(part, run) if len(x) and part.numel() else _only_penalty(x, part, l2)
+
+    if autograd.is_differentiated(x, weight):
+        result = formulas.glm_hvp(x, columns, weight, l2)
+    elif autograd.is_differentiated(v):
+        result = autograd.apply(columns, product, True)
+    elif out is not None and out.is_contiguous() and len(x) and 0 < columns.shape[1] <= MAX_VECTORS:
+        run(columns, out.view(columns.shape))
+        return out
+    else:
+        result = product(columns)
+    result = result.view(v.shape)
+    return result if out is None else out.copy_(result)
+
+
+def glm_value_grad(
+    x: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    *,
+    loss: str,
+    sample_weight: Tensor | None = None,
+    l2: float = 0.0,
+    delta: float = 1.0,
+    intercept: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Objective of a generalised linear model, its gradient, and the weights of its Hessian, reading X once.
+
+    value = sum_i c_i loss(z_i, t_i) + l2/2 |coef|^2, a sum and not a mean, with z = X coef and one of the losses
+
+    * "squared": (z - t)^2 / 2;
+    * "logistic": log(1 + e^z) - t z, t in [0, 1], finite for every finite z;
+    * "poisson": e^z - t z, the logarithmic link;
+    * "huber": r^2 / 2 where |r| <= delta, else delta (|r| - delta / 2), r = z - t.
+
+    Args:
+        x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
+        target: (N,), of the dtype of `coef`. Its values are not checked, which would be a synchronisation.
+        coef: (d,), or (d + 1,) with an intercept. float64 for x of float64, else float32.
+        loss: "squared", "logistic", "poisson" or "huber".
+        sample_weight: (N,), the c_i, or None for ones.
+        l2: number >= 0. delta: number > 0, used by "huber".
+        intercept: whether the last coefficient belongs to an implicit column of ones.
+
+    Returns:
+        (value, grad, weight): a scalar of float64; as `coef`; (N,), c_i loss''(z_i, t_i), which feeds `glm_hvp`. The
+        first two are differentiable by `coef`, and by the other real arguments through torch operations; `weight` is
+        a constant to reverse mode.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device, layout, `loss` or a number does not fit.
+
+    References:
+        McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5. Huber, Annals of Mathematical Statistics
+        35(1), 1964.
+    """
+    op = "glm_value_grad"
+    dtype = _check_x(op, x, sparse=True)
+    _gate.shaped(op, "target", target, (x.shape[0],), dtype, x.device)
+    _gate.shaped(op, "coef", coef, (x.shape[1] + bool(intercept),), dtype, x.device)
+    _check_row_values(op, "sample_weight", sample_weight, x, dtype)
+    if loss not in LOSSES:
+        raise _gate.fail(op, "loss", f"one of {LOSSES}", repr(loss))
+    l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
+
+    def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = torch.zeros((), dtype=torch.float64, device=x.device)
+        grad, weight = torch.empty_like(coef, memory_format=torch.contiguous_format), torch.empty_like(target)
+        if not len(x):
+            grad = _only_penalty(x, coef, l2)
+            return value + (grad * coef).double().sum() / 2, grad, weight
+        call = dispatch.call_sparse if x.layout is torch.sparse_csr else dispatch.call
+        call("glm_value_grad", x, target, coef, loss, delta, sample_weight, l2, value, grad, weight)
+        return value, grad, weight
+
+    def formula(coef: Tensor) -> Tensor:
+        return formulas.glm_value(x, target, coef, loss, delta, sample_weight, l2)
+
+    others = autograd.is_differentiated(x, target, sample_weight)
+    if others or (autograd.is_differentiated(coef) and not coef.requires_grad) or autograd.is_wrapped(coef):
+        value, grad = autograd.value_grad_of(formula, coef)
+        return value, grad, formulas.glm_weight(x, target, coef, loss, delta, sample_weight)
+    if autograd.is_differentiated(coef):
+        return autograd.ValueGrad.apply(
+            coef, kernel, formula, lambda g, weight: glm_hvp(x, g, weight, l2=l2, intercept=intercept)
+        )
+    return kernel(coef)
+
+
+def softmax_hvp(
+    x: Tensor,
+    v: Tensor,
+    probs: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    l2: float = 0.0,
+    intercept: bool = False,
+) -> Tensor:
+    """Product with the Hessian of multinomial logistic regression, reading X once.
+
+    Z = X V, R_ij = c_i p_ij (Z_ij - sum_l p_il Z_il), result X^T R + l2 V.
+
+    Args:
+        x: (N, d), any real dtype.
+        v: (d, K), or (d + 1, K) with an intercept. float64 for x of float64, else float32.
+        probs: (N, K), the probabilities of the classes, as `softmax_value_grad` returns them.
+        sample_weight: (N,), the c_i, or None for ones. l2: number >= 0.
+        intercept: whether the last row of `v` belongs to an implicit column of ones.
+
+    Returns:
+        The product, of the shape of `v`.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device, layout or a number does not fit.
+
+    References:
+        Boehning, Annals of the Institute of Statistical Mathematics 44(1), 1992.
+    """
+    op = "softmax_hvp"
+    dtype = _check_x(op, x)
+    _check_columns(op, "v", v, x, dtype, intercept, both=False)
+    _gate.shaped(op, "probs", probs, (x.shape[0], v.shape[1]), dtype, x.device)
+    _check_row_values(op, "sample_weight", sample_weight, x, dtype)
+    l2 = _check_number(op, "l2", l2)
+
+    def product(v: Tensor) -> Tensor:
+        if not len(x) or not v.shape[1]:
+            return _only_penalty(x, v, l2)
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        dispatch.call("softmax_hvp", x, v, probs, sample_weight, l2, out)
+        return out
+
+    if autograd.is_differentiated(x, probs, sample_weight):
+        return formulas.softmax_hvp(x, v, probs, sample_weight, l2)
+    return autograd.apply(v, product, False) if autograd.is_differentiated(v) else product(v)
+
+
+def softmax_value_grad(
+    x: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    l2: float = 0.0,
+    intercept: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Objective of multinomial logistic regression, its gradient and the probabilities, reading X once.
+
+    value = sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2, Z = X coef.
+
+    Args:
+        x: (N, d), any real dtype.
+        target: (N,), int64, the class of each row. Its values are not checked on a GPU, which would synchronise.
+        coef: (d, K), K >= 1, or (d + 1, K) with an intercept. float64 for x of float64, else float32.
+        sample_weight: (N,), the c_i, or None for ones. l2: number >= 0.
+        intercept: whether the last row of `coef` belongs to an implicit column of ones.
+
+    Returns:
+        (value, grad, probs): a scalar of float64; as `coef`; (N, K), which feeds `softmax_hvp`. The first two are
+        differentiable by `coef`; `probs` is a constant to reverse mode.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device, layout, a class (on the CPU) or a number does not fit.
+    """
+    op = "softmax_value_grad"
+    dtype = _check_x(op, x)
+    _gate.shaped(op, "target", target, (x.shape[0],), torch.int64, x.device)
+    _check_columns(op, "coef", coef, x, dtype, intercept, both=False)
+    _check_row_values(op, "sample_weight", sample_weight, x, dtype)
+    l2 = _check_number(op, "l2", l2)
+    classes = coef.shape[1]
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+        low, high = (int(t) for t in torch.aminmax(target))
+        if low < 0 or high >= classes:
+            raise _gate.fail(op, "target", f"classes in 0..{classes - 1}", f"values in {low}..{high}")
+
+    def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = torch.zeros((), dtype=torch.float64, device=x.device)
+        grad = torch.empty_like(coef, memory_format=torch.contiguous_format)
+        probs = torch.empty((len(x), classes), dtype=dtype, device=x.device)
+        if not len(x):
+            grad = _only_penalty(x, coef, l2)
+            return value + (grad * coef).double().sum() / 2, grad, probs
+        dispatch.call("softmax_value_grad", x, target, coef, sample_weight, l2, value, grad, probs)
+        return value, grad, probs
+
+    def formula(coef: Tensor) -> Tensor:
+        return formulas.softmax_value(x, target, coef, sample_weight, l2)
+
+    others = autograd.is_differentiated(x, sample_weight)
+    if others or (autograd.is_differentiated(coef) and not coef.requires_grad) or autograd.is_wrapped(coef):
+        value, grad = autograd.value_grad_of(formula, coef)
+        return value, grad, formulas.softmax_probs(x, coef)
+    if autograd.is_differentiated(coef):
+        return autograd.ValueGrad.apply(
+            coef,
+            kernel,
+            formula,
+            lambda g, probs: softmax_hvp(x, g, probs, sample_weight=sample_weight, l2=l2, intercept=intercept),
+        )
+    return kernel(coef)
+
+
+def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -> Tensor:
+    """Product with the Hessian of cross entropy by its logits, (diag(p) - p p^T) u for every row.
+
+    With a given log-sum-exp, p = exp(logits - lse), so that there is no other temporary of the size of the vocabulary.
+
+    Args:
+        logits: (..., V), float32, float64, bfloat16 or float16; computed in float32 but for float64.
+        u: as `logits`.
+        lse: (...), float64 for logits of float64, else float32: torch.logsumexp(logits, -1), or None.
+
+    Returns:
+        The products, of the shape and dtype of `logits`, contiguous. Differentiable in `u` by the same kernel, and in
+        `logits` through torch operations; a given `lse` is differentiated as the function of `logits` that it is.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device or layout does not fit.
+
+    References:
+        Schraudolph, Fast curvature matrix-vector products, Neural Computation 14(7), 2002, section 3.
+
+    Example:
+        >>> jv = torch.func.jvp(model, (params,), (v,))[1]              # (tokens, vocabulary)
+        >>> hjv = secant.ops.cross_entropy_hvp(logits, jv, lse=lse)     # then back through the model: GGN v
+    """
+    op = "cross_entropy_hvp"
+    _gate.tensor(op, "logits", logits, DTYPES)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise _gate.fail(op, "logits", "shape (..., V), V >= 1", f"shape {tuple(logits.shape)}")
+    _gate.shaped(op, "u", u, tuple(logits.shape), logits.dtype, logits.device)
+    if lse is not None:
+        dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        _gate.shaped(op, "lse", lse, tuple(logits.shape[:-1]), dtype, logits.device)
+    size = logits.shape[-1]
+
+    def product(u: Tensor) -> Tensor:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        if out.numel():
+            per_row = lse if lse is None else lse.reshape(-1)
+            dispatch.call(
+                "cross_entropy_hvp", logits.reshape(-1, size), u.reshape(-1, size), per_row, out.view(-1, size)
+            )
+        return out
+
+    if autograd.is_differentiated(logits, lse):
+        return formulas.cross_entropy_hvp(logits, u)
+    return autograd.apply(u, product, False) if autograd.is_differentiated(u) else product(u)
+
+
+def paired_matmul(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    e: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    p: Tensor | None = None,
+    q: Tensor | None = None,
+) -> Tensor:
+    """The step of the R-operator through a linear layer and its activation, scale * (a b + c e + bias) + p * q.
+
+    With what a point keeps of its primal pass (h, the input of a layer; f' and f'' at its pre-activation z; delta, the
+    gradient by z), one call makes the forward tangent of a layer, f' * (Rh W^T + h V^T + Rb), one the backward tangent
+    f' * (Rdelta W + delta V) + (f'' g) * Rz, and one the product's weights, Rdelta^T h + delta^T Rh.
+
+    Args:
+        a: (M, K), float32 or float64, any strides. b: (K, N), likewise.
+        c: (M, L), or None. e: (L, N), or None; both or none.
+        bias: (N,), or None.
+        scale: (M, N), or None for ones.
+        p: (M, N), or None. q: (M, N), or None; both or none.
+
+    Returns:
+        (M, N), contiguous. Differentiable in everything, through torch operations.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shapes, devices or layouts do not fit, or one of a pair is missing.
+
+    References:
+        Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994, equations (8) to (11).
+    """
+    op = "paired_matmul"
+    _gate.tensor(op, "a", a, _gate.REAL)
+    if a.dim() != 2:
+        raise _gate.fail(op, "a", "shape (M, K)", f"shape {tuple(a.shape)}")
+    _gate.tensor(op, "b", b, (a.dtype,), a.device)
+    if b.dim() != 2 or b.shape[0] != a.shape[1]:
+        raise _gate.fail(op, "b", f"shape ({a.shape[1]}, N)", f"shape {tuple(b.shape)}")
+    rows, columns = a.shape[0], b.shape[1]
+    for first, second, x, y in (("c", "e", c, e), ("p", "q", p, q)):
+        if (x is None) != (y is None):
+            raise ValueError(
+                f"{op}: {first}, {second}: expected both or none, got only {first if y is None else second}"
+            )
+    if c is not None and e is not None:
+        _gate.tensor(op, "c", c, (a.dtype,), a.device)
+        if c.dim() != 2 or c.shape[0] != rows:
+            raise _gate.fail(op, "c", f"shape ({rows}, L)", f"shape {tuple(c.shape)}")
+        _gate.shaped(op, "e", e, (c.shape[1], columns), a.dtype, a.device)
+    for name, z, shape in (
+        ("bias", bias, (columns,)), ("scale", scale, (rows, columns)), ("p", p, (rows, columns)),
+        ("q", q, (rows, columns)),
+    ):  # fmt: skip
+        if z is not None:
+            _gate.shaped(op, name, z, shape, a.dtype, a.device)
+    if autograd.is_differentiated(a, b, c, e, bias, scale, p, q):
+        return formulas.paired_matmul(a, b, c, e, bias, scale, p, q)
+    out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
+    if out.numel():
+        dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
+    return out
