@@ -1,0 +1,6 @@
+"""Generalised linear models fitted by second-order methods: `fit`."""
+
+from secant.glm.fitting import fit
+from secant.glm.result import GLMResult, Iteration
+
+__all__ = ["GLMResult", "Iteration", "fit"]

@@ -1,0 +1,224 @@
+"""`fit`: the choice of solver, the start on a sample of the rows, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secant.glm import arguments
+from secant.glm.lbfgs import HistorySystem
+from secant.glm.newton import DiagonalSystem, FactorSystem, Outcome, System, newton
+from secant.glm.objective import Objective, Point
+from secant.glm.recession import falls_forever
+from secant.glm.result import GLMResult, Iteration, Recorder
+from secant.ops import _gate
+
+#: Up to as many coefficients "auto" factors the Hessian of dense data.
+_FACTOR_UP_TO = 2048
+#: Rows of a sample per coefficient: its Hessian then differs from that of all rows by a factor within (1 +- 0.35)^2,
+#: and preconditioned conjugate gradients gain a factor of three an iteration.
+_SAMPLE_PER_COEFFICIENT = 8
+#: A sample of N / d times this many rows has a Gram matrix that costs as much as one pass over X.
+_SAMPLE_PER_PASS = 16
+#: A sample of more than a quarter of the rows is not worth having.
+_MIN_STRIDE = 4
+_SAMPLE_ITERATIONS = 15
+#: The sample's optimum is away from that of all rows by a Newton decrement g.H^-1 g of about stride * P; what is below
+#: this part of it is not worth a further iteration.
+_SAMPLE_ACCURACY = 0.5
+
+_SYSTEMS: dict[str, Callable[[int], System]] = {
+    "newton-cholesky": FactorSystem,
+    "newton-cg": DiagonalSystem,
+    "lbfgs": lambda _: HistorySystem(),
+}
+
+_MESSAGES = {
+    "converged": "the largest component of the gradient of the mean objective, {grad:.2e}, is within tol = {tol:.2e}",
+    "max_iter": "max_iter = {max_iter} iterations were not enough: the gradient is {grad:.2e}, tol = {tol:.2e}",
+    "stalled": "no step can be told from rounding in {dtype}: the gradient is {grad:.2e}, tol = {tol:.2e}; "
+    "scale the features, use float64, or a larger tol",
+    "no_minimum": "the objective has no minimum: some direction separates the targets, along which it falls forever; "
+    "use l2 > 0",
+    "stopped": "the callback stopped the fit at a gradient of {grad:.2e}, tol = {tol:.2e}",
+}
+
+
+def fit(
+    X: Any,
+    y: Any,
+    *,
+    loss: str = "logistic",
+    l2: float = 0.0,
+    sample_weight: Any = None,
+    fit_intercept: bool = True,
+    tol: float = 1e-6,
+    max_iter: int | None = None,
+    max_cg_iter: int = 200,
+    solver: str = "auto",
+    delta: float = 1.0,
+    start: GLMResult | tuple[Any, Any] | None = None,
+    callback: Callable[[Iteration], object] | None = None,
+) -> GLMResult:
+    r"""Fit a generalised linear model by a second-order method.
+
+    Minimises over w and b, with z_i = x_i . w + b,
+
+        f(w, b) = sum_i c_i l(z_i, y_i) + l2 / 2 |w|^2
+
+    until max_j |df / d(w, b)_j| / sum_i c_i <= tol: the largest component of the gradient of the mean objective. The
+    intercept is not penalised. The losses:
+
+        "squared"      1/2 (z - y)^2
+        "logistic"     log(1 + e^z) - y z,               y in [0, 1]
+        "poisson"      e^z - y z,                        y >= 0 (log link; log y! left out)
+        "huber"        1/2 r^2 if |r| <= delta, else delta (|r| - delta / 2),   r = z - y
+        "multinomial"  log sum_k e^(z_k) - z_y,          y in {0, ..., K - 1}; w (d, K), b (K,)
+
+    Solvers, all with a strong Wolfe line search:
+
+        "newton-cholesky"  Newton systems by conjugate gradients preconditioned with a Cholesky factor of X^T D X + l2,
+                           first of a sample of the rows, later of all rows when that is cheaper than more iterations.
+                           Memory P^2 for P coefficients.
+        "newton-cg"        the same preconditioned with the diagonal of the Hessian after centring.
+        "lbfgs"            limited-memory BFGS in the coordinates of that diagonal.
+        "auto"             "newton-cholesky" for dense X with at most 2048 coefficients, else "newton-cg".
+
+    X is not copied: the intercept is a column of ones that is never formed, rescaling and centring act on vectors of
+    coefficients, Gram matrices are summed over row blocks that fit the cache. A column-major X is copied once.
+
+    Args:
+        X: (N, d) features, a tensor or array, float32 or float64; on the CPU also torch.sparse_csr.
+        y: (N,) targets; integers for the multinomial loss.
+        loss: see above.
+        l2: penalty on the coefficients, >= 0. (scikit-learn's logistic C is 1 / l2, its Ridge alpha is l2.)
+        sample_weight: (N,) c, >= 0; None: ones. Weights are the same as repeated rows.
+        fit_intercept: whether b is fitted; otherwise it is zero.
+        tol: of the gradient criterion, > 0.
+        max_iter: iterations over all rows, >= 1; None: 100, for "lbfgs" 1000.
+        max_cg_iter: products with the Hessian per Newton system, >= 1.
+        solver: see above.
+        delta: of the Huber loss, > 0.
+        start: where to start: a `GLMResult` or (coef, intercept). None: zero.
+        callback: called with an `Iteration` after each; a true value stops the fit.
+
+    Returns:
+        A `GLMResult`. A fit that did not reach the criterion does not raise, its `status` says why. Where the Hessian
+        is singular (l2 = 0 and collinear or constant columns) the minimiser found is one of many. That there is no
+        minimum is told from the last point and the Newton step there; a loose `tol` may end a fit before they show it.
+
+    Raises:
+        TypeError: an argument is no array of numbers, or of another dtype.
+        ValueError: shapes do not fit; X, y or sample_weight have values that are not finite or not allowed for the
+            loss; the targets are all of one class and an intercept is fitted; the objective overflows at the start.
+
+    References:
+        McCullagh and Nelder, Generalized Linear Models, 2nd ed. (1989), section 2.5. Huber, Robust estimation of a
+        location parameter, Ann. Math. Stat. 35 (1964). The sample sizes and when to factor anew are heuristics.
+
+    Example:
+        >>> X = torch.tensor([[0.0], [1.0], [2.0]]); y = torch.tensor([1.0, 3.0, 5.0])
+        >>> result = secant.glm.fit(X, y, loss="squared")       # coef 2, intercept 1
+    """
+    if solver not in arguments.SOLVERS:
+        raise _gate.fail(arguments.OP, "solver", f"one of {', '.join(arguments.SOLVERS)}", repr(solver))
+    arguments.number("tol", tol, low=0.0, strict=True)
+    arguments.count("max_cg_iter", max_cg_iter)
+    if max_iter is not None:
+        arguments.count("max_iter", max_iter)
+    objective = arguments.objective(
+        X, y, loss=loss, l2=l2, sample_weight=sample_weight, fit_intercept=fit_intercept, delta=delta
+    )
+    theta = objective.zeros() if start is None else _start(objective, start)
+    if solver == "auto":
+        solver = choose(objective)
+    if max_iter is None:
+        max_iter = 1000 if solver == "lbfgs" else 100
+
+    with torch.no_grad():
+        point = objective.evaluate(theta)
+        if not point.finite:
+            arguments.check_finite(objective.x)
+            raise _gate.fail(
+                arguments.OP, "X, start", f"an objective that is finite at the start in {theta.dtype}", point.value
+            )
+        record = Recorder(callback, objective.total)
+        stop = record(point.value, point.largest, 0.0, 0, objective.rows)
+        system = _SYSTEMS[solver](max_cg_iter)
+        if not stop and solver == "newton-cholesky" and start is None and point.largest > tol * objective.total:
+            point, stop = _sampled_start(objective, point, system, record)
+        if stop:
+            outcome = Outcome(point, "stopped", 0)
+        else:
+            outcome = newton(objective, point, system, tol=tol, max_iter=max_iter, record=record)
+        point, status, n_iter = outcome
+        newton_system = DiagonalSystem(max_cg_iter) if solver == "lbfgs" else system
+        if status != "stopped" and falls_forever(objective, point, newton_system):
+            status = "no_minimum"
+    grad = point.largest / objective.total
+    message = _MESSAGES[status].format(grad=grad, tol=tol, max_iter=max_iter, dtype=str(theta.dtype)[6:])
+    d = objective.x.shape[1]
+    intercept = point.theta[d] if objective.intercept else torch.zeros_like(point.theta[0])
+    return GLMResult(
+        coef=point.theta[:d].clone(),
+        intercept=intercept.clone(),
+        status=status,
+        message=message,
+        value=point.value,
+        grad_norm=grad,
+        n_iter=n_iter,
+        solver=solver,
+        history=record.history,
+    )
+
+
+def choose(objective: Objective) -> str:
+    """The solver that "auto" stands for."""
+    if objective.x.layout is torch.strided and objective.zeros().numel() <= _FACTOR_UP_TO:
+        return "newton-cholesky"
+    return "newton-cg"
+
+
+def _start(objective: Objective, start: GLMResult | tuple[Any, Any]) -> Tensor:
+    coef, intercept = (start.coef, start.intercept) if isinstance(start, GLMResult) else start
+    x, d = objective.x, objective.x.shape[1]
+    tail = objective.shape[1:]
+    parts = []
+    for name, value, shape in (("coef", coef, (d, *tail)), ("intercept", intercept, tail)):
+        part = arguments.as_tensor("start", value)
+        if part.shape != shape:
+            raise _gate.fail(arguments.OP, "start", f"{name} of shape {shape}", f"shape {tuple(part.shape)}")
+        parts.append(part.to(dtype=x.dtype, device=x.device))
+    return torch.cat([parts[0], parts[1][None]]) if objective.intercept else parts[0].clone()
+
+
+def _sampled_start(objective: Objective, point: Point, system: System, record: Recorder) -> tuple[Point, bool]:
+    """Minimise over a sample of the rows first; a better point than the given one, or that, and whether to stop.
+
+    The sample is every k-th row: a view. The system keeps its factor, which preconditions those of all rows.
+    """
+    n, coefficients = objective.rows, point.theta.numel()
+    wanted = max(_SAMPLE_PER_COEFFICIENT * coefficients, _SAMPLE_PER_PASS * n // coefficients)
+    stride = n // wanted
+    if stride < _MIN_STRIDE or objective.x.layout is not torch.strided:
+        return point, False
+    part = objective.sample(stride)
+    first = part.evaluate(point.theta)
+    dispersion = 2.0 * first.value / part.total if objective.loss in ("squared", "huber") else 1.0
+    outcome = newton(
+        part,
+        first,
+        system,
+        tol=1e-12,
+        max_iter=_SAMPLE_ITERATIONS,
+        record=record,
+        decrement_tol=_SAMPLE_ACCURACY * stride * coefficients * dispersion,
+    )
+    found = objective.evaluate(outcome.point.theta)
+    stop = outcome.status == "stopped"
+    if not (found.finite and found.value < point.value):
+        found = point
+    return found, stop or record(found.value, found.largest, 0.0, 0, n)
