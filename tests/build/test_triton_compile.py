@@ -16,12 +16,14 @@ import torch
 triton = pytest.importorskip("triton")
 
 from secant.kernels.blocks import triton as blocks  # noqa: E402
+from secant.kernels.hvp import triton as hvp  # noqa: E402
 from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 KERNELS = {
     lbfgs: ("_dots", "_combine", "_panel", "_update_one", "_two_loop_one"),
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
+    hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish"),
 }
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -219,3 +221,73 @@ def test_blocks_compile_without_spills(gpu, tmp_path, op, n, dtype, mode):
 def test_all_blocks_compile(gpu, tmp_path, op, n, dtype, mode):
     launch_blocks(op, n, dtype, mode)
     check_resources(gpu, tmp_path, f"{op} n={n} {dtype} {mode}", lambda registers: CORNER)
+
+
+def launch_function_of_x(op: str, n: int, d: int, k: int, dtype: torch.dtype, loss: str = "logistic") -> None:
+    """One call of an op over X (n, d); rows aligned to 16 bytes are loaded so."""
+    arithmetic = F64 if dtype == F64 else F32
+    x = torch.zeros(1, d, dtype=dtype).expand(n, d)
+    rows, v = torch.zeros(n, dtype=arithmetic), torch.zeros(d, k, dtype=arithmetic)
+    value, probs = torch.zeros((), dtype=F64), torch.zeros(1, k, dtype=arithmetic).expand(n, k)
+    if op == "glm_hvp":
+        hvp.glm_hvp(x, v, rows, 0.5, v)
+    elif op == "glm_value_grad":
+        hvp.glm_value_grad(x, rows, v[:, 0].contiguous(), loss, 1.0, None, 0.5, value, v[:, 0].contiguous(), rows)
+    elif op == "softmax_hvp":
+        hvp.softmax_hvp(x, v, probs, None, 0.5, v)
+    else:
+        hvp.softmax_value_grad(x, rows.long(), v, rows, 0.5, value, v, probs)
+
+
+#: (op, rows, columns, columns of v, dtype): one pass and two, one column and groups of them.
+HVP_MAIN = [
+    ("glm_hvp", 1 << 17, 256, 1, F32),
+    ("glm_hvp", 1 << 17, 784, 8, F32),
+    ("glm_value_grad", 1 << 17, 784, 1, F32),
+    ("glm_hvp", 4096, 65536, 1, F32),
+    ("softmax_value_grad", 1 << 17, 784, 10, F32),
+]
+HVP_MORE = [
+    *(("glm_hvp", 1 << 17, d, k, t) for t in (F32, F64, BF16) for d in (3, 256, 785, 4096, 16384) for k in (1, 8, 64)),
+    *(("glm_value_grad", 1 << 17, d, 1, t) for t in (F32, F64, torch.float16) for d in (10, 1024, 16384, 65536)),
+    *((op, 1 << 17, d, k, t) for op in ("softmax_hvp", "softmax_value_grad") for t in (F32, F64, BF16)
+      for d, k in ((10, 3), (784, 10), (1024, 16), (4096, 100))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "n", "d", "k", "dtype"), HVP_MAIN, ids=str)
+def test_functions_of_x_compile_without_spills(gpu, tmp_path, op, n, d, k, dtype):
+    launch_function_of_x(op, n, d, k, dtype)
+    once = {"_pass", "_finish"}
+    assert {x.metadata.name for x in gpu[1]} == (once | {"_between"} if d > 16384 or "softmax" in op else once)
+    check_resources(gpu, tmp_path, f"{op} n={n} d={d} k={k} {dtype}", lambda registers: 0 if registers > 128 else STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "n", "d", "k", "dtype"), HVP_MORE, ids=str)
+def test_all_functions_of_x_compile(gpu, tmp_path, op, n, d, k, dtype):
+    for loss in hvp._LOSSES if op == "glm_value_grad" else ("logistic",):
+        launch_function_of_x(op, n, d, k, dtype, loss)
+    check_resources(gpu, tmp_path, f"{op} n={n} d={d} k={k} {dtype}", lambda registers: CORNER)
+
+
+@pytest.mark.parametrize("d", [256, 784])
+def test_rows_of_x_are_read_sixteen_bytes_at_a_time(gpu, d):
+    launch_function_of_x("glm_hvp", 1 << 17, d, 1, F32)
+    (found,) = (x for x in gpu[1] if x.metadata.name == "_pass")
+    assert len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", found.asm["ptx"])) >= 4
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(1000, F32), (50304, F32), (50304, BF16)], ids=str)
+def test_cross_entropy_compiles_without_spills(gpu, tmp_path, vocabulary, dtype, given):
+    logits = torch.zeros(4, vocabulary, dtype=dtype)
+    hvp.cross_entropy_hvp(logits, logits, torch.zeros(4) if given else None, logits.clone())
+    check_resources(gpu, tmp_path, f"cross_entropy V={vocabulary} {dtype}", lambda registers: 0)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype"), [(10000, 256, 256, F32), (256, 256, 10000, F32), (96, 64, 64, F64)])
+def test_products_compile_without_spills(gpu, tmp_path, m, n, k, dtype):
+    a, b, out = torch.zeros(m, k, dtype=dtype), torch.zeros(n, k, dtype=dtype).T, torch.zeros(m, n, dtype=dtype)
+    hvp.paired_matmul(a, b, a, b, out[0], out, out, out, out)
+    check_resources(gpu, tmp_path, f"product {m} {n} {k} {dtype}", lambda registers: 0)
