@@ -10,11 +10,17 @@ namespace {
 
 template <class T>
 void inv(const secant::Blocks& c) {
+#ifdef __AVX2__
+  if (!c.spd && blocks::one_by_one<T>(c.n)) return blocks::inv_pivot<T>(c);
+#endif
   c.spd ? blocks::inv_spd<T>(c) : blocks::inv_general<T>(c);
 }
 
 template <class T>
 void solve(const secant::Blocks& c) {
+#ifdef __AVX2__
+  if (!c.spd && blocks::one_by_one<T>(c.n)) return blocks::solve_pivot<T>(c);
+#endif
   c.spd ? blocks::solve_spd<T>(c) : blocks::solve_general<T>(c);
 }
 

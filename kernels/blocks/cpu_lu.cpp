@@ -302,20 +302,14 @@ void solve_large(const Blocks& c) {
 
 template <class T>
 void inv_general(const Blocks& c) {
-  if (c.n <= kSmall) return with_small(c.n, [&](auto n) { inv_small<T, decltype(n)::value>(c); });
-  if constexpr (kMostVectors > 0) {
-    if (c.n <= kMostVectors * kLanes<T>) return inv_pivot<T>(c);
-  }
-  inv_large<T>(c);
+  if (c.n > kSmall) return inv_large<T>(c);
+  with_small(c.n, [&](auto n) { inv_small<T, decltype(n)::value>(c); });
 }
 
 template <class T>
 void solve_general(const Blocks& c) {
-  if (c.n <= kSmall) return with_small(c.n, [&](auto n) { solve_small<T, decltype(n)::value>(c); });
-  if constexpr (kMostVectors > 0) {
-    if (c.n <= kMostVectors * kLanes<T>) return solve_pivot<T>(c);
-  }
-  solve_large<T>(c);
+  if (c.n > kSmall) return solve_large<T>(c);
+  with_small(c.n, [&](auto n) { solve_small<T, decltype(n)::value>(c); });
 }
 
 template void inv_general<float>(const Blocks&);

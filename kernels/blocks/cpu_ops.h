@@ -16,11 +16,13 @@ template <class T>
 void inv_general(const Blocks&);
 template <class T>
 void solve_general(const Blocks&);
-// General blocks of at least one piece and up to kMostVectors vectors of rows, one by one.
+// General blocks one by one. That pays where the columns are long, and needs them to be of four vectors at most.
 #ifdef __AVX2__
-constexpr int kMostVectors = 4;
-#else
-constexpr int kMostVectors = 0;
+template <class T>
+constexpr bool one_by_one(int n) {
+  constexpr int lanes = SECANT_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  return n >= (lanes > 8 ? 2 * lanes : 16) && n <= 4 * lanes;
+}
 #endif
 template <class T>
 void inv_pivot(const Blocks&);

@@ -1,4 +1,4 @@
-// General blocks of 9 to 4 vectors of rows: a few matrices side by side, each by itself, its columns in vectors.
+// General blocks of up to four vectors of rows: each matrix by itself, its columns in vectors.
 //
 // Where a lane holds a whole matrix, every lane wants another pivot row and rows change places under masks, which costs
 // as much as the elimination. Here a row is chosen by its number and stays where it is: the rows that are not used up
@@ -384,16 +384,29 @@ void for_matrices(const Blocks& c, double nanoseconds, int width, int64_t more, 
   });
 }
 
+// All n pivots: one half of the matrices searches while the other eliminates, which waits for nothing.
+template <bool keep, class T, int V, class F>
+SECANT_INLINE void factor(Pivoting<T, V> (&m)[kTogether<V>], int n, Next& next, const F& eliminate) {
+  constexpr int M = kTogether<V>, H = M / 2;
+  unroll<H>([&](auto i) SECANT_LAMBDA { m[i].template pivot<keep>(0); });
+  for (int k = 0; k < n; ++k) {
+    next.fetch();
+    unroll<M - H>([&](auto i) SECANT_LAMBDA { m[H + i].template pivot<keep>(k); });
+    unroll<H>([&](auto i) SECANT_LAMBDA { eliminate(m[i], k); });
+    if (k + 1 < n) {
+      unroll<H>([&](auto i) SECANT_LAMBDA { m[i].template pivot<keep>(k + 1); });
+    }
+    unroll<M - H>([&](auto i) SECANT_LAMBDA { eliminate(m[H + i], k); });
+  }
+}
+
 template <class T, int V>
 void inv_columns(const Blocks& c) {
   const int n = c.n;
   for_matrices<T, V>(c, n * n * 2.0, n, int64_t{V} * V * kLanes<T>, int64_t{n} * n,
                      [&](Pivoting<T, V>(&m)[kTogether<V>], const int64_t* block, T* memory, Next& next) SECANT_LAMBDA {
-                       for (int k = 0; k < n; ++k) {
-                         next.fetch();
-                         for (auto& matrix : m) matrix.template pivot<false>(k);
-                         for (auto& matrix : m) matrix.eliminate_inverse(k);
-                       }
+                       factor<false>(m, n, next,
+                                     [](Pivoting<T, V>& matrix, int k) SECANT_LAMBDA { matrix.eliminate_inverse(k); });
                        for (int i = 0; i < kTogether<V>; ++i) {
                          m[i].invert(memory, static_cast<T*>(c.out) + block[i] * n * n);
                        }
@@ -412,11 +425,9 @@ void solve_columns(const Blocks& c) {
                            m[i].take(static_cast<const T*>(c.b) + block[i] * c.b_batch + begin, c.k, width);
                          }
                          if (begin == 0) {
-                           for (int k = 0; k < n; ++k) {
-                             next.fetch();
-                             for (auto& matrix : m) matrix.template pivot<many>(k);
-                             for (auto& matrix : m) matrix.eliminate(k, n + width);
-                           }
+                           factor<many>(m, n, next, [end = n + width](Pivoting<T, V>& matrix, int k) SECANT_LAMBDA {
+                             matrix.eliminate(k, end);
+                           });
                          } else {
                            for (auto& matrix : m) matrix.forward(width);
                          }
@@ -432,7 +443,7 @@ void solve_columns(const Blocks& c) {
 // f(constant V) for n rows in V vectors.
 template <class T, class F>
 void with_vectors(int n, const F& f) {
-  unroll<kMostVectors>([&](auto i) {
+  unroll<4>([&](auto i) {
     if ((n + kLanes<T> - 1) / kLanes<T> == i + 1) f(std::integral_constant<int, i + 1>{});
   });
 }

@@ -54,7 +54,10 @@ def test_sanitizers_on_blocks(tmp_path, isa):
     """The same for small blocks. Of the sizes that are unrolled only the first ones, to compile in time."""
     program = tmp_path / "sanitize_blocks"
     flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSECANT_BLOCKS_SMALL=3"]
-    sources = ["tests/build/sanitize_blocks.cpp", *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd"))]
+    sources = [
+        "tests/build/sanitize_blocks.cpp",
+        *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd")),
+    ]
     compile_cpp(isa, sources, program, *flags)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

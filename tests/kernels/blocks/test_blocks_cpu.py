@@ -17,8 +17,9 @@ import block_matrices as bm
 from secant import _cpu
 
 WIDEST = 16  # lanes of a vector, at most
-#: Every path: nothing to eliminate, unrolled, one panel and a rest of each length, more rows than a panel has.
-SIZES = [1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 17, 32, 33]
+#: Every path: nothing to eliminate, unrolled, one panel and a rest of each length, more rows than a panel has, columns
+#: of two to four vectors, full and not.
+SIZES = [1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 16, 17, 32, 33]
 #: The other instruction sets run the same sources: there, these sizes do.
 every_size = pytest.mark.parametrize("n", SIZES if os.environ.get("SECANT_ISA") else range(1, 65))
 some_sizes = pytest.mark.parametrize("n", SIZES)
@@ -236,7 +237,7 @@ def mixed_batch(n, dtype, batch):
 
 @real
 @calls
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 14])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 14, 16, 32])
 def test_the_bits_of_a_block_do_not_depend_on_its_place(n, call, dtype):
     """Tails of every length, permutations, and bad neighbours."""
     batch = 2 * WIDEST + 1
@@ -278,7 +279,7 @@ def test_the_number_of_threads_chosen_by_size_changes_no_bit():
 
 @real
 @calls
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 12])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 12, 16, 32])
 def test_strides_between_blocks(n, call, dtype):
     batch = WIDEST + 3
     a, b, shift = mixed_batch(n, dtype, batch)
@@ -295,7 +296,7 @@ def test_strides_between_blocks(n, call, dtype):
 
 
 @real
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 20])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 16, 20, 32])
 def test_in_place(n, dtype):
     a, b, shift = mixed_batch(n, dtype, WIDEST + 3)
     wide = rhs(a, 40, "wide")
