@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../kernels/blocks/cpu.h"
+#include "../kernels/hvp/cpu.h"
 #include "../kernels/lbfgs/cpu.h"
 #include "bandwidth.h"
 #include "dlpack.h"
@@ -17,6 +18,7 @@
 #define X(isa)                                 \
   namespace isa {                              \
   extern const secant::BlocksCpu blocks_table; \
+  extern const secant::HvpCpu hvp_table;       \
   extern const secant::LbfgsCpu lbfgs;         \
   extern const secant::Bandwidth bandwidth;    \
   }
@@ -30,12 +32,13 @@ namespace {
 struct Isa {
   const char* name;
   const secant::BlocksCpu* blocks;
+  const secant::HvpCpu* hvp;
   const secant::LbfgsCpu* lbfgs;
   const secant::Bandwidth* bandwidth;
 };
 
 const Isa kBuilt[] = {
-#define X(isa) {#isa, &isa::blocks_table, &isa::lbfgs, &isa::bandwidth},
+#define X(isa) {#isa, &isa::blocks_table, &isa::hvp_table, &isa::lbfgs, &isa::bandwidth},
     SECANT_ISAS
 #undef X
 };
@@ -158,6 +161,36 @@ void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a
   isa().blocks->function[arithmetic](c);
 }
 
+void hvp_rows(int type, int op, int64_t n, int64_t d, uintptr_t x, int64_t x_row, int64_t k, bool intercept,
+              uintptr_t v, uintptr_t row, uintptr_t sample_weight, double l2, int loss, double delta, uintptr_t out,
+              uintptr_t value, uintptr_t row_out, int threads) {
+  secant::HvpRows c{};
+  c.op = op, c.n = n, c.d = d, c.x = ptr(x), c.x_row = x_row, c.k = k, c.intercept = intercept;
+  c.v = ptr(v), c.row = ptr(row), c.sample_weight = ptr(sample_weight), c.l2 = l2, c.loss = loss, c.delta = delta;
+  c.out = ptr(out), c.value = ptr<double>(value), c.row_out = ptr(row_out), c.threads = threads;
+  py::gil_scoped_release release;
+  isa().hvp->rows[type](c);
+}
+
+void hvp_sparse(int type, int op, int64_t n, int64_t d, uintptr_t crow, uintptr_t col, uintptr_t values,
+                bool wide_index, int64_t k, bool intercept, uintptr_t v, uintptr_t row, uintptr_t sample_weight,
+                double l2, int loss, double delta, uintptr_t out, uintptr_t value, uintptr_t row_out, int threads) {
+  secant::HvpRows c{};
+  c.op = op, c.n = n, c.d = d, c.x = ptr(values), c.crow = ptr(crow), c.col = ptr(col), c.wide_index = wide_index;
+  c.k = k, c.intercept = intercept, c.v = ptr(v), c.row = ptr(row), c.sample_weight = ptr(sample_weight), c.l2 = l2;
+  c.loss = loss, c.delta = delta, c.out = ptr(out), c.value = ptr<double>(value), c.row_out = ptr(row_out);
+  c.threads = threads;
+  py::gil_scoped_release release;
+  isa().hvp->sparse[type](c);
+}
+
+void hvp_cross_entropy(int type, int64_t rows, int64_t size, uintptr_t logits, int64_t logits_row, uintptr_t u,
+                       int64_t u_row, uintptr_t lse, uintptr_t out, int threads) {
+  const secant::HvpCrossEntropy c{rows, size, ptr(logits), logits_row, ptr(u), u_row, ptr(lse), ptr(out), threads};
+  py::gil_scoped_release release;
+  isa().hvp->cross_entropy[type](c);
+}
+
 const secant::dlpack::Exchange* exchange = nullptr;
 
 // Takes the table of torch.Tensor; whether it is of a version that is understood here.
@@ -258,5 +291,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("blocks_solve", &blocks_solve);
   m.def("blocks_eigh", &blocks_eigh);
   m.def("blocks_function", &blocks_function);
+  m.def("hvp_rows", &hvp_rows);
+  m.def("hvp_sparse", &hvp_sparse);
+  m.def("hvp_cross_entropy", &hvp_cross_entropy);
   m.def("read_bandwidth", &read_bandwidth, "Best bytes per second over `repeats` reads of a buffer by all threads.");
 }

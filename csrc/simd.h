@@ -20,6 +20,7 @@
 #endif
 
 #define SECANT_INLINE inline __attribute__((always_inline))
+#define SECANT_LAMBDA __attribute__((always_inline))
 
 namespace SECANT_ISA {
 
@@ -27,6 +28,11 @@ constexpr int kBytes = SECANT_VECTOR_BYTES;
 
 // Storage of a bfloat16: the upper half of a float.
 struct bf16 {
+  uint16_t bits;
+};
+
+// Storage of an IEEE half.
+struct f16 {
   uint16_t bits;
 };
 
@@ -59,6 +65,13 @@ SECANT_INLINE vec<T> splat(T x) {
   return x - vec<T>{};
 }
 
+#ifdef __AVX512F__
+// Under a mask of ones, because GCC's own unmasked forms start from a variable that was never set, and warn of it at
+// every use (GCC bug 105593). The instruction is the same.
+constexpr __mmask16 kAllFloats = 0xffff;
+constexpr __mmask8 kAllDoubles = 0xff;
+#endif
+
 // Widening loads. GCC lowers __builtin_convertvector to halves of a register, so the wide forms name the instruction.
 template <int N>
 SECANT_INLINE typename VecN<uint32_t, N>::type widen_u16(const uint16_t* p) {
@@ -90,11 +103,32 @@ SECANT_INLINE typename VecN<float, N>::type widen_bf16(const bf16* p) {
   return (typename VecN<float, N>::type)(widen_u16<N>(&p->bits) << 16);
 }
 
+template <int N>
+SECANT_INLINE typename VecN<float, N>::type widen_f16(const f16* p) {
+  using F = typename VecN<float, N>::type;
+#ifdef __AVX2__
+  if constexpr (N == 4) return (F)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (N == 8) return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+#ifdef __AVX512F__
+  if constexpr (N == 16)
+    return (F)_mm512_maskz_cvtph_ps(kAllFloats, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
+  // The bits of the magnitude are those of the float 2^-112 times as large; infinities and NaN have its top exponent.
+  using U = typename VecN<uint32_t, N>::type;
+  const U bits = widen_u16<N>(&p->bits), magnitude = (bits & 0x7fffu) << 13;
+  const U special = (U)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  const F value = (F)magnitude * 5192296858534827628530496329220096.0f;  // 2^112
+  return (F)(((U)value | special) | ((bits & 0x8000u) << 16));
+}
+
 // N values of type S, as a vector of N values of type T.
 template <class T, int N, class S>
 SECANT_INLINE typename VecN<T, N>::type load_as(const S* p) {
   using V = typename VecN<T, N>::type;
-  if constexpr (__is_same(S, bf16) && __is_same(T, double)) {
+  if constexpr (__is_same(S, f16)) {
+    return widen_f16<N>(p);
+  } else if constexpr (__is_same(S, bf16) && __is_same(T, double)) {
     return widen_float<N>(widen_bf16<N>(p));
   } else if constexpr (__is_same(S, bf16)) {
     return widen_bf16<N>(p);
@@ -161,6 +195,17 @@ SECANT_INLINE float to_float(bf16 x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+SECANT_INLINE float to_float(f16 x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0;
+  float f;
+  std::memcpy(&f, &magnitude, 4);
+  f *= 5192296858534827628530496329220096.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  bits |= special | (static_cast<uint32_t>(x.bits & 0x8000u) << 16);
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
 SECANT_INLINE float to_float(float x) { return x; }
 SECANT_INLINE double to_float(double x) { return x; }
 
@@ -183,6 +228,27 @@ struct Round<bf16> {
     return bf16{static_cast<uint16_t>(f != f ? 0x7fc0u : rounded)};
   }
 };
+template <>
+struct Round<f16> {
+  static SECANT_INLINE f16 from(float f) {
+    uint32_t bits, rounded;
+    std::memcpy(&bits, &f, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return f16{static_cast<uint16_t>(sign | 0x7e00u)};
+    if (magnitude >= 0x477ff000u) return f16{static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more
+    if (magnitude < 0x38800000u) {
+      // Subnormal: the last place of a float in [1/2, 1) is 2^-24, that of the half.
+      float m;
+      std::memcpy(&m, &magnitude, 4);
+      m += 0.5f;
+      std::memcpy(&rounded, &m, 4);
+      return f16{static_cast<uint16_t>(sign | (rounded - 0x3f000000u))};
+    }
+    rounded = magnitude - (112u << 23);
+    rounded = (rounded + 0xfffu + ((rounded >> 13) & 1u)) >> 13;
+    return f16{static_cast<uint16_t>(sign | rounded)};
+  }
+};
 
 // ------------------------------------------------------------------------------- masks, lane by lane, and transposes
 
@@ -190,10 +256,6 @@ struct Round<bf16> {
 #ifdef __AVX512F__
 template <class T>
 using mask = typename std::conditional<sizeof(T) == 4, __mmask16, __mmask8>::type;
-// Under a mask of ones, because GCC's own unmasked forms start from a variable that was never set, and warn of it at
-// every use (GCC bug 105593). The instruction is the same.
-constexpr __mmask16 kAllFloats = 0xffff;
-constexpr __mmask8 kAllDoubles = 0xff;
 #else
 template <class T>
 using mask = vec<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type>;

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="time the kernels against every peer and check the bars, in a few minutes"
     )
-    bench.add_argument("--family", choices=("lbfgs", "blocks"), help="one family of kernels (default: both)")
+    bench.add_argument("--family", choices=("lbfgs", "blocks", "hvp"), help="one family of kernels (default: all)")
     bench.add_argument("--full", action="store_true", help="the blocks of every n from 1 to 64")
     bench.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=_file, metavar="FILE", help="draw the results (PNG)")

@@ -306,3 +306,30 @@ def save_blocks(path: Path, columns: Sequence[BlockPanels], footer: str) -> None
     )  # fmt: skip
     figure.text(0.045, 0.015, footer, fontsize=8.5, color="#7a7a7a")
     figure.savefig(path)
+
+
+def save_products(
+    path: Path,
+    shares: Sequence[tuple[str, float]],
+    share_panel: Panel,
+    speedups: Panel,
+    ratios: Sequence[tuple[str, dict[str, float]]],
+    footer: str,
+) -> None:
+    """Share of the bandwidth of each case on the left, speed-up over every peer on the right. Write a PNG."""
+    figure = _figure()
+    left, right = (figure.add_axes(box) for box in ((0.25, 0.14, 0.3, 0.72), (0.62, 0.14, 0.34, 0.72)))
+    left.barh(range(len(shares)), [share for _, share in shares], color=SECANT, height=0.55)
+    for i, (_, share) in enumerate(shares):
+        left.text(share, i, f"  {share:.0%}", va="center", fontsize=9, color=INK)
+    left.axvline(1, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+    left.set_yticks(range(len(shares)), [label for label, _ in shares])
+    left.invert_yaxis()
+    left.set_xlim(0, 1.15 * max([1.0, *(share for _, share in shares)]))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    _bare(left)
+    _title(left, *share_panel)
+    speedup_panel(right, *speedups, ratios)
+    right.set_yticks(range(len(ratios)), [""] * len(ratios))
+    figure.text(0.02, 0.02, footer, fontsize=8.5, color="#7a7a7a")
+    figure.savefig(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from secant.benchmarks import blocks, blocks_report, digits, lbfgs, machine, report
+from secant.benchmarks import blocks, blocks_report, digits, hvp, lbfgs, machine, report
 from secant.benchmarks.lbfgs import Case, Row
 from secant.benchmarks.optimizers import outside_per_iteration
 from secant.benchmarks.report import Overhead
@@ -17,9 +17,9 @@ from secant.cli import console
 
 #: Seconds of timing per group of cases, and the longest vector of those that GPU users would replay from a graph.
 GROUP_SECONDS, GRAPH_N = 2.0, 10**5
-#: Seconds of timing per case of the blocks.
-BLOCK_SECONDS = 0.4
-FAMILIES = ("lbfgs", "blocks")
+#: Seconds of timing per case of the blocks, and of the products.
+BLOCK_SECONDS, PRODUCT_SECONDS = 0.4, 1.5
+FAMILIES = ("lbfgs", "blocks", "hvp")
 #: n, history and line search of the optimizers that are compared.
 OVERHEADS = (
     *((n, history, None) for n in (10**3, 10**6) for history in (10, 100)),
@@ -178,6 +178,55 @@ def _run_blocks(
     return blocks_report.as_json(rows, device)
 
 
+def draw_products(path: Path, rows: Sequence[hvp.Row], bandwidth: float, about: dict[str, Any]) -> None:
+    """Write the picture of the `hvp` family."""
+    from secant.benchmarks import plot
+
+    shares, compared = [], []
+    for case in dict.fromkeys(row.case for row in rows):
+        ours = hvp.own(rows, case)
+        if ours is None or ours.bytes_per_second is None:
+            continue
+        label = f"{case.label}, {report.dtype_name(case.dtype)}"
+        shares.append((label, ours.bytes_per_second / bandwidth))
+        peers = {row.name: hvp.ratio(row, ours) for row in rows if row.case == case and row.kind == "peer"}
+        compared.append((label, {name: value for name, value in peers.items() if value is not None}))
+    found = [value for _, values in compared for value in values.values()]
+    plot.save_products(
+        path,
+        shares,
+        plot.Panel("Share of the memory bandwidth", "bytes that must move over time, X counted once"),
+        plot.Panel(
+            f"Faster than the peer in {sum(value >= 1 for value in found)} of {len(found)}",
+            "how many times longer each peer takes; left of 1 we lose",
+        ),
+        compared,
+        machine.summary(about),
+    )
+
+
+def _run_products(
+    device: torch.device, about: dict[str, Any], plot_path: Path | None, *, quick: bool
+) -> dict[str, Any]:
+    first = machine.bandwidth(device)
+    rows: list[hvp.Row] = []
+    cases = hvp.small_cases() if quick else hvp.cases(device)
+    with console.progress("products") as advance:
+        for i, case in enumerate(cases):
+            seconds = 0.02 if quick else PRODUCT_SECONDS
+            rows += hvp.measure(case, device, seconds=seconds, compiled=not quick)
+            advance((i + 1) / len(cases), case.label)
+    rate = max(first, machine.bandwidth(device)).bytes_per_second
+    bars = hvp.gpu_bars(rows, rate) if device.type == "cuda" else hvp.cpu_bars(rows)
+    console.show(hvp.rows_table(rows, rate))
+    if bars:
+        console.show(hvp.bars_table(bars))
+    if plot_path is not None:
+        draw_products(plot_path, rows, rate, about)
+        print(f"Wrote {plot_path}.")
+    return hvp.as_json(rows, bars) | {"bandwidth": rate}
+
+
 def run(
     device: torch.device,
     *,
@@ -190,24 +239,31 @@ def run(
     """Run the benchmarks, print the tables, and write what is asked for.
 
     Args:
-        device: where. json_path, plot_path: files to write; with both families, the picture of the blocks goes next to
-            that of the directions, to *-blocks.
+        device: where. json_path, plot_path: files to write; with several families, the first has the picture
+            of this name and each other one goes to *-family.
         quick: small inputs, short samples, no torch.compile. families: of `FAMILIES`. full: every n of the blocks.
 
     Returns:
-        The plain data: "machine", what `report.as_json` returns, and as "blocks" what `blocks_report.as_json` does.
+        The plain data: "machine", what `report.as_json` returns, and as "blocks" and "hvp" what the `as_json` of each
+        returns.
     """
     about = machine.describe(device)
     result: dict[str, Any] = {"machine": about}
     lost: list[str] = []
+
+    def picture(family: str) -> Path | None:
+        alone = family == families[0]  # the first has the name that was given
+        return plot_path if alone or plot_path is None else plot_path.with_stem(f"{plot_path.stem}-{family}")
+
     if "lbfgs" in families:
-        result |= _run_lbfgs(device, about, plot_path, quick=quick)
+        result |= _run_lbfgs(device, about, picture("lbfgs"), quick=quick)
         lost += result["lost"]
-        if plot_path is not None:
-            plot_path = plot_path.with_stem(f"{plot_path.stem}-blocks")
     if "blocks" in families:
-        result["blocks"] = _run_blocks(device, about, plot_path, quick=quick, full=full)
+        result["blocks"] = _run_blocks(device, about, picture("blocks"), quick=quick, full=full)
         lost += result["blocks"]["lost"]
+    if "hvp" in families:
+        result["hvp"] = _run_products(device, about, picture("hvp"), quick=quick)
+        lost += result["hvp"]["lost"]
     console.show(
         report.Table("Machine", ("", ""), [(key.replace("_", " "), str(value)) for key, value in about.items()])
     )

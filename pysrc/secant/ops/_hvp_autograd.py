@@ -31,7 +31,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether a functorch transform stands around this tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 class _Product(Function):

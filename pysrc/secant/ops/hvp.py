@@ -19,7 +19,6 @@ derivatives by the other arguments go through torch operations that read `x` onc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -69,24 +68,33 @@ def _check_number(op: str, name: str, value: float, positive: bool = False) -> f
     return float(value)
 
 
-def _in_turns(v: Tensor, product: Callable[[Tensor, Tensor], None]) -> Tensor:
-    """`product(columns, out)` for at most MAX_VECTORS columns at a time."""
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if v.shape[1] <= MAX_VECTORS:
-        product(v, out)
-    else:
-        for start in range(0, v.shape[1], MAX_VECTORS):
-            part = v[:, start : start + MAX_VECTORS].contiguous()
-            result = torch.empty_like(part)
-            product(part, result)
-            out[:, start : start + MAX_VECTORS] = result
-    return out
-
-
 def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
     """The product when there are no rows."""
     out = l2 * v
     out[x.shape[1] :] = 0
+    return out
+
+
+def _launch_glm_hvp(x: Tensor, sparse: bool, v: Tensor, weight: Tensor, l2: float, out: Tensor) -> None:
+    if sparse:
+        dispatch.call_sparse("glm_hvp", x, v, weight, l2, out)
+    else:
+        dispatch.call("glm_hvp", x, v, weight, l2, out)
+
+
+def _glm_product(x: Tensor, sparse: bool, v: Tensor, weight: Tensor, l2: float) -> Tensor:
+    """The product for columns v (d, k), at most MAX_VECTORS of them at a time."""
+    if not x.shape[0] or not v.numel():
+        return _only_penalty(x, v, l2)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if v.shape[1] <= MAX_VECTORS:
+        _launch_glm_hvp(x, sparse, v, weight, l2, out)
+        return out
+    for start in range(0, v.shape[1], MAX_VECTORS):
+        part = v[:, start : start + MAX_VECTORS].contiguous()
+        result = torch.empty_like(part)
+        _launch_glm_hvp(x, sparse, part, weight, l2, result)
+        out[:, start : start + MAX_VECTORS] = result
     return out
 
 
@@ -122,27 +130,22 @@ def glm_hvp(
     columns = _check_columns(op, "v", v, x, dtype, intercept, both=True)
     _gate.shaped(op, "weight", weight, (x.shape[0],), dtype, x.device)
     l2 = _check_number(op, "l2", l2)
+    sparse = x.layout is torch.sparse_csr
     if out is not None:
         _gate.shaped(op, "out", out, tuple(v.shape), dtype, x.device)
-        for name, other in (("v", v), ("weight", weight), *((("x", x),) if x.layout is torch.strided else ())):
+        for name, other in (("v", v), ("weight", weight), *(() if sparse else (("x", x),))):
             if _gate.overlaps(out, other):
                 raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
 
-    def run(part: Tensor, result: Tensor) -> None:
-        if x.layout is torch.sparse_csr:
-            dispatch.call_sparse("glm_hvp", x, part, weight, l2, result)
-        else:
-            dispatch.call("glm_hvp", x, part, weight, l2, result)
-
     def product(part: Tensor) -> Tensor:
-        return _in_turns(part, run) if len(x) and part.numel() else _only_penalty(x, part, l2)
+        return _glm_product(x, sparse, part, weight, l2)
 
     if autograd.is_differentiated(x, weight):
         result = formulas.glm_hvp(x, columns, weight, l2)
     elif autograd.is_differentiated(v):
         result = autograd.apply(columns, product, True)
     elif out is not None and out.is_contiguous() and len(x) and 0 < columns.shape[1] <= MAX_VECTORS:
-        run(columns, out.view(columns.shape))
+        _launch_glm_hvp(x, sparse, columns, weight, l2, out.view(columns.shape))
         return out
     else:
         result = product(columns)
@@ -200,6 +203,7 @@ def glm_value_grad(
     if loss not in LOSSES:
         raise _gate.fail(op, "loss", f"one of {LOSSES}", repr(loss))
     l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
+    sparse = x.layout is torch.sparse_csr
 
     def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -207,7 +211,7 @@ def glm_value_grad(
         if not len(x):
             grad = _only_penalty(x, coef, l2)
             return value + (grad * coef).double().sum() / 2, grad, weight
-        call = dispatch.call_sparse if x.layout is torch.sparse_csr else dispatch.call
+        call = dispatch.call_sparse if sparse else dispatch.call
         call("glm_value_grad", x, target, coef, loss, delta, sample_weight, l2, value, grad, weight)
         return value, grad, weight
 
@@ -220,9 +224,17 @@ def glm_value_grad(
         return value, grad, formulas.glm_weight(x, target, coef, loss, delta, sample_weight)
     if autograd.is_differentiated(coef):
         return autograd.ValueGrad.apply(
-            coef, kernel, formula, lambda g, weight: glm_hvp(x, g, weight, l2=l2, intercept=intercept)
+            coef, kernel, formula, lambda g, weight: _glm_product(x, sparse, g[:, None], weight, l2)[:, 0]
         )
     return kernel(coef)
+
+
+def _softmax_product(x: Tensor, v: Tensor, probs: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
+    if not x.shape[0] or not v.numel():
+        return _only_penalty(x, v, l2)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dispatch.call("softmax_hvp", x, v, probs, sample_weight, l2, out)
+    return out
 
 
 def softmax_hvp(
@@ -263,11 +275,7 @@ def softmax_hvp(
     l2 = _check_number(op, "l2", l2)
 
     def product(v: Tensor) -> Tensor:
-        if not len(x) or not v.shape[1]:
-            return _only_penalty(x, v, l2)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        dispatch.call("softmax_hvp", x, v, probs, sample_weight, l2, out)
-        return out
+        return _softmax_product(x, v, probs, sample_weight, l2)
 
     if autograd.is_differentiated(x, probs, sample_weight):
         return formulas.softmax_hvp(x, v, probs, sample_weight, l2)
@@ -336,7 +344,7 @@ def softmax_value_grad(
             coef,
             kernel,
             formula,
-            lambda g, probs: softmax_hvp(x, g, probs, sample_weight=sample_weight, l2=l2, intercept=intercept),
+            lambda g, probs: _softmax_product(x, g, probs, sample_weight, l2),
         )
     return kernel(coef)
 
@@ -400,6 +408,7 @@ def paired_matmul(
     scale: Tensor | None = None,
     p: Tensor | None = None,
     q: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The step of the R-operator through a linear layer and its activation, scale * (a b + c e + bias) + p * q.
 
@@ -448,9 +457,19 @@ def paired_matmul(
     ):  # fmt: skip
         if z is not None:
             _gate.shaped(op, name, z, shape, a.dtype, a.device)
-    if autograd.is_differentiated(a, b, c, e, bias, scale, p, q):
-        return formulas.paired_matmul(a, b, c, e, bias, scale, p, q)
-    out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
+    differentiated = autograd.is_differentiated(a, b, c, e, bias, scale, p, q)
+    if out is None:
+        if differentiated:
+            return formulas.paired_matmul(a, b, c, e, bias, scale, p, q)
+        out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
+    else:
+        _gate.shaped(op, "out", out, (rows, columns), a.dtype, a.device)
+        if differentiated or not out.is_contiguous():
+            wanted = "None where a derivative is wanted" if differentiated else "a contiguous tensor"
+            raise _gate.fail(op, "out", wanted, _gate.describe(out))
+        for name, x in zip("abcepq", (a, b, c, e, p, q), strict=True):
+            if x is not None and _gate.overlaps(out, x):
+                raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
     if out.numel():
         dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
     return out

@@ -1,0 +1,53 @@
+// What the `hvp` CPU kernels take: raw pointers and sizes, checked by the Python gate. Shapes are those of
+// reference.py.
+#pragma once
+
+#include <cstdint>
+
+namespace secant {
+
+enum HvpRowOp { kGlmHvp, kGlmValueGrad, kSoftmaxHvp, kSoftmaxValueGrad };
+enum HvpLoss { kSquared, kLogistic, kPoisson, kHuber };
+
+// A pass over the rows of X: Z = X V, a function of each row of Z, and X^T of it.
+struct HvpRows {
+  int op;  // HvpRowOp
+  int64_t n, d;
+  const void* x;
+  int64_t x_row;  // elements between rows
+  int64_t k;      // columns of v and out
+  bool intercept;
+  const void* v;    // v or coef
+  const void* row;  // weight, target (real or int64) or probs
+  const void* sample_weight;
+  double l2, delta;
+  int loss;       // HvpLoss
+  void* out;      // the product or the gradient
+  double* value;  // of the objective
+  void* row_out;  // weights or probabilities
+  int threads;    // 0: as many as pay off
+  // Sparse rows: `x` holds the values; null for dense ones.
+  const void* crow;
+  const void* col;
+  bool wide_index;  // int64, else int32
+};
+
+struct HvpCrossEntropy {
+  int64_t rows, size;
+  const void* logits;
+  int64_t logits_row;
+  const void* u;
+  int64_t u_row;
+  const void* lse;
+  void* out;
+  int threads;
+};
+
+// One entry per storage type: float32 (0), float64 (1), bfloat16 (2), float16 (3).
+struct HvpCpu {
+  void (*rows[4])(const HvpRows&);
+  void (*sparse[2])(const HvpRows&);
+  void (*cross_entropy[4])(const HvpCrossEntropy&);
+};
+
+}  // namespace secant

@@ -1,0 +1,330 @@
+// A pass over the rows of X by a team of threads. Each thread takes a run of rows, block by block: Z = X V, a function
+// of each row of Z, G += X^T of it; the block is in the cache when it is read for the second time. In float, G is
+// summed over runs of at most 256 rows plus a block, which go into sums of double.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "cpu_math.h"
+#include "cpu_tiles.h"
+#include "parallel.h"
+
+namespace SECANT_ISA {
+namespace hvp {
+
+using secant::HvpRows;
+
+constexpr int64_t kBlockBytes = 256 * 1024;  // of a block of X: a quarter of the second-level cache
+constexpr int64_t kRun = 256;
+
+// Aligned to cache lines, so that registers do not straddle them.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(
+            ::operator new(static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(T), std::align_val_t(64)))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Where the vectors lie: K arrays of d, or d rows of `width`.
+struct Layout {
+  int64_t d, k, width;
+  bool along;
+  int64_t size() const { return d * width; }
+  int64_t at(int64_t j, int64_t c) const { return along ? c * d + j : j * width + c; }
+};
+
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if (count >= kLanes<T>) return load<vec<T>>(p);
+  T t[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) t[i] = p[i];
+  return load<vec<T>>(t);
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
+  T t[kLanes<T>];
+  store(t, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = t[i];
+}
+
+// The function of the rows: z becomes the coefficients of the gradient.
+template <class T>
+struct RowFunction {
+  const HvpRows& c;
+  const T* const weights;
+  const Layout layout;
+  const T* const bias;  // the row of the intercept, or null
+
+  // Z of rows i, i + 1, ...; returns what they add to the value of the objective.
+  double operator()(int64_t i, int64_t rows, T* z) const {
+    if (bias != nullptr) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < layout.k; ++j) z[r * layout.width + j] += bias[j];
+      }
+    }
+    switch (c.op) {
+      case secant::kGlmHvp:
+        return weigh(i, rows, z);
+      case secant::kGlmValueGrad:
+        return c.loss == secant::kLogistic  ? losses<secant::kLogistic>(i, rows, z)
+               : c.loss == secant::kPoisson ? losses<secant::kPoisson>(i, rows, z)
+               : c.loss == secant::kHuber   ? losses<secant::kHuber>(i, rows, z)
+                                            : losses<secant::kSquared>(i, rows, z);
+      case secant::kSoftmaxHvp:
+        return softmax(i, rows, z);
+      default:
+        return softmax_losses(i, rows, z);
+    }
+  }
+
+ private:
+  double weigh(int64_t i, int64_t rows, T* z) const {
+    const T* w = static_cast<const T*>(c.row) + i;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < layout.width; ++j) z[r * layout.width + j] *= w[r];
+    }
+    return 0;
+  }
+
+  template <int Loss>
+  double losses(int64_t i, int64_t rows, T* z) const {
+    using V = vec<T>;
+    const T* target = static_cast<const T*>(c.row) + i;
+    T* curvature = static_cast<T*>(c.row_out) + i;
+    const V zero = {}, one = splat(T(1)), delta = splat(static_cast<T>(c.delta));
+    double total = 0;
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const int64_t count = std::min<int64_t>(rows - r, kLanes<T>);
+      const V x = load_some(z + r, count), t = load_some(target + r, count);
+      V value, first, second;
+      if constexpr (Loss == secant::kSquared) {
+        first = x - t, second = one, value = first * first * T(0.5);
+      } else if constexpr (Loss == secant::kPoisson) {
+        second = exponential(x), first = second - t, value = second - t * x;
+      } else if constexpr (Loss == secant::kLogistic) {
+        const V e = exponential(-absolute<T>(x)), inverse = one / (one + e);
+        const auto positive = less<T>(zero, x);
+        first = select<T>(positive, inverse, e * inverse) - t;
+        second = e * inverse * inverse;
+        value = select<T>(positive, (one - t) * x, -t * x) + log1p_unit(e);
+      } else {
+        const V d = x - t, size = absolute<T>(d);
+        const auto outer = less<T>(delta, size);
+        const V limit = select<T>(less<T>(zero, d), delta, -delta);
+        first = select<T>(outer, limit, d);
+        second = select<T>(outer, zero, one);
+        value = select<T>(outer, delta * (size - T(0.5) * delta), d * d * T(0.5));
+      }
+      if (weights != nullptr) {
+        const V w = load_some(weights + i + r, count);
+        value *= w, first *= w, second *= w;
+      }
+      store_some(z + r, first, count);
+      store_some(curvature + r, second, count);
+      T terms[kLanes<T>];
+      store(terms, value);
+      for (int64_t l = 0; l < count; ++l) total += static_cast<double>(terms[l]);
+    }
+    return total;
+  }
+
+  double softmax(int64_t i, int64_t rows, T* z) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* p = static_cast<const T*>(c.row) + (i + r) * layout.k;
+      T* y = z + r * layout.width;
+      vec<T> sum = {};
+      for (int64_t j = 0; j < layout.k; j += kLanes<T>)
+        sum += load_some(p + j, layout.k - j) * load_some(y + j, layout.k - j);
+      const T mean = sum_lanes<T>(sum), w = weights == nullptr ? T(1) : weights[i + r];
+      for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
+        const int64_t count = layout.k - j;
+        store_some(y + j, w * (load_some(p + j, count) * (load_some(y + j, count) - mean)), count);
+      }
+    }
+    return 0;
+  }
+
+  double softmax_losses(int64_t i, int64_t rows, T* z) const {
+    double total = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* y = z + r * layout.width;
+      T* p = static_cast<T*>(c.row_out) + (i + r) * layout.k;
+      const int64_t target = static_cast<const int64_t*>(c.row)[i + r];
+      T high = y[0];
+      for (int64_t j = 1; j < layout.k; ++j) high = y[j] > high || y[j] != y[j] ? y[j] : high;
+      const T at_target = y[target];
+      vec<T> sum = {};
+      for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
+        const int64_t count = layout.k - j;
+        const vec<T> e = exponential(load_some(y + j, count) - high);
+        store_some(p + j, e, count);
+        sum += load_some(p + j, count);  // lanes beyond the row are zero again
+      }
+      const T whole = sum_lanes<T>(sum), inverse = T(1) / whole, w = weights == nullptr ? T(1) : weights[i + r];
+      for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
+        const int64_t count = layout.k - j;
+        const vec<T> q = load_some(p + j, count) * inverse;
+        store_some(p + j, q, count);
+        store_some(y + j, q * w, count);
+      }
+      y[target] -= w;
+      total +=
+          static_cast<double>(w) * (static_cast<double>(std::log(whole)) + (static_cast<double>(high) - at_target));
+    }
+    return total;
+  }
+};
+
+template <class T, class F>
+void with_tiles(const Layout& layout, const F& f) {
+  constexpr int W = kLanes<T>, H = W > 2 ? W / 2 : W;
+  if (!layout.along) return layout.width % W != 0 ? f(Across<T, H>{}) : f(Across<T, W>{});
+  switch (layout.k) {
+    case 1:
+      return f(Along<T, 1>{});
+    case 2:
+      return f(Along<T, 2>{});
+    case 3:
+      return f(Along<T, 3>{});
+    default:
+      return f(Along<T, 4>{});
+  }
+}
+
+template <class T>
+Layout layout_of(const HvpRows& c) {
+  constexpr int64_t W = kLanes<T>, H = W > 2 ? W / 2 : W;
+  if (c.k <= 4) return {c.d, c.k, c.k, true};
+  return {c.d, c.k, c.k <= H ? H : (c.k + W - 1) / W * W, false};
+}
+
+// The result: the sums of the threads, in their order, and the penalty.
+template <class T>
+void add_up(const HvpRows& c, const Layout& layout, const double* sums, int64_t stride, const secant::Team& team) {
+  const T* const v = static_cast<const T*>(c.v);
+  T* const out = static_cast<T*>(c.out);
+  const auto [begin, end] = team.share(c.d, 64);
+  for (int64_t j = begin; j < end; ++j) {
+    for (int64_t k = 0; k < c.k; ++k) {
+      double s = c.l2 * static_cast<double>(v[j * c.k + k]);
+      for (int t = 0; t < team.size; ++t) s += sums[t * stride + layout.at(j, k)];
+      out[j * c.k + k] = static_cast<T>(s);
+    }
+  }
+  if (team.rank != 0) return;
+  for (int64_t k = 0; c.intercept && k < c.k; ++k) {
+    double s = 0;
+    for (int t = 0; t < team.size; ++t) s += sums[t * stride + layout.size() + k];
+    out[c.d * c.k + k] = static_cast<T>(s);
+  }
+  if (c.value == nullptr) return;
+  double losses = 0, squares = 0;
+  for (int t = 0; t < team.size; ++t) losses += sums[t * stride + stride - 1];
+  for (int64_t j = 0; j < c.d * c.k; ++j) squares += static_cast<double>(v[j]) * static_cast<double>(v[j]);
+  *c.value = losses + c.l2 / 2 * squares;
+}
+
+template <class S, class T>
+void rows(const HvpRows& c) {
+  const Layout layout = layout_of<T>(c);
+  const T* v = static_cast<const T*>(c.v);
+  const bool packed = c.k == 1 || (!layout.along && layout.width == c.k);
+  Buffer<T> copy(packed ? 0 : layout.size());
+  if (!packed) {
+    std::fill_n(copy.get(), layout.size(), T(0));
+    for (int64_t j = 0; j < c.d; ++j) {
+      for (int64_t k = 0; k < c.k; ++k) copy.get()[layout.at(j, k)] = v[j * c.k + k];
+    }
+  }
+  const T* vectors = packed ? v : copy.get();
+  const RowFunction<T> function{c, static_cast<const T*>(c.sample_weight), layout,
+                                c.intercept ? v + c.d * c.k : nullptr};
+
+  // A block is a multiple of the rows of a tile.
+  const int64_t fit = kBlockBytes / (c.d * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = std::min<int64_t>(std::max<int64_t>(fit / 8 * 8, c.d > 16384 ? 4 : 8), kRun);
+  const double work = static_cast<double>(c.n) * static_cast<double>(c.d) * static_cast<double>(c.k);
+  int threads = c.threads > 0 ? c.threads : work < 65536 ? 1 : secant::max_threads();
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, c.n / 8)));
+  const int64_t stride = layout.size() + c.k + 1;  // sums of a thread: gradient, that of the intercept, value
+  Buffer<double> sums(threads * stride);
+
+  secant::run_team(threads, [&](const secant::Team& team) {
+    double* const total = sums.get() + team.rank * stride;
+    double* const of_bias = total + layout.size();
+    double* const value = of_bias + c.k;
+    std::fill_n(total, stride, 0.0);
+    constexpr bool direct = __is_same(T, double);
+    Buffer<T> z(block * layout.width + kLanes<T>), run(direct ? 0 : layout.size());
+    Buffer<T> wide(__is_same(S, T) ? 0 : block * c.d);
+    T* g = run.get();
+    if constexpr (direct) {
+      g = total;
+    } else {
+      std::fill_n(g, layout.size(), T(0));
+    }
+    int64_t summed = 0;
+    const auto flush = [&] {
+      if constexpr (!direct) {
+        for (int64_t j = 0; j < layout.size(); ++j) {
+          total[j] += static_cast<double>(g[j]);
+          g[j] = T(0);
+        }
+      }
+      summed = 0;
+    };
+    const auto [first, last] = team.share(c.n, 8);
+    with_tiles<T>(layout, [&](auto tiles) {
+      for (int64_t i = first; i < last; i += block) {
+        const int64_t count = std::min(block, last - i);
+        const S* const stored = static_cast<const S*>(c.x) + i * c.x_row;
+        const T* x;
+        int64_t ld;
+        if constexpr (__is_same(S, T)) {
+          x = stored, ld = c.x_row;
+        } else {
+          for (int64_t r = 0; r < count; ++r) {
+            T* const to = wide.get() + r * c.d;
+            const S* const from = stored + r * c.x_row;
+            int64_t j = 0;
+            for (; j + kLanes<T> <= c.d; j += kLanes<T>) store(to + j, load_t<T>(from + j));
+            for (; j < c.d; ++j) to[j] = to_float(from[j]);
+          }
+          x = wide.get(), ld = c.d;
+        }
+        decltype(tiles)::logits(x, ld, count, c.d, layout.width, vectors, z.get());
+        *value += function(i, count, z.get());
+        decltype(tiles)::gradient(x, ld, count, c.d, layout.width, z.get(), g);
+        if (c.intercept) {
+          for (int64_t r = 0; r < count; ++r) {
+            for (int64_t k = 0; k < c.k; ++k) of_bias[k] += static_cast<double>(z.get()[r * layout.width + k]);
+          }
+        }
+        summed += count;
+        if (summed >= kRun) flush();
+      }
+    });
+    flush();
+    team.barrier();
+    add_up<T>(c, layout, sums.get(), stride, team);
+  });
+}
+
+}  // namespace hvp
+}  // namespace SECANT_ISA

@@ -1,0 +1,86 @@
+// Passes over sparse rows: each entry is read once, its value and column kept for both products. Sums are of double.
+#include <algorithm>
+
+#include "cpu_ops.h"
+#include "cpu_rows.h"
+
+namespace SECANT_ISA {
+namespace hvp {
+namespace {
+
+template <class T, class I>
+void sparse_rows(const HvpRows& c) {
+  const Layout layout{c.d, c.k, c.k, c.k == 1};  // vectors interleaved: an entry meets all of its own at once
+  const T* const v = static_cast<const T*>(c.v);
+  const T* const values = static_cast<const T*>(c.x);
+  const I* const crow = static_cast<const I*>(c.crow);
+  const I* const col = static_cast<const I*>(c.col);
+  const int64_t entries = static_cast<int64_t>(crow[c.n]) - crow[0];
+  const double work = static_cast<double>(entries + c.n) * static_cast<double>(c.k);
+  int threads = c.threads > 0 ? c.threads : work < 32768 ? 1 : secant::max_threads();
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, c.n)));
+  const RowFunction<T> function{c, static_cast<const T*>(c.sample_weight), layout,
+                                c.intercept ? v + c.d * c.k : nullptr};
+  const int64_t stride = layout.size() + c.k + 1;
+  Buffer<double> sums(threads * stride);
+
+  secant::run_team(threads, [&](const secant::Team& team) {
+    double* const total = sums.get() + team.rank * stride;
+    double* const of_bias = total + layout.size();
+    std::fill_n(total, stride, 0.0);
+    constexpr int64_t block = 64;
+    Buffer<T> z(block * c.k + kLanes<T>);
+    // Rows of equal numbers of entries for each thread.
+    const auto start = [&](int rank) {
+      const int64_t before = static_cast<int64_t>(crow[0]) + entries * rank / team.size;
+      return rank == team.size ? c.n : std::lower_bound(crow, crow + c.n, static_cast<I>(before)) - crow;
+    };
+    const int64_t first = team.rank == 0 ? 0 : start(team.rank), last = start(team.rank + 1);
+    for (int64_t i = first; i < last; i += block) {
+      const int64_t count = std::min(block, last - i);
+      for (int64_t r = 0; r < count; ++r) {
+        T* const row = z.get() + r * c.k;
+        if (c.k == 1) {
+          T s[4] = {};
+          int64_t e = crow[i + r];
+          const int64_t end = crow[i + r + 1];
+          for (; e + 4 <= end; e += 4) {
+            for (int l = 0; l < 4; ++l) s[l] += values[e + l] * v[col[e + l]];
+          }
+          for (; e < end; ++e) s[0] += values[e] * v[col[e]];
+          row[0] = (s[0] + s[2]) + (s[1] + s[3]);
+        } else {
+          std::fill_n(row, c.k, T(0));
+          for (int64_t e = crow[i + r]; e < crow[i + r + 1]; ++e) {
+            const T* const of_column = v + col[e] * c.k;
+            for (int64_t k = 0; k < c.k; ++k) row[k] += values[e] * of_column[k];
+          }
+        }
+      }
+      of_bias[c.k] += function(i, count, z.get());
+      for (int64_t r = 0; r < count; ++r) {
+        const T* const row = z.get() + r * c.k;
+        for (int64_t e = crow[i + r]; e < crow[i + r + 1]; ++e) {
+          double* const of_column = total + col[e] * c.k;
+          for (int64_t k = 0; k < c.k; ++k) of_column[k] += static_cast<double>(values[e] * row[k]);
+        }
+        for (int64_t k = 0; c.intercept && k < c.k; ++k) of_bias[k] += static_cast<double>(row[k]);
+      }
+    }
+    team.barrier();
+    add_up<T>(c, layout, sums.get(), stride, team);
+  });
+}
+
+template <class T>
+void sparse(const HvpRows& c) {
+  c.wide_index ? sparse_rows<T, int64_t>(c) : sparse_rows<T, int32_t>(c);
+}
+
+}  // namespace
+
+void sparse_f32(const HvpRows& c) { sparse<float>(c); }
+void sparse_f64(const HvpRows& c) { sparse<double>(c); }
+
+}  // namespace hvp
+}  // namespace SECANT_ISA

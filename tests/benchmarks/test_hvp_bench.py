@@ -1,0 +1,102 @@
+"""The benchmark of the `hvp` family: its cases, its checks, its bars, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from secant import backends
+from secant.__main__ import main
+from secant.benchmarks import hvp
+from secant.benchmarks.hvp import READ, Case, Problem, Row, contenders, measure
+
+CPU = torch.device("cpu")
+CASES = hvp.small_cases()
+
+
+def named(case):
+    return f"{case.op} {case.k}"
+
+
+def test_bytes_count_x_once():
+    assert Case("glm_hvp", 10, 3, 2).bytes == (30 + 10 + 12) * 4
+    assert Case("glm_hvp", 10, 3, 1, torch.bfloat16).bytes == 30 * 2 + (10 + 6) * 4
+    assert Case("softmax_hvp", 10, 3, 5).bytes == (30 + 50 + 30) * 4
+    assert Case("cross_entropy_hvp", 10, 3).bytes == 90 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_every_contender_is_right(case, dtype):
+    if dtype is torch.bfloat16 and case.op not in ("glm_hvp", "cross_entropy_hvp"):
+        pytest.skip("peers take X of one dtype")
+    case = case._replace(dtype=dtype)
+    problem = Problem(case, CPU)
+    found = contenders(problem, compiled=False, reference=True)
+    assert [one.name for one in found] == [*hvp.serving(case, CPU), "eager"]
+    for one in found:
+        if one.kind == "peer" and dtype is torch.bfloat16 and case.op == "glm_hvp":
+            continue  # torch multiplies no bfloat16 by float32
+        with one.around():
+            error = problem.error(one.call())
+        # Sums of at most 300 terms, and cross entropy rounded to its dtype.
+        assert 0 <= error < 600 * torch.finfo(case.compute).eps + 4 * torch.finfo(dtype).eps, one.name
+
+
+@pytest.mark.parametrize("value", [1.01, math.nan])
+def test_a_wrong_answer_has_no_speed(monkeypatch, value):
+    case = CASES[0]
+    first = hvp.serving(case, CPU)[0]
+    backend = backends.load("hvp", first)
+    right = backend.glm_hvp
+
+    def wrong(x, v, weight, l2, out):
+        right(x, v, weight, l2, out)
+        out[7] *= value
+
+    monkeypatch.setattr(backend, "glm_hvp", wrong)
+    rows = measure(case, CPU, seconds=0.0, compiled=False)
+    ours = hvp.own(rows, case)
+    assert (ours.name, ours.seconds, ours.bytes_per_second, ours.note) == (first, None, None, "wrong answer")
+    assert hvp.named(rows, case, "eager").seconds > 0
+    assert any("wrong answer" in line for line in hvp.losses(rows))
+
+
+def test_a_peer_that_fails_fails_alone(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(hvp, "_softmax_hvp", broken)
+    rows = measure(CASES[3], CPU, seconds=0.0, compiled=False)
+    assert hvp.named(rows, CASES[3], "eager").note == "failed: RuntimeError"
+    assert hvp.own(rows, CASES[3]).seconds > 0
+
+
+def test_the_bars_are_those_of_the_full_cases():
+    def row(case, name, kind, seconds):
+        return Row(case, name, kind, seconds, seconds, 0.0)
+
+    rows = []
+    for case in hvp.cases(CPU):
+        rows += [row(case, "cpu", "backend", 1.0), row(case, "eager", "peer", 5.0), row(case, READ, "limit", 1.0)]
+    bars = {bar.measure: bar for bar in hvp.cpu_bars(rows)}
+    assert len(bars) == 9
+    assert bars["glm_hvp 200,000 x 784, k = 8 against eager, times faster"] == hvp.Bar(
+        "glm_hvp 200,000 x 784, k = 8 against eager, times faster", 8.0, True, 5.0
+    )
+    assert [bar.met for bar in bars.values()].count(False) == 2
+    assert bars[f"glm_hvp 200,000 x 784, k = 1 against {READ}, times longer"].met is True
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    target, picture = tmp_path / "out.json", tmp_path / "out.png"
+    assert main(["bench", "--family", "hvp", "--quick", "--json", str(target), "--plot", str(picture)]) == 0
+    found = json.loads(target.read_text())["hvp"]
+    assert {row["op"] for row in found["rows"]} == {case.op for case in CASES}
+    assert all(row["median"] > 0 for row in found["rows"])
+    assert picture.stat().st_size > 10_000
+    assert "Products" in capsys.readouterr().out

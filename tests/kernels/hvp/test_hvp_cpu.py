@@ -1,0 +1,286 @@
+"""The CPU kernels of the `hvp` family against the float64 reference, on every path that they have."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hvp_oracle import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    LOSSES,
+    Problem,
+    cross_entropy_bound,
+    product_bound,
+    softmax_bound,
+    softmax_value_grad_bounds,
+    unit,
+    value_grad_bounds,
+)
+from secant.kernels.hvp import cpu, reference
+
+from secant import _cpu
+
+DTYPES = [F32, F64, BF16, F16]
+SHAPES = [(1, 1), (2, 3), (7, 1), (9, 16), (33, 31), (64, 100), (777, 17), (260, 1030)]
+COLUMNS = [1, 2, 3, 4, 5, 8, 9, 16, 23, 64]
+
+
+def poison(*shape, dtype):
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def close(result, expected, bound):
+    """Componentwise within the bound; what is compared first is that everything was written."""
+    assert not result.isnan().any()
+    excess = ((result.double() - expected).abs() - bound).max()
+    assert excess <= 0, f"beyond the bound by {float(excess):.3g}"
+
+
+def answer(function, *args, shape):
+    """In float64."""
+    out = poison(*shape, dtype=F64)
+    function(*args, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+@pytest.mark.parametrize("intercept", [False, True])
+def test_glm_hvp(n, d, intercept, dtype):
+    for k in COLUMNS if n < 100 else (1, 4, 8):
+        problem = Problem(n, d, dtype, k, intercept=intercept)
+        args = (problem.x, problem.v, problem.weight, 0.7)
+        expected, bound = answer(reference.glm_hvp, *args, shape=problem.v.shape), product_bound(*args, dtype)
+        for threads in (0, 1, 2):
+            out = torch.full_like(problem.v, math.nan)
+            cpu.glm_hvp(*args, out, threads=threads)
+            close(out, expected, bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_glm_value_grad(n, d, loss, dtype):
+    for intercept, weighted, threads in ((False, False, 0), (True, True, 1), (True, False, 2)):
+        problem = Problem(n, d, dtype, intercept=intercept)
+        coef, c = problem.v[:, 0].contiguous(), problem.sample_weight if weighted else None
+        args = (problem.x, problem.target(loss), coef, loss, 0.6, c, 0.3)
+        results, expected = (
+            (poison(dtype=F64), poison(len(coef), dtype=t), poison(n, dtype=t)) for t in (problem.compute, F64)
+        )
+        cpu.glm_value_grad(*args, *results, threads=threads)
+        reference.glm_value_grad(*args, *expected)
+        for result, right, bound in zip(results, expected, value_grad_bounds(*args, dtype), strict=True):
+            close(result, right, bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_softmax(n, d, dtype):
+    for k, intercept, weighted in (
+        (1, False, True),
+        (2, True, False),
+        (3, False, True),
+        (10, True, True),
+        (70, False, False),
+    ):
+        problem = Problem(n, d, dtype, k, intercept=intercept)
+        c = problem.sample_weight if weighted else None
+        args = (problem.x, problem.v, problem.probs, c, 0.3)
+        out = torch.full_like(problem.v, math.nan)
+        cpu.softmax_hvp(*args, out, threads=1 + k % 2)
+        close(out, answer(reference.softmax_hvp, *args, shape=out.shape), softmax_bound(*args, dtype))
+
+        args = (problem.x, problem.classes, problem.v, c, 0.3)
+        results, expected = (
+            (poison(dtype=F64), poison(*problem.v.shape, dtype=t), poison(n, k, dtype=t))
+            for t in (problem.compute, F64)
+        )
+        cpu.softmax_value_grad(*args, *results, threads=1 + k % 2)
+        reference.softmax_value_grad(*args, *expected)
+        bounds = softmax_value_grad_bounds(problem.x, problem.v, c, 0.3, dtype)
+        for result, right, bound in zip(results, expected, bounds, strict=True):
+            close(result, right, bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 5), (2, 17), (5, 4095), (3, 4100), (1, 20000)])
+def test_cross_entropy_hvp(rows, size, dtype):
+    g = torch.Generator().manual_seed(size)
+    logits, u = ((torch.randn(rows, size + 3, generator=g) * s).to(dtype)[:, :size] for s in (6, 1))
+    out = poison(rows, size, dtype=F64)
+    reference.cross_entropy_hvp(logits, u, None, out)
+    bound = cross_entropy_bound(logits, u, dtype)
+    compute = F64 if dtype is F64 else F32
+    for lse in (None, logits.double().logsumexp(-1).to(compute)):
+        result = poison(rows, size, dtype=dtype)
+        cpu.cross_entropy_hvp(logits, u, lse, result, threads=2)
+        # A log-sum-exp is rounded to the dtype of the arithmetic: relative to p, half its last place.
+        rounded = 0 if lse is None else 2 * unit(dtype) * lse.double().abs()[:, None]
+        close(result, out, bound * (1 + 8 * rounded / unit(dtype)))
+
+
+@pytest.mark.parametrize("size", [1e4, 3e38, -1e4])
+def test_cross_entropy_of_large_logits(size):
+    logits = torch.zeros(2, 300)
+    logits[0, 7], logits[1, :] = size, size
+    u, out = torch.randn(2, 300), poison(2, 300, dtype=F32)
+    cpu.cross_entropy_hvp(logits, u, None, out)
+    assert out.isfinite().all()
+    if size > 0:
+        assert torch.equal(out[0], torch.zeros(300))  # one class has it all
+    torch.testing.assert_close(out[1], (u[1] - u[1].mean()) / 300)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_logistic_loss_of_large_logits(dtype):
+    x = torch.tensor([[1e4], [-1e4], [0.0], [700.0], [-700.0]], dtype=dtype)
+    target = torch.tensor([0, 0, 1, 1, 1], dtype=dtype)
+    value, grad, weight = poison(dtype=F64), poison(1, dtype=dtype), poison(5, dtype=dtype)
+    cpu.glm_value_grad(x, target, torch.ones(1, dtype=dtype), "logistic", 1.0, None, 0.0, value, grad, weight)
+    torch.testing.assert_close(float(value), 1e4 + math.log(2) + 700)
+    torch.testing.assert_close(float(grad), 1e4 + 700.0)
+    assert weight.tolist()[:3] == [0.0, 0.0, 0.25]
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_exponential(dtype):
+    """e^z through the Poisson loss, over the whole range, within 3 ulp; its limits as those of exp."""
+    high = {F32: 88.7, F64: 709.7}[dtype]
+    z = torch.cat((torch.linspace(-high * 1.2, high, 20001, dtype=F64), torch.randn(5000, dtype=F64))).to(dtype)
+    n = len(z)
+    value, grad, weight = poison(dtype=F64), poison(1, dtype=dtype), poison(n, dtype=dtype)
+    zero = torch.zeros(n, dtype=dtype)
+    cpu.glm_value_grad(z[:, None], zero, torch.ones(1, dtype=dtype), "poisson", 1.0, None, 0.0, value, grad, weight)
+    expected = torch.exp(z.double())
+    if dtype is F64:
+        expected = torch.exp(z)
+    finfo = torch.finfo(dtype)
+    error = (weight.double() - expected).abs()
+    assert (error <= 3 * finfo.eps / 2 * expected + finfo.smallest_normal * finfo.eps).all()
+    ends = torch.tensor([[1000.0], [-1000.0], [math.inf], [-math.inf], [math.nan]], dtype=dtype)
+    weight = poison(5, dtype=dtype)
+    one = torch.ones(1, dtype=dtype)
+    cpu.glm_value_grad(ends, zero[:5], one, "poisson", 1.0, None, 0.0, value, grad, weight)
+    assert weight.tolist()[:4] == [math.inf, 0.0, math.inf, 0.0]
+    assert math.isnan(weight[4])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_every_half_is_widened_exactly(dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype)
+    x = x[x.isfinite()][None]
+    d = x.shape[1]
+    value, grad, weight = poison(dtype=F64), poison(d, dtype=F32), poison(1, dtype=F32)
+    # z = 0 and t = -1: the gradient is the row itself.
+    cpu.glm_value_grad(x, torch.tensor([-1.0]), torch.zeros(d), "squared", 1.0, None, 0.0, value, grad, weight)
+    assert torch.equal(grad, x[0].float())
+
+
+def test_results_in_half_precision_are_rounded_to_nearest():
+    """Through cross entropy of two equal logits: out = (u - mean) / 2 for rows (u, -u) is u / 2."""
+    u = torch.cat((torch.linspace(-3, 3, 4001), torch.logspace(-9, 4, 4000), torch.tensor([1e-8, 6e-8, 0.0])))
+    for dtype in (BF16, F16):
+        pairs = torch.stack((u, -u), 1).to(dtype)
+        out = poison(len(u), 2, dtype=dtype)
+        cpu.cross_entropy_hvp(torch.zeros_like(pairs), pairs, None, out)
+        assert torch.equal(out, (pairs.float() / 2).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_may_be_strided_and_repeated(dtype):
+    problem = Problem(50, 13, dtype, 3)
+    wide = torch.full((50, 29), math.nan, dtype=dtype)
+    wide[:, 5:18] = problem.x
+    one = problem.x[:1].expand(50, 13)
+    for x in (wide[:, 5:18], one):
+        a, b = (torch.full_like(problem.v, math.nan) for _ in range(2))
+        cpu.glm_hvp(x, problem.v, problem.weight, 0.0, a)
+        cpu.glm_hvp(x.contiguous(), problem.v, problem.weight, 0.0, b)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_same_input_gives_the_same_bits(k):
+    problem = Problem(5000, 61, F32, k)
+    outs = []
+    for _ in range(5):
+        outs.append(torch.full_like(problem.v, math.nan))
+        cpu.glm_hvp(problem.x, problem.v, problem.weight, 0.1, outs[-1], threads=2)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_the_error_does_not_grow_with_the_rows():
+    """A million rows that are all alike: the sum in float32 alone would be off by about 1e-3."""
+    n = 1_000_000
+    x, weight = torch.full((n, 1), 0.1), torch.full((n,), 0.3)
+    out = poison(1, 1, dtype=F32)
+    cpu.glm_hvp(x, torch.ones(1, 1), weight, 0.0, out)
+    expected = n * float(weight[0]) * float(x[0]) ** 2
+    assert abs(float(out) / expected - 1) < 600 * unit(F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_sparse_rows(n, d, index, dtype):
+    for k, intercept in ((1, True), (1, False), (3, True)):
+        problem = Problem(n, d, dtype, k, intercept=intercept)
+        dense = torch.where(torch.rand(n, d) < 0.3, problem.x, 0)
+        dense[n // 2 :: 7] = 0  # rows without an entry
+        sparse = dense.to_sparse_csr()
+        parts = (sparse.crow_indices().to(index), sparse.col_indices().to(index), sparse.values(), d)
+        args = (problem.v, problem.weight, 0.4)
+        expected = answer(reference.glm_hvp, dense, *args, shape=problem.v.shape)
+        for threads in (1, 2):
+            out = torch.full_like(problem.v, math.nan)
+            cpu.csr_glm_hvp(*parts, *args, out, threads=threads)
+            close(out, expected, product_bound(dense, *args, dtype))
+        if k > 1:
+            continue
+        for loss in LOSSES:
+            args = (problem.target(loss), problem.v[:, 0].contiguous(), loss, 0.6, problem.sample_weight, 0.3)
+            results, right = (
+                (poison(dtype=F64), poison(len(problem.v), dtype=t), poison(n, dtype=t)) for t in (dtype, F64)
+            )
+            cpu.csr_glm_value_grad(*parts, *args, *results, threads=2)
+            reference.glm_value_grad(dense, *args, *right)
+            for result, y, bound in zip(results, right, value_grad_bounds(dense, *args, dtype), strict=True):
+                close(result, y, bound)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_paired_matmul(dtype):
+    a, b, c, e = (torch.randn(s, dtype=dtype) for s in ((9, 7), (7, 11), (5, 9), (11, 5)))
+    bias, (scale, p, q) = torch.randn(11, dtype=dtype), torch.randn(3, 9, 11, dtype=dtype)
+    for args in (
+        (a, b, c.mT, e.mT, bias, scale, p, q),
+        (a, b, None, None, None, scale, None, None),
+        (a, b, None, None, bias, None, p, q),
+        (a, b, c.mT, e.mT, None, None, None, None),
+    ):
+        out, expected = poison(9, 11, dtype=dtype), poison(9, 11, dtype=F64)
+        cpu.paired_matmul(*args, out)
+        reference.paired_matmul(*args, expected)
+        size = a.abs() @ b.abs() + c.mT.abs() @ e.mT.abs() + 1
+        scales = 1 + scale.abs() + (p * q).abs() + bias.abs()
+        close(out, expected, 30 * unit(dtype) * (size * scales + scales).double())
+
+
+@pytest.mark.skipif(os.environ.get("SECANT_ISA", "") != "", reason="already chosen")
+@pytest.mark.parametrize("isa", _cpu.build_config()["isas_usable"][:-1])
+def test_other_instruction_sets(isa):
+    environment = {**os.environ, "SECANT_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -1,0 +1,182 @@
+"""What `secant.ops.hvp` accepts, and what it says of the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import secant
+from secant import backends
+from secant._errors import BackendError
+from secant.ops import (
+    cross_entropy_hvp,
+    glm_hvp,
+    glm_value_grad,
+    paired_matmul,
+    softmax_hvp,
+    softmax_value_grad,
+)
+
+x, v, w = torch.randn(6, 4), torch.randn(4), torch.rand(6)
+coef, classes, probs = torch.randn(4, 3), torch.randint(3, (6,)), torch.softmax(torch.randn(6, 3), -1)
+a, b = torch.randn(5, 4), torch.randn(4, 2)
+
+
+def hvp(**changes):
+    return lambda: glm_hvp(**{"x": x, "v": v, "weight": w, **changes})
+
+
+def value_grad(**changes):
+    return lambda: glm_value_grad(**{"x": x, "target": w, "coef": v, "loss": "logistic", **changes})
+
+
+def softmax(**changes):
+    return lambda: softmax_hvp(**{"x": x, "v": coef, "probs": probs, **changes})
+
+
+def softmax_value(**changes):
+    return lambda: softmax_value_grad(**{"x": x, "target": classes, "coef": coef, **changes})
+
+
+WRONG = [
+    (hvp(x=[1.0]), TypeError, "glm_hvp: x: expected a torch.Tensor, got list"),
+    (hvp(x=x[0]), ValueError, r"glm_hvp: x: expected shape \(N, d\), d >= 1, got shape \(4,\)"),
+    (hvp(x=x[:, :0], v=v[:0]), ValueError, r"x: expected shape \(N, d\), d >= 1"),
+    (hvp(x=x.to(torch.complex64)), TypeError, r"x: expected dtype .*complex is not supported"),
+    (hvp(x=x.to_sparse_coo()), ValueError, "x: expected a dense"),
+    (hvp(x=x.half().to_sparse_csr()), TypeError, "x: expected float32 or float64 for sparse rows"),
+    (hvp(v=v[:3]), ValueError, r"v: expected shape \(4,\) or \(4, k\), got shape \(3,\)"),
+    (hvp(intercept=True), ValueError, r"v: expected shape \(5,\) or \(5, k\), got shape \(4,\)"),
+    (hvp(v=v.double()), TypeError, "v: expected dtype float32, got torch.float64"),
+    (hvp(x=x.bfloat16(), v=v.bfloat16()), TypeError, "v: expected dtype float32, got torch.bfloat16"),
+    (hvp(weight=w[:5]), ValueError, r"weight: expected shape \(6,\), got shape \(5,\)"),
+    (hvp(l2=-1.0), ValueError, "l2: expected a finite number >= 0, got float -1.0"),
+    (hvp(l2=float("nan")), ValueError, "l2: expected a finite number"),
+    (hvp(out=v), ValueError, "out: expected no overlap with v, got overlapping memory"),
+    (hvp(out=w[:4]), ValueError, "out: expected no overlap with weight"),
+    (hvp(out=torch.empty(5)), ValueError, r"out: expected shape \(4,\), got shape \(5,\)"),
+    (value_grad(target=classes), TypeError, "glm_value_grad: target: expected dtype float32, got torch.int64"),
+    (value_grad(coef=coef), ValueError, r"coef: expected shape \(4,\), got shape \(4, 3\)"),
+    (value_grad(loss="hinge"), ValueError, "loss: expected one of .*'huber'.*, got 'hinge'"),
+    (value_grad(delta=0.0), ValueError, "delta: expected a finite number > 0"),
+    (value_grad(sample_weight=w[:1]), ValueError, r"sample_weight: expected shape \(6,\)"),
+    (softmax(v=v), ValueError, r"softmax_hvp: v: expected shape \(4, K\), got shape \(4,\)"),
+    (softmax(probs=probs[:, :2]), ValueError, r"probs: expected shape \(6, 3\), got shape \(6, 2\)"),
+    (softmax_value(target=w), TypeError, "softmax_value_grad: target: expected dtype int64, got torch.float32"),
+    (softmax_value(target=classes + 1), ValueError, r"target: expected classes in 0\.\.2, got values in "),
+    (softmax_value(coef=coef.double()), TypeError, "coef: expected dtype float32"),
+    (lambda: cross_entropy_hvp(x, x[:5]), ValueError, r"cross_entropy_hvp: u: expected shape \(6, 4\)"),
+    (lambda: cross_entropy_hvp(x, x, lse=w[:, None]), ValueError, r"lse: expected shape \(6,\), got shape \(6, 1\)"),
+    (lambda: cross_entropy_hvp(x.half(), x.half(), lse=w.half()), TypeError, "lse: expected dtype float32"),
+    (
+        lambda: cross_entropy_hvp(torch.tensor(1.0), torch.tensor(1.0)),
+        ValueError,
+        r"logits: expected shape \(\.\.\., V\)",
+    ),
+    (lambda: paired_matmul(a, a), ValueError, r"paired_matmul: b: expected shape \(4, N\), got shape \(5, 4\)"),
+    (lambda: paired_matmul(a, b, a), ValueError, "c, e: expected both or none, got only c"),
+    (lambda: paired_matmul(a, b, q=a), ValueError, "p, q: expected both or none, got only q"),
+    (lambda: paired_matmul(a, b, a, a), ValueError, r"e: expected shape \(4, 2\), got shape \(5, 4\)"),
+    (lambda: paired_matmul(a, b, bias=v), ValueError, r"bias: expected shape \(2,\), got shape \(4,\)"),
+    (lambda: paired_matmul(a.half(), b.half()), TypeError, "a: expected dtype float32 or float64"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG, ids=[message[:60] for _, _, message in WRONG])
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_vectors_and_matrices_agree(intercept):
+    columns = torch.randn(4 + intercept, 3)
+    whole = glm_hvp(x, columns, w, l2=0.5, intercept=intercept)
+    for k in range(3):
+        single = glm_hvp(x, columns[:, k], w, l2=0.5, intercept=intercept)
+        torch.testing.assert_close(whole[:, k], single)
+    ones = torch.cat((x, torch.ones(6, 1)), 1)[:, : 4 + intercept]
+    penalty = torch.tensor([0.5] * 4 + [0.0] * intercept)[:, None]
+    torch.testing.assert_close(whole, ones.mT @ (w[:, None] * (ones @ columns)) + penalty * columns)
+
+
+def test_more_vectors_than_a_kernel_takes():
+    columns = torch.randn(4, 150, dtype=torch.float64)
+    wide, weight = x.double(), w.double()
+    expected = wide.mT @ (weight[:, None] * (wide @ columns)) + 0.1 * columns
+    torch.testing.assert_close(glm_hvp(wide, columns, weight, l2=0.1), expected)
+
+
+def test_out():
+    for shape in ((4,), (4, 3)):
+        columns, out = torch.randn(shape), torch.full(shape, torch.nan)
+        assert glm_hvp(x, columns, w, out=out) is out
+        assert torch.equal(out, glm_hvp(x, columns, w))
+    strided = torch.full((3, 4), torch.nan).mT
+    columns = torch.randn(4, 3)
+    assert glm_hvp(x, columns, w, out=strided) is strided
+    assert torch.equal(strided, glm_hvp(x, columns, w))
+
+
+def test_any_strides():
+    turned = x.mT.contiguous().mT
+    columns = torch.randn(3, 4).mT
+    apart = torch.stack((w, w), 1)[:, 0]
+    torch.testing.assert_close(glm_hvp(turned, columns, apart), glm_hvp(x, columns.contiguous(), w))
+    torch.testing.assert_close(
+        softmax_hvp(turned, columns, probs.mT.contiguous().mT), softmax_hvp(x, columns.contiguous(), probs)
+    )
+    logits = torch.randn(5, 2, 7).movedim(1, 2)  # the vocabulary is not the innermost dimension
+    u = torch.randn(5, 7, 2)
+    expected = torch.stack([cross_entropy_hvp(logits[i].contiguous(), u[i]) for i in range(5)])
+    torch.testing.assert_close(cross_entropy_hvp(logits, u), expected)
+
+
+def test_no_rows_leave_the_penalty():
+    none = x[:0]
+    v5 = torch.randn(5)
+    penalty = 0.5 * torch.cat((v5[:4], torch.zeros(1)))
+    assert torch.equal(glm_hvp(none, v5, w[:0], l2=0.5, intercept=True), penalty)
+    value, grad, weight = glm_value_grad(none, w[:0], v5, loss="poisson", l2=0.5, intercept=True)
+    torch.testing.assert_close(float(value), 0.25 * float((v5[:4] ** 2).sum()))
+    assert torch.equal(grad, penalty)
+    assert weight.shape == (0,)
+    assert torch.equal(softmax_hvp(none, coef, probs[:0], l2=2.0), 2 * coef)
+    assert softmax_value_grad(none, classes[:0], coef)[2].shape == (0, 3)
+    assert glm_hvp(x, torch.empty(4, 0), w).shape == (4, 0)
+    assert cross_entropy_hvp(torch.empty(0, 5), torch.empty(0, 5)).shape == (0, 5)
+    assert paired_matmul(a[:0], b).shape == (0, 2)
+
+
+def test_dtypes_of_the_results():
+    for dtype, compute in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        z, c = x.to(dtype), v.to(compute)
+        value, grad, weight = glm_value_grad(z, w.to(compute), c, loss="squared")
+        assert (value.dtype, grad.dtype, weight.dtype) == (torch.float64, compute, compute)
+        assert glm_hvp(z, c, weight).dtype == compute
+        assert cross_entropy_hvp(z, z).dtype == dtype
+
+
+def test_sparse_rows_are_those_of_the_dense_matrix():
+    sparse = torch.where(x > 0, x, 0).to_sparse_csr()
+    dense = sparse.to_dense()
+    torch.testing.assert_close(glm_hvp(sparse, v, w, l2=0.1), glm_hvp(dense, v, w, l2=0.1))
+    ours, theirs = (glm_value_grad(y, w, v, loss="logistic", sample_weight=w, l2=0.1) for y in (sparse, dense))
+    for result, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_a_backend_without_sparse_rows_says_so(monkeypatch):
+    backend = backends.load("hvp", "reference")
+    monkeypatch.delattr(backend, "csr_glm_hvp")
+    with secant.use_backend("reference"), pytest.raises(BackendError, match="'reference' has no sparse glm_hvp"):
+        glm_hvp(x.to_sparse_csr(), v, w)
+
+
+def test_a_batch_of_logits():
+    logits, u = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p = torch.softmax(logits, -1)
+    expected = p * (u - (p * u).sum(-1, keepdim=True))
+    torch.testing.assert_close(cross_entropy_hvp(logits, u), expected)
+    torch.testing.assert_close(cross_entropy_hvp(logits, u, lse=logits.logsumexp(-1)), expected)
+    torch.testing.assert_close(cross_entropy_hvp(logits[0, 0], u[0, 0]), expected[0, 0])
