@@ -42,6 +42,8 @@ _PATIENCE = 20
 #: One product with the Hessian costs as much as forming this many columns of it. Products are bound by memory, the
 #: Gram matrix by arithmetic: measured 14 at (150k, 200) and 55 at (30k, 900), two cores.
 _COLUMNS_PER_PRODUCT = 16
+#: Curvature relative to that of the upper bound of a Hessian below which a direction counts as flat.
+_FLAT = 1e-7
 #: A diagonal is computed anew after a system that took as many products.
 _SLOW = 20
 
@@ -79,8 +81,7 @@ def _solve(
         rtol=rtol,
         atol=atol,
         max_iter=most,
-        # Against a bound of the Hessian no direction may be trusted for more than a thousand times its step.
-        min_curvature=1e-3 if objective.majorised else 16.0 * eps,
+        min_curvature=max(16.0 * eps, _FLAT if objective.majorised else 0.0),
     )
 
 
@@ -209,9 +210,9 @@ def search(objective: Objective, point: Point, p: Tensor, slope: float) -> Step 
     noise = 16.0 * torch.finfo(point.grad.dtype).eps * max(abs(point.value), objective.total)
     if -slope <= noise:
         for _ in range(_MAX_BLIND_TRIALS):
-            if not abs(new.value - point.value) <= noise:
+            if not math.isfinite(new.value + new.slope):
                 break
-            if abs(new.slope) <= 0.9 * -slope:
+            if new.value - point.value <= noise and abs(new.slope) <= 0.9 * -slope:
                 return Step(trials[new.t], new.t, False)
             # The secant through the two slopes, no further than ten times as far.
             t = new.t * min(10.0, slope / (slope - new.slope)) if new.slope > slope else 10.0 * new.t

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,10 @@ class Diagonal:
         floor = torch.where(total > 0.0, total, 1.0)
         if objective.intercept:
             self._mean = first / floor
-            # What cancels to nothing is a constant column: any positive number will do.
-            second = torch.maximum(second - self._mean * first, eps * second)
+            centred = second - self._mean * first
+            # What cancels up to the rounding of N terms is a constant column: any scale will do, but for a tiny one.
+            lost = 8.0 * math.sqrt(objective.rows) * eps
+            second = torch.where(centred > lost * second, centred, second)
         curvature = second + objective.l2
         self._inverse = torch.where(curvature > 0.0, curvature, 1.0).rsqrt()
         self._inverse_intercept = floor.rsqrt()
