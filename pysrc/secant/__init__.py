@@ -1,12 +1,12 @@
 """secant: second-order information made cheap for PyTorch.
 
 The name is the secant equation, B s = y. `secant.ops` holds the functions over the fused kernels, `secant.optim` the
-optimizers over them, `secant.glm` generalised linear models.
+optimizers over them, `secant.curvature` Hessians as operators, `secant.glm` generalised linear models.
 """
 
 import torch as _torch  # noqa: F401  (first: the extension binds to the OpenMP runtime that torch loads)
 
-from secant import glm, ops, optim
+from secant import curvature, glm, ops, optim
 from secant._errors import BackendError, SecantWarning
 from secant._version import __version__
 from secant.backends import current_backend, use_backend
@@ -18,6 +18,7 @@ __all__ = [
     "SecantWarning",
     "__version__",
     "current_backend",
+    "curvature",
     "glm",
     "ops",
     "optim",

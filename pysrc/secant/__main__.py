@@ -1,4 +1,4 @@
-"""Command line: `python -m secant info | demo | bench`."""
+"""Command line: `python -m secant info | demo | spectrum | bench`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _file(text: str) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m secant", description="Second-order information for PyTorch.")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{info,demo,bench}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{info,demo,spectrum,bench}")
 
     info = commands.add_parser("info", help="version, build configuration, and which backends can run here and why not")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", type=_file, default=Path("secant-demo.png"), metavar="FILE", help="the picture (PNG)")
 
+    spectrum = commands.add_parser(
+        "spectrum", help="eigenvalues of the Hessian and the GGN of the demo's network, before and after training"
+    )
+    spectrum.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
+    spectrum.add_argument(
+        "--plot", type=_file, default=Path("secant-spectrum.png"), metavar="FILE", help="the picture (PNG)"
+    )
+
     bench = commands.add_parser(
         "bench", help="time the kernels against every peer and check the bars, in a few minutes"
     )
@@ -57,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=_file, metavar="FILE", help="draw the results (PNG)")
 
-    for command in (demo, bench):
+    for command in (demo, spectrum, bench):
         command.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
         command.add_argument("--quick", action="store_true", help="small inputs and few repeats, to see that it runs")
     return parser
@@ -90,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.run(as_json=args.json)
     needs, extra = (
-        (tuple(PACKAGES), "demo") if args.command == "demo" else (("matplotlib",) if args.plot else (), "bench")
+        (("matplotlib",) if args.plot else (), "bench") if args.command == "bench" else (tuple(PACKAGES), "demo")
     )
     complaint = _missing(args.command, needs, extra)
     if complaint is not None:
@@ -100,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from secant.cli import demo
 
         demo.run(args.device, args.output, quick=args.quick)
+    elif args.command == "spectrum":
+        from secant.cli import spectrum
+
+        spectrum.run(args.device, plot_path=args.plot, json_path=args.json, quick=args.quick)
     else:
         from secant.cli import bench
 

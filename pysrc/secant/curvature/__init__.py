@@ -1,0 +1,22 @@
+"""Hessian, GGN and Fisher as linear operators over flat vectors, and what can be learned from their products."""
+
+from secant.curvature._estimators import Diagonal, Estimate
+from secant.curvature._operator import Damped, LinearOperator
+from secant.curvature._spectrum import SpectralDensity
+from secant.curvature.fisher import EmpiricalFisher, Fisher
+from secant.curvature.ggn import GGN
+from secant.curvature.hessian import Hessian
+from secant.solvers.lanczos import Eigenpairs
+
+__all__ = [
+    "GGN",
+    "Damped",
+    "Diagonal",
+    "Eigenpairs",
+    "EmpiricalFisher",
+    "Estimate",
+    "Fisher",
+    "Hessian",
+    "LinearOperator",
+    "SpectralDensity",
+]

@@ -1,0 +1,357 @@
+"""Reads from an autograd graph which layers made it: Linear, elementwise functions, and the loss above them.
+
+What is recognised is the computation that took place, not a module: an `nn.Sequential` of such layers, the same
+written by hand, with Flatten, Identity, and Dropout in evaluation (which leave no node, or a view). Everything else is
+answered by None, and the caller differentiates through autograd.
+
+The saved tensors of a node are part of torch's documented interface (Autograd mechanics, "Saved tensors"); a node whose
+tensors were changed since raises there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Node = Any  # torch.autograd.graph.Node, whose saved tensors are attributes that only run time knows
+
+#: Change the shape and keep the row-major order.
+_VIEWS = {
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "SqueezeBackward0",
+    "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
+}  # fmt: skip
+_ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+def name_of(node: Node) -> str:
+    """As the error messages of torch call it."""
+    return str(node.name())
+
+
+# Elementwise functions ------------------------------------------------------------------------------------------------
+
+#: First and second derivative with respect to the argument.
+Derivatives = tuple[Tensor | float, Tensor | float]
+
+
+def _tanh(node: Node) -> Derivatives:
+    a = node._saved_result
+    slope = 1 - a * a
+    return slope, -2 * a * slope
+
+
+def _relu(node: Node) -> Derivatives:
+    a = node._saved_result
+    return (a > 0).to(a.dtype), 0.0
+
+
+def _sigmoid(node: Node) -> Derivatives:
+    a = node._saved_result
+    slope = a * (1 - a)
+    return slope, slope * (1 - 2 * a)
+
+
+def _silu(node: Node) -> Derivatives:
+    z = node._saved_self
+    s = torch.sigmoid(z)
+    q = s * (1 - s)
+    return s + z * q, q * (2 + z * (1 - 2 * s))
+
+
+def _softplus(node: Node) -> Derivatives:
+    z, beta, threshold = node._saved_self, float(node._saved_beta), float(node._saved_threshold)
+    s, linear = torch.sigmoid(beta * z), beta * z > threshold
+    return s.masked_fill(linear, 1.0), (beta * s * (1 - s)).masked_fill(linear, 0.0)
+
+
+def _sin(node: Node) -> Derivatives:
+    z = node._saved_self
+    return torch.cos(z), -torch.sin(z)
+
+
+def _gelu(node: Node) -> Derivatives:
+    z = node._saved_self
+    if node._saved_approximate == "tanh":  # z/2 (1 + tanh u), u = k (z + c z^3)
+        k, c = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(k * (z + c * z**3))
+        u1, u2, q = k * (1 + 3 * c * z * z), 6 * k * c * z, 1 - t * t
+        return 0.5 * (1 + t) + 0.5 * z * q * u1, q * u1 + 0.5 * z * q * (u2 - 2 * t * u1 * u1)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return 0.5 * torch.erfc(-z / math.sqrt(2)) + z * density, density * (2 - z * z)
+
+
+ELEMENTWISE: dict[str, Callable[[Node], Derivatives]] = {
+    "TanhBackward0": _tanh,
+    "ReluBackward0": _relu,
+    "SigmoidBackward0": _sigmoid,
+    "SiluBackward0": _silu,
+    "SoftplusBackward0": _softplus,
+    "SinBackward0": _sin,
+    "GeluBackward0": _gelu,
+}
+
+
+def derivatives(chain: Sequence[Node]) -> Derivatives | None:
+    """Of the composition of elementwise nodes, innermost first; None of none.
+
+    (g o f)' = g'(f) f',    (g o f)'' = g''(f) f'^2 + g'(f) f''.
+    """
+    total: Derivatives | None = None
+    for node in chain:
+        factor = scalar_factor(node)
+        outer = (factor, 0.0) if factor is not None else ELEMENTWISE[name_of(node)](node)
+        if total is None:
+            total = outer
+        else:
+            total = outer[0] * total[0], outer[1] * total[0] * total[0] + outer[0] * total[1]
+    return total
+
+
+def scalar_factor(node: Node) -> float | None:
+    """c where the node multiplies its one differentiable argument by a constant scalar c, else None."""
+    name = name_of(node)
+    if name == "NegBackward0":
+        return -1.0
+    if name not in ("MulBackward0", "DivBackward0") or len(node.next_functions) != 2:
+        return None
+    if name == "DivBackward0":
+        if node.next_functions[0][0] is None or node.next_functions[1][0] is not None:
+            return None
+        other = node._saved_other
+    elif (node.next_functions[0][0] is None) == (node.next_functions[1][0] is None):
+        return None
+    else:
+        other = node._saved_other if node.next_functions[1][0] is None else node._saved_self
+    if not isinstance(other, Tensor) or other.dim() > 0:
+        return None
+    return 1 / float(other) if name == "DivBackward0" else float(other)
+
+
+def argument(node: Node) -> Node | None:
+    """The one node below a node of one differentiable argument."""
+    below = [n for n, _ in node.next_functions if n is not None]
+    return below[0] if len(below) == 1 else None
+
+
+# Linear layers --------------------------------------------------------------------------------------------------------
+
+
+class Affine(NamedTuple):
+    """z = inputs weight^T + bias, then the elementwise functions of `chain`, innermost first.
+
+    weight (O, I), None in a first layer without it as a parameter; weight_slot, bias_slot: their places among the
+    parameters, None when they are none. inputs (N, I), None when the weight is no parameter; shape (N, I);
+    out_shape (N, O). first: nothing below depends on a parameter.
+    """
+
+    node: Node
+    weight: Tensor | None
+    weight_slot: int | None
+    bias_slot: int | None
+    inputs: Tensor | None
+    shape: tuple[int, int]
+    out_shape: tuple[int, int]
+    chain: tuple[Node, ...]
+    first: bool
+
+
+def _leaf(node: Node | None) -> Tensor | None:
+    return node.variable if node is not None and name_of(node) == _ACCUMULATE else None
+
+
+def _matrix_nodes(node: Node) -> tuple[Node | None, Node | None, Node | None]:
+    below = [n for n, _ in node.next_functions]
+    return (below[0], below[1], below[2]) if name_of(node) == "AddmmBackward0" else (None, below[0], below[1])
+
+
+def read_layers(node: Node | None, slots: dict[int, int]) -> list[Affine] | str:
+    """The layers, first to last, that made the value of `node`, or the name of the first node that is not recognised.
+
+    Args:
+        node: grad_fn of a tensor. slots: place of each parameter by id.
+    """
+    layers: list[Affine] = []
+    used: set[int] = set()
+    chain: list[Node] = []
+    while True:
+        if node is None:
+            return "a value that no parameter reaches"
+        name = name_of(node)
+        if name in _VIEWS:
+            node = argument(node)
+        elif name in ELEMENTWISE or scalar_factor(node) is not None:
+            chain.insert(0, node)
+            node = argument(node)
+        elif name in ("AddmmBackward0", "MmBackward0"):
+            layer = _read_affine(node, slots, tuple(chain))
+            if isinstance(layer, str):
+                return layer
+            for slot in (layer.weight_slot, layer.bias_slot):
+                if slot is not None and slot in used:
+                    return "a parameter used by two layers"
+                used |= set() if slot is None else {slot}
+            layers.insert(0, layer)
+            if layer.first:
+                return layers
+            chain, node = [], _matrix_nodes(node)[1]
+        else:
+            return name
+
+
+def _read_affine(node: Node, slots: dict[int, int], chain: tuple[Node, ...]) -> Affine | str:
+    name = name_of(node)
+    bias, inputs, matrix = _matrix_nodes(node)
+    if name == "AddmmBackward0":
+        if node._saved_alpha != 1 or node._saved_beta != 1:
+            return "addmm with factors"
+        saved, shape = node._saved_mat1, tuple(node._saved_mat1_sym_sizes)
+    else:
+        saved, shape = node._saved_self, tuple(node._saved_self_sym_sizes)
+    weight_slot = bias_slot = weight = None
+    if matrix is not None:
+        leaf = _leaf(argument(matrix)) if name_of(matrix) == "TBackward0" else None
+        if leaf is None:
+            return f"{name} with a computed weight"
+        weight, weight_slot = leaf.detach(), slots.get(id(leaf))
+    elif node._saved_mat2 is not None:
+        weight = node._saved_mat2.t()
+    if bias is not None:
+        leaf = _leaf(bias)
+        if leaf is None or leaf.dim() != 1 or leaf.numel() != node._saved_mat2_sym_sizes[1]:
+            return f"{name} with a computed bias"
+        bias_slot = slots.get(id(leaf))
+    below = _leaf(inputs)
+    if below is not None and id(below) in slots:
+        return "a parameter used as an input"
+    kept = saved.detach() if weight_slot is not None else None
+    out_shape = (shape[0], node._saved_mat2_sym_sizes[1])
+    return Affine(
+        node, weight, weight_slot, bias_slot, kept, shape, out_shape, chain, inputs is None or below is not None
+    )
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """A summand of the loss: factor times the value of `node`."""
+
+    node: Node
+    factor: float
+
+    @property
+    def edge(self) -> GradientEdge:
+        """What `torch.autograd.grad` takes as an output."""
+        return GradientEdge(self.node, 0)
+
+
+def terms(node: Node, factor: float = 1.0) -> list[Term]:
+    """The summands of a scalar loss: sums, differences and multiples by constants, taken apart."""
+    name = name_of(node)
+    if name in ("AddBackward0", "SubBackward0"):
+        sign = -1.0 if name == "SubBackward0" else 1.0
+        factors = (factor, factor * sign * float(node._saved_alpha))
+        return [
+            term
+            for (below, _), f in zip(node.next_functions, factors, strict=False)
+            if below is not None
+            for term in terms(below, f)
+        ]
+    scale = scalar_factor(node)
+    if scale is not None:
+        below = argument(node)
+        return terms(below, factor * scale) if below is not None else []
+    return [Term(node, factor)]
+
+
+def boundary(node: Node, slots: dict[int, int]) -> Node | None:
+    """The one matrix product through which the parameters reach the value of `node`; None when there are others."""
+    tops: dict[Node, None] = {}
+    seen: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        here = waiting.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if name_of(here) in ("AddmmBackward0", "MmBackward0"):
+            tops[here] = None
+            continue
+        leaf = _leaf(here)
+        if leaf is not None and id(leaf) in slots:
+            return None
+        waiting += [below for below, _ in here.next_functions if below is not None]
+    return next(iter(tops)) if len(tops) == 1 else None
+
+
+def reaches(node: Node, target: Node) -> bool:
+    """Whether the value of `node` was computed from that of `target`."""
+    seen: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        here = waiting.pop()
+        if here is target:
+            return True
+        if here not in seen:
+            seen.add(here)
+            waiting += [below for below, _ in here.next_functions if below is not None]
+    return False
+
+
+def below_views(node: Node | None) -> Node | None:
+    """The first node that is no view."""
+    while node is not None and name_of(node) in _VIEWS:
+        node = argument(node)
+    return node
+
+
+class CrossEntropy(NamedTuple):
+    """sum_i weight_i (-log p_i,target): log p (R, V), and the weight of a row, a number or (R, 1)."""
+
+    log_probs: Tensor
+    weight: Tensor | float
+
+
+_MEAN, _SUM = 1, 2  # at::Reduction
+
+
+def read_cross_entropy(node: Node, below: Node | None, factor: float = 1.0) -> CrossEntropy | None:
+    """The cross-entropy of class labels that `node` is, of the logits that come out of the node `below`."""
+    if name_of(node) != "NllLossBackward0" or node._saved_reduction not in (_MEAN, _SUM):
+        return None
+    softmax = node.next_functions[0][0]
+    if softmax is None or name_of(softmax) != "LogSoftmaxBackward0" or below_views(argument(softmax)) is not below:
+        return None
+    log_probs, target = softmax._saved_result.detach(), node._saved_target
+    if log_probs.dim() != 2 or softmax._saved_dim not in (1, -1, 2**64 - 1):
+        return None
+    scale: Tensor | float = factor
+    if node._saved_reduction == _MEAN:
+        scale = factor / node._saved_total_weight
+    ignored = (target == node._saved_ignore_index).unsqueeze(1)
+    weight = node._saved_weight
+    row = torch.ones_like(ignored, dtype=log_probs.dtype)
+    if weight is not None:
+        row = weight[target.masked_fill(ignored.squeeze(1), 0)].unsqueeze(1)
+    return CrossEntropy(log_probs, row.masked_fill(ignored, 0.0) * scale)
+
+
+def custom_functions(nodes: Sequence[Node]) -> list[str]:
+    """Names of the `torch.autograd.Function` classes in the graph below these nodes, for error messages."""
+    found: dict[str, None] = {}
+    seen: set[Node] = set()
+    waiting = [node for node in nodes if node is not None]
+    while waiting:
+        here = waiting.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if hasattr(here, "_forward_cls"):
+            found[here._forward_cls.__name__] = None
+        waiting += [below for below, _ in here.next_functions if below is not None]
+    return list(found)

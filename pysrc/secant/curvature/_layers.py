@@ -1,0 +1,173 @@
+"""The R-operator of Linear + activation layers: products at one point from what the forward pass left.
+
+At a point, per layer l = 1..L: its input h_(l-1) = a_(l-1), f'(z_l), delta_l = dL/dz_l and f''(z_l) dL/da_l. For a
+direction (V_l, c_l), with tangents marked by a dot:
+
+    a._l = f'(z_l) (a._(l-1) W_l^T + h_(l-1) V_l^T + c_l)                                           forward
+    delta._l = f'(z_l) (delta._(l+1) W_(l+1) + delta_(l+1) V_(l+1)) + [f'' dL/da]_l z._l            backward
+    H V_l = delta._l^T h_(l-1) + delta_l^T a._(l-1),    H c_l = sum over rows of delta._l
+
+Each line is one call of `secant.ops.paired_matmul`. So that the second needs no z., f'' dL/da is kept divided by f' and
+multiplies a. = f' z.; where f' is zero and f'' is not, f' is replaced by a number too small to be seen. The products of
+GGN and Fisher leave out the terms with delta and f''.
+
+References:
+    Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
+    Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation 14 (2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secant.curvature import _graph
+from secant.curvature._parameters import Parameters
+from secant.ops import paired_matmul
+
+
+def _slope_and_ratio(slope: Tensor, second: Tensor | float) -> tuple[Tensor, Tensor | None]:
+    """f' without the zeros at which f'' is not zero, and f'' / f'; None for f'' = 0."""
+    if not isinstance(second, Tensor):
+        return slope, None
+    tiny = torch.finfo(slope.dtype).tiny ** 0.75  # products with f'' and dL/da stay in range
+    slope = slope.masked_fill((slope == 0) & (second != 0), tiny)
+    return slope, torch.where(slope == 0, 0.0, second / slope)
+
+
+class _Layer:
+    """What one layer keeps at a point, and its rooms, in every view that a product asks for.
+
+    Each product writes the same rooms: memory that is new to the process costs more than the arithmetic on it.
+    The layer below puts out as many numbers as this one takes in, but its rows may be shorter or longer (a view lies
+    between): names that end in _up are in the shape in which the layer above takes them.
+    """
+
+    below: Tensor | None = None  # a._(l-1), None for zero
+    slope: Tensor | None = None  # f'
+    bend: Tensor | None = None  # f'' dL/da over f'
+    weight: Any  # tensors wherever a product looks at them
+    weight_t: Any
+    inputs: Any
+    delta: Any = None
+    delta_t: Any = None
+
+    def __init__(self, layer: _graph.Affine, params: Parameters, above: tuple[int, int], *, curved: bool) -> None:
+        self.weight, self.inputs, self.first = layer.weight, layer.inputs, layer.first
+        self.weight_t = None if layer.weight is None else layer.weight.t()
+        self.weight_slot, self.bias_slot = layer.weight_slot, layer.bias_slot
+        self.room, back = (torch.empty(layer.out_shape, dtype=params.dtype, device=params.device) for _ in range(2))
+        self.room_up, self.back, self.back_up = self.room.view(above), back, back.view(above)
+        found = _graph.derivatives(layer.chain)
+        if found is not None:
+            slope, second = found
+            slope = torch.full_like(self.room, slope) if isinstance(slope, float) else slope
+            self.slope = slope.reshape(layer.out_shape).contiguous()
+            if curved and isinstance(second, Tensor):
+                self.slope, self.bend = _slope_and_ratio(self.slope, second.reshape(layer.out_shape))
+        self.slope_up = None if self.slope is None else self.slope.view(above)
+        self.bend_up: Tensor | None = None
+
+    def set_gradient(self, gradient: Tensor) -> Tensor:
+        """From dL/da of this layer, delta; returns it."""
+        gradient = gradient.reshape(self.room.shape)
+        if self.bend is not None:
+            self.bend = (gradient * self.bend).contiguous()
+            self.bend_up = self.bend.view(self.room_up.shape)
+        self.delta = (gradient if self.slope is None else gradient * self.slope).contiguous()
+        self.delta_t = self.delta.t()
+        return self.delta
+
+
+class Layers:
+    """Products with the Jacobian of recognised layers, and with the Hessian of a loss above them.
+
+    Args:
+        layers: first to last. params: of the operator.
+        gradient: dL/da_L, for products with the Hessian.
+    """
+
+    def __init__(self, layers: Sequence[_graph.Affine], params: Parameters, gradient: Tensor | None = None) -> None:
+        self.params = params
+        slots = {slot for layer in layers for slot in (layer.weight_slot, layer.bias_slot)}
+        self.untouched = [i for i in range(len(params.tensors)) if i not in slots]
+        above = [layer.shape for layer in layers[1:]] + [layers[-1].out_shape]
+        self.layers = [
+            _Layer(layer, params, shape, curved=gradient is not None)
+            for layer, shape in zip(layers, above, strict=True)
+        ]
+        live = None
+        for layer in self.layers:
+            layer.below = live
+            if live is not None or layer.weight_slot is not None or layer.bias_slot is not None:
+                live = layer.room_up
+        for layer in reversed(self.layers):
+            if gradient is None:
+                break
+            delta = layer.set_gradient(gradient)
+            gradient = None if layer.first else delta @ layer.weight
+
+    def push(self, parts: Sequence[Tensor]) -> Tensor:
+        """J v, the tangent a._L of what the last layer puts out, (N, O); valid until the next call.
+
+        Args:
+            parts: the direction, in the shapes of the parameters.
+        """
+        for layer in self.layers:
+            bias = None if layer.bias_slot is None else parts[layer.bias_slot]
+            if layer.weight_slot is None:
+                if layer.below is not None:
+                    paired_matmul(layer.below, layer.weight_t, bias=bias, scale=layer.slope, out=layer.room)
+                elif bias is not None:
+                    layer.room.copy_(bias if layer.slope is None else bias * layer.slope)
+            else:
+                direction = parts[layer.weight_slot].t()
+                if layer.below is None:
+                    paired_matmul(layer.inputs, direction, bias=bias, scale=layer.slope, out=layer.room)
+                else:
+                    paired_matmul(
+                        layer.below, layer.weight_t, layer.inputs, direction, bias=bias, scale=layer.slope,
+                        out=layer.room,
+                    )  # fmt: skip
+        return self.layers[-1].room
+
+    def pull(self, cotangent: Tensor, out: Tensor, parts: Sequence[Tensor] | None = None) -> None:
+        """Write J^T u; or, given the direction that `push` has just had, the product with the Hessian.
+
+        Args:
+            cotangent: u, or the tangent of dL/da_L. out: flat. parts: the direction.
+        """
+        results = self.params.split(out)
+        for i in self.untouched:
+            results[i].zero_()
+        top = self.layers[-1]
+        delta = cotangent.reshape(top.room.shape)
+        if top.slope is not None:
+            delta = delta * top.slope
+            if parts is not None and top.bend is not None:
+                delta = delta.addcmul_(top.bend, top.room)
+        delta_t = delta.t()
+        for i in range(len(self.layers) - 1, -1, -1):
+            layer = self.layers[i]
+            below = layer.below if parts is not None else None
+            if layer.weight_slot is not None:
+                result = results[layer.weight_slot]
+                if below is None:
+                    paired_matmul(delta_t, layer.inputs, out=result)
+                else:
+                    paired_matmul(delta_t, layer.inputs, layer.delta_t, below, out=result)
+            if layer.bias_slot is not None:
+                torch.sum(delta, 0, out=results[layer.bias_slot])
+            if layer.first:
+                return
+            under = self.layers[i - 1]
+            c, e = (
+                (None, None) if parts is None or layer.weight_slot is None else (layer.delta, parts[layer.weight_slot])
+            )
+            p, q = (None, None) if below is None or under.bend_up is None else (under.bend_up, below)
+            paired_matmul(delta, layer.weight, c, e, scale=under.slope_up, p=p, q=q, out=under.back_up)
+            delta = under.back
+            delta_t = delta.t()

@@ -1,0 +1,270 @@
+"""Products at one point: one class per way to compute them, each built once per point and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
+
+from secant.curvature import _graph, _losses
+from secant.curvature._layers import Layers
+from secant.curvature._parameters import Parameters
+
+
+class Point(Protocol):
+    """A matrix over the parameters, at one point and batch."""
+
+    def product(self, vector: Tensor, out: Tensor) -> None:
+        """Write the product with a flat vector."""
+
+
+def split_terms(loss: Tensor) -> list[_graph.Term]:
+    """The summands of a loss, each a scalar."""
+    return [whole(loss)] if loss.dim() > 0 else _graph.terms(loss.grad_fn)
+
+
+def whole(loss: Tensor) -> _graph.Term:
+    """A loss of one element as it is."""
+    with torch.enable_grad():
+        return _graph.Term(loss.reshape(()).grad_fn, 1.0)
+
+
+# Hessian --------------------------------------------------------------------------------------------------------------
+
+
+class DoubleBackward:
+    """H v = d(g.v)/dw on the kept graph of the gradient g (reverse over reverse).
+
+    Args:
+        terms: their sum is the loss. like: a scalar of its dtype and device.
+    """
+
+    def __init__(self, terms: Sequence[_graph.Term], like: Tensor, params: Parameters) -> None:
+        self.params = params
+        found = _losses.gradients(terms, params.tensors, like, create_graph=True)
+        self.slots = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
+        self.grads = [g for g in found if g is not None and g.requires_grad]
+
+    def parts(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
+        """The product in the shapes of the parameters, None for zero."""
+        if not self.grads:  # a loss linear in the parameters
+            return [None] * len(parts)
+        chosen = [parts[i] for i in self.slots]
+        return list(torch.autograd.grad(self.grads, self.params.tensors, chosen, retain_graph=True, allow_unused=True))
+
+    def product(self, vector: Tensor, out: Tensor) -> None:
+        """Write the product with a flat vector."""
+        self.params.join(self.parts(self.params.split(vector)), out)
+
+
+#: A closure with other tensors in the place of those with these ids; `Evaluator`, and a choice from what it returns.
+Evaluate = Callable[[dict[int, Tensor]], Tensor]
+
+
+class _Transformed:
+    """Evaluates a closure as a function of the parameters, under the transforms of torch.func.
+
+    Under them rather than on plain dual numbers: only there are formulas, as that of log_softmax, free of in-place
+    operations that another derivative cannot pass.
+    """
+
+    def __init__(self, evaluate: Evaluate, params: Parameters) -> None:
+        self.closure, self.params = evaluate, params
+
+    def loss(self, *points: Tensor) -> Tensor:
+        """The loss with these tensors in the place of the parameters."""
+        ids = map(id, self.params.tensors)
+        return self.closure(dict(zip(ids, points, strict=True))).reshape(())
+
+
+class ForwardOverReverse(_Transformed):
+    """H v = the tangent of the gradient: forward mode through the forward and the backward pass, at every product."""
+
+    def product(self, vector: Tensor, out: Tensor) -> None:
+        """Write the product with a flat vector."""
+        points, tangents = tuple(p.detach() for p in self.params.tensors), tuple(self.params.split(vector))
+        gradient = torch.func.grad(self.loss, argnums=tuple(range(len(points))))
+        with torch.enable_grad():
+            found = torch.func.jvp(gradient, points, tangents)[1]
+        self.params.join(found, out)
+
+
+class ReverseOverForward(_Transformed):
+    """H v = the gradient of the directional derivative g.v: backward through a forward-mode pass, at every product."""
+
+    def product(self, vector: Tensor, out: Tensor) -> None:
+        """Write the product with a flat vector."""
+        points, tangents = tuple(self.params.tensors), tuple(self.params.split(vector))
+        with torch.enable_grad():
+            slope = torch.func.jvp(self.loss, points, tangents)[1]
+            if slope.requires_grad:
+                self.params.join(torch.autograd.grad(slope, points, allow_unused=True), out)
+            else:
+                out.zero_()
+
+
+class LayeredHessian:
+    """The R-operator for the terms of a loss that Linear + activation layers made, double backward for the others.
+
+    Args:
+        parts: for each network in the loss: its layers, and the product with the Hessian of what is above them.
+        rest: the other terms, None when there are none.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Layers, _losses.LossProduct]],
+        rest: DoubleBackward | None,
+        params: Parameters,
+    ) -> None:
+        self.networks, self.rest, self.params = parts, rest, params
+
+    def product(self, vector: Tensor, out: Tensor) -> None:
+        """Write the product with a flat vector."""
+        parts = self.params.split(vector)
+        written = self.rest is not None
+        if self.rest is not None:
+            self.params.join(self.rest.parts(parts), out)
+        for layers, loss_product in self.networks:
+            part = torch.empty_like(out) if written else out
+            layers.pull(loss_product(layers.push(parts)), part, parts)
+            if written:
+                out += part
+            written = True
+        if not written:
+            out.zero_()
+
+
+def layered_hessian(loss: Tensor, params: Parameters) -> LayeredHessian | str:
+    """The structured product at the point where `loss` was evaluated, or what stands in its way."""
+    slots = {id(p): i for i, p in enumerate(params.tensors)}
+    if params.dtype not in (torch.float32, torch.float64):
+        return f"{params.dtype}"
+    networks: dict[_graph.Node, list[_graph.Term]] = {}
+    layers_of: dict[_graph.Node, list[_graph.Affine]] = {}
+    rest: list[_graph.Term] = []
+    reason = "no Linear layer"
+    for term in split_terms(loss):
+        top = _graph.boundary(term.node, slots)
+        if top is not None and top not in layers_of:
+            found = _graph.read_layers(top, slots)
+            if isinstance(found, str):
+                reason, top = found, None
+            else:
+                layers_of[top] = found
+        if top is None:
+            rest.append(term)
+        else:
+            networks.setdefault(top, []).append(term)
+    if not networks:
+        return reason
+    parts = []
+    for top, terms in networks.items():
+        gradient, loss_product = _losses.curvature(terms, top, GradientEdge(top, 0), loss)
+        if gradient is not None:
+            parts.append((Layers(layers_of[top], params, gradient), loss_product))
+    return LayeredHessian(parts, DoubleBackward(rest, loss, params) if rest else None, params)
+
+
+# Jacobian of the outputs, for GGN and Fisher --------------------------------------------------------------------------
+
+
+class Jacobian(Protocol):
+    """J = d outputs / d parameters at one point and batch."""
+
+    def push(self, vector: Tensor) -> Tensor:
+        """J v, in the shape of the outputs."""
+
+    def pull(self, cotangent: Tensor, out: Tensor) -> None:
+        """Write J^T u, flat."""
+
+
+class GraphJacobian:
+    """On the kept graph: J^T u by backward; J v as the derivative by u of (J^T u).v, linear in u."""
+
+    def __init__(self, outputs: Tensor, params: Parameters) -> None:
+        self.outputs, self.params = outputs, params
+        self.dummy = torch.zeros_like(outputs, requires_grad=True)
+        with torch.enable_grad():
+            pulled = self._pull(self.dummy, create_graph=True)
+        self.slots = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        self.pulled = [g for g in pulled if g is not None and g.requires_grad]
+
+    def _pull(self, cotangent: Tensor, *, create_graph: bool = False) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            self.outputs, self.params.tensors, cotangent, retain_graph=True, create_graph=create_graph,
+            allow_unused=True,
+        )  # fmt: skip
+
+    def push(self, vector: Tensor) -> Tensor:
+        """J v."""
+        parts = self.params.split(vector)
+        if not self.pulled:
+            return torch.zeros_like(self.dummy)
+        chosen = [parts[i] for i in self.slots]
+        (found,) = torch.autograd.grad(self.pulled, [self.dummy], chosen, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(self.dummy) if found is None else found
+
+    def pull(self, cotangent: Tensor, out: Tensor) -> None:
+        """Write J^T u."""
+        self.params.join(self._pull(cotangent), out)
+
+
+class ForwardJacobian(GraphJacobian):
+    """J v by forward mode, through the closure again at every product; J^T u on the kept graph."""
+
+    def __init__(self, outputs: Tensor, params: Parameters, evaluate: Evaluate) -> None:
+        self.outputs, self.params, self.closure = outputs, params, evaluate
+
+    def push(self, vector: Tensor) -> Tensor:
+        """J v."""
+        tensors = self.params.tensors
+        with forward_ad.dual_level():
+            duals = (
+                forward_ad.make_dual(p.detach(), t) for p, t in zip(tensors, self.params.split(vector), strict=True)
+            )
+            outputs = self.closure({id(p): x for p, x in zip(tensors, duals, strict=True)})
+            tangent = forward_ad.unpack_dual(outputs).tangent
+            return torch.zeros_like(self.outputs) if tangent is None else tangent.detach()
+
+
+class LayeredJacobian:
+    """Of recognised layers, by the R-operator without the second derivatives."""
+
+    def __init__(self, outputs: Tensor, layers: Layers, params: Parameters) -> None:
+        self.shape, self.layers, self.params = outputs.shape, layers, params
+
+    def push(self, vector: Tensor) -> Tensor:
+        """J v."""
+        return self.layers.push(self.params.split(vector)).reshape(self.shape)
+
+    def pull(self, cotangent: Tensor, out: Tensor) -> None:
+        """Write J^T u."""
+        self.layers.pull(cotangent, out)
+
+
+def layered_jacobian(outputs: Tensor, params: Parameters) -> LayeredJacobian | str:
+    """The structured Jacobian at the point where `outputs` were evaluated, or what stands in its way."""
+    if params.dtype not in (torch.float32, torch.float64):
+        return f"{params.dtype}"
+    found = _graph.read_layers(outputs.grad_fn, {id(p): i for i, p in enumerate(params.tensors)})
+    return found if isinstance(found, str) else LayeredJacobian(outputs, Layers(found, params), params)
+
+
+class Sandwich:
+    """J^T M J, where M is symmetric on the outputs.
+
+    Args:
+        middle: M u in the shape of u.
+    """
+
+    def __init__(self, jacobian: Jacobian, middle: Callable[[Tensor], Tensor]) -> None:
+        self.jacobian, self.middle = jacobian, middle
+
+    def product(self, vector: Tensor, out: Tensor) -> None:
+        """Write the product with a flat vector."""
+        self.jacobian.pull(self.middle(self.jacobian.push(vector)), out)

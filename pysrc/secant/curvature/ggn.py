@@ -1,0 +1,135 @@
+"""The generalised Gauss-Newton matrix as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secant.curvature import _errors, _graph, _losses, _points
+from secant.curvature._curvature import CurvatureOperator
+from secant.curvature._evaluate import Evaluator
+from secant.curvature._points import Jacobian, Point
+from secant.curvature.hessian import scalar, trainable
+from secant.ops import _gate
+
+
+class _JacobianOperator(CurvatureOperator):
+    """J^T M J for a Jacobian J of the outputs, found in one of three ways."""
+
+    _MODES = ("double-backward", "forward")
+
+    def _outputs(self, result: Any) -> Tensor:
+        """What the Jacobian is taken of, from what the closure returns."""
+        first = result[0] if isinstance(result, (tuple, list)) and len(result) == 2 else None
+        if not isinstance(first, Tensor):
+            raise TypeError(f"{self._name}: closure: expected a pair {self._PAIR}, got {type(result).__name__}")
+        if not first.is_floating_point():
+            raise _gate.fail(self._name, "closure", "real outputs", _gate.describe(first))
+        return first
+
+    _PAIR = "(outputs, loss)"
+
+    def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
+        """M u in the shape of u, from an evaluation with its graph."""
+        raise NotImplementedError
+
+    def _point(self, evaluator: Evaluator) -> Point:
+        op, requested, chosen = self._name, self._requested, self._chosen
+        result = evaluator()
+        outputs = self._outputs(result)
+        if outputs.grad_fn is None:
+            raise _gate.fail(op, "closure", "outputs with their graph", "some without (detached, or under no_grad?)")
+        nodes = [outputs.grad_fn]
+        with _errors.explained(op, self._used, nodes), torch.enable_grad():
+            middle = self._middle(outputs, result)
+        if requested in ("auto", "r-operator"):
+            with _errors.explained(op, "r-operator", nodes):
+                found = _points.layered_jacobian(outputs, self.params)
+            if not isinstance(found, str):
+                self._used = "r-operator"
+                return _points.Sandwich(found, middle)
+            if requested == "r-operator":
+                raise _gate.fail(op, "mode", "'auto' or another mode here", f"'r-operator', not for {found}")
+
+        def forward() -> Jacobian:
+            return _points.ForwardJacobian(outputs, self.params, lambda ids: self._outputs(evaluator(ids)))
+
+        makers: dict[str, Callable[[], Jacobian]] = {
+            "double-backward": lambda: _points.GraphJacobian(outputs, self.params),
+            "forward": forward,
+        }
+        if chosen is not None:
+            self._used = chosen
+            with _errors.explained(op, chosen, nodes):
+                return _points.Sandwich(makers[chosen](), middle)
+        candidates: dict[str, Callable[[], Point]] = {
+            mode: lambda make=make: _points.Sandwich(make(), middle)  # type: ignore[misc]
+            for mode, make in makers.items()
+        }
+        return self._choose(candidates, nodes)
+
+
+class GGN(_JacobianOperator):
+    r"""G = J^T H_L J: J the Jacobian of the outputs, H_L the Hessian of the loss with respect to the outputs.
+
+    It is what is left of the Hessian when the second derivatives of the outputs are left out, and positive
+    semi-definite when the loss is convex in the outputs. For cross-entropy of a softmax, and for squared error, it is
+    the Fisher information. Terms of the loss that do not pass through `outputs`, as a penalty on the parameters, have
+    no part in it: add `G + lambda` for L2.
+
+    Linear + activation layers are recognised as in `Hessian`. The cross-entropy of class labels is recognised
+    above any model: its product reads the log-probabilities that the graph holds, in one pass, and stores nothing else
+    as large as they are. Elsewhere J v is either the derivative of J^T u by u ("double-backward", on the kept graph) or
+    forward mode through the closure ("forward"), whichever is faster.
+
+    Args:
+        closure: () -> (outputs, loss), or (batch) -> (outputs, loss) with `batches`: outputs a real tensor with its
+            graph, from which the loss of one element is computed.
+        params, batches, weights, keep_graphs, process_group: as for `Hessian`.
+        mode: "auto", "r-operator", "double-backward" or "forward".
+
+    Raises:
+        TypeError, ValueError: an argument is invalid. At a product: the closure returns something else.
+        RuntimeError: at a product: an operation cannot be differentiated; the message names it.
+
+    References:
+        Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation 14
+        (2002). Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020), section 8.
+
+    Example:
+        >>> def closure():
+        ...     outputs = model(x)
+        ...     return outputs, F.cross_entropy(outputs, y)
+        >>> G = secant.curvature.GGN(closure, model.parameters())
+        >>> (G + 1e-3) @ v
+    """
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **options: Any
+    ) -> GGN:
+        """The GGN of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
+
+        Args:
+            options: those of the class.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid.
+        """
+
+        def closure() -> tuple[Tensor, Tensor]:
+            outputs = model(inputs)
+            return outputs, loss_fn(outputs, targets)
+
+        return cls(closure, trainable(cls.__name__, model), **options)
+
+    def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
+        loss = scalar(self._name, "closure", result[1])
+        terms = [] if loss.grad_fn is None else _points.split_terms(loss)
+        terms = [term for term in terms if _graph.reaches(term.node, outputs.grad_fn)]
+        if not terms:
+            raise _gate.fail(self._name, "closure", "a loss computed from the outputs", "one that does not use them")
+        return _losses.curvature(terms, _graph.below_views(outputs.grad_fn), outputs, loss)[1]

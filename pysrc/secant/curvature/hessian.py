@@ -1,0 +1,158 @@
+"""The Hessian of a loss as a linear operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secant.curvature import _errors, _points
+from secant.curvature._curvature import CurvatureOperator
+from secant.curvature._evaluate import Evaluator
+from secant.curvature._points import Point
+from secant.ops import _gate
+
+
+class Hessian(CurvatureOperator):
+    r"""H = d^2 loss / d params^2 at the current parameters, as a symmetric operator over flat vectors.
+
+        H v = d/dt grad loss(params + t v)  at t = 0
+
+    The flat vector is the concatenation of the flattened parameters, in their order. At the first product the closure
+    is evaluated once; its graph is kept and reused by every product until a parameter is written in place or replaced
+    (`refresh` for changes that cannot be seen).
+
+    **Layers.** When the graph shows that Linear layers and elementwise functions (tanh, relu, gelu exact and tanh,
+    silu, sigmoid, softplus, sin, multiples) made the loss, from an `nn.Sequential` or by hand, products go through the
+    R-operator on fused kernels; whatever is above the last Linear layer, and terms of the loss beside it (a penalty),
+    is differentiated by autograd. Nothing is assumed of the module: what is read is the graph of the closure.
+
+    **Modes.** Elsewhere three ways are compared once per operator, at its first product, and the fastest is kept:
+    "double-backward" on the kept graph, "forward-over-reverse" and "reverse-over-forward", which evaluate the closure
+    at every product (with the same random numbers) and keep no graph. `timings` has the seconds. `mode` chooses.
+
+    **Mini-batches.** With `batches` the closure is called with one batch at a time and the operator is
+    sum_b weights_b H_b; weights None means the mean. The graphs of all batches are kept unless `keep_graphs=False`,
+    which evaluates them one after the other at every product (once for all columns of `matmat`).
+
+    **Several processes.** Where `torch.distributed` is initialised, products are averaged over the processes; each has
+    its own data, and all must make the same products with the same vectors. Use the module without
+    DistributedDataParallel, which has no double backward.
+
+    **Attention** runs its math implementation, since the fused kernels have no second derivative; a `SecantWarning`
+    says so once. Products are exact for the function that the closure computes: a dropout layer in training mode keeps
+    the mask of its first evaluation, a batch norm in training mode updates its statistics at each one.
+
+    Args:
+        closure: () -> loss, or (batch) -> loss with `batches`: a tensor of one element with its graph; it does not call
+            backward.
+        params: real dense tensors that require gradients, of one dtype and device.
+        batches: something that can be iterated again and again, always in the same order: a list, a DataLoader.
+        weights: one number per batch.
+        mode: "auto", "r-operator" (raises where the layers are not recognised), "double-backward",
+            "forward-over-reverse" or "reverse-over-forward".
+        keep_graphs: whether the graph of each batch is kept.
+        process_group: "auto" for the default group where there is one; a group; None for no reduction.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid. At a product: the closure returns no loss with a graph.
+        RuntimeError: at a product: an operation cannot be differentiated twice; the message names it.
+
+    References:
+        Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
+        Dagreou, Ablin, Vaiter and Moreau, How to compute Hessian-vector products?, ICLR blog posts (2024).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> x, y = torch.randn(50, 3), torch.randn(50, 1)
+        >>> H = secant.curvature.Hessian(lambda: F.mse_loss(model(x), y), model.parameters())
+        >>> v = torch.randn(H.shape[0])
+        >>> H @ v, H.mode                       # (41,), 'r-operator'
+        >>> newton = torch.linalg.solve(H @ torch.eye(41) + torch.eye(41), v)
+    """
+
+    _MODES = ("double-backward", "forward-over-reverse", "reverse-over-forward")
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **options: Any
+    ) -> Hessian:
+        """The Hessian of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
+
+        Args:
+            options: those of the class.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid.
+
+        Example:
+            >>> H = secant.curvature.Hessian.of(model, nn.CrossEntropyLoss(), images, labels)
+        """
+        return cls(lambda: loss_fn(model(inputs), targets), trainable(cls.__name__, model), **options)
+
+    def _loss(self, result: Any) -> Tensor:
+        loss = scalar(self._name, "closure", result)
+        if loss.grad_fn is None:
+            raise _gate.fail(
+                self._name, "closure", "a loss with its graph", "one without (detached, or under no_grad?)"
+            )
+        return loss
+
+    def _point(self, evaluator: Evaluator) -> Point:
+        op, requested = self._name, self._requested
+        if self._chosen in ("forward-over-reverse", "reverse-over-forward"):
+            return self._forward(self._chosen, evaluator)
+        loss = self._loss(evaluator())
+        nodes = [loss.grad_fn]
+        if requested in ("auto", "r-operator"):
+            with _errors.explained(op, "r-operator", nodes):
+                found = _points.layered_hessian(loss, self.params)
+            if not isinstance(found, str):
+                self._used = "r-operator"
+                return found
+            if requested == "r-operator":
+                raise _gate.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
+        terms = [_points.whole(loss)]
+        with torch.enable_grad():
+            if self._chosen is not None:
+                self._used = self._chosen
+                with _errors.explained(op, self._chosen, nodes):
+                    return _points.DoubleBackward(terms, loss, self.params)
+            candidates: dict[str, Callable[[], Point]] = {
+                "double-backward": lambda: _points.DoubleBackward(terms, loss, self.params)
+            }
+        for mode in self._MODES[1:]:
+            candidates[mode] = functools.partial(self._forward, mode, evaluator)
+        return self._choose(candidates, nodes)
+
+    def _forward(self, mode: str, evaluator: Evaluator) -> Point:
+        cls = _points.ForwardOverReverse if mode == "forward-over-reverse" else _points.ReverseOverForward
+        return cls(lambda substitutes: scalar(self._name, "closure", evaluator(substitutes)), self.params)
+
+
+def trainable(op: str, model: object) -> Iterable[Tensor]:
+    """The parameters of a module that require gradients.
+
+    Raises:
+        TypeError: it is no module, or wrapped by DistributedDataParallel.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}.of: model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"{op}.of: model: DistributedDataParallel has no double backward: pass model.module; the products are "
+            "reduced over the processes"
+        )
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def scalar(op: str, name: str, loss: object) -> Tensor:
+    """A tensor of one real number."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{op}: {name}: expected a loss (a tensor of one element), got {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise _gate.fail(op, name, "a loss of one real element", _gate.describe(loss))
+    return loss
