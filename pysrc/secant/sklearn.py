@@ -316,8 +316,11 @@ def _tensor(X: Any) -> Any:
     """X as it is, or a CSR tensor over the memory of a scipy one."""
     if isinstance(X, np.ndarray):
         return X
-    parts = (torch.from_numpy(np.require(part, requirements="W")) for part in (X.indptr, X.indices, X.data))
-    return torch.sparse_csr_tensor(*parts, X.shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        parts = (torch.from_numpy(part) for part in (X.indptr, X.indices, X.data))
+        return torch.sparse_csr_tensor(*parts, X.shape, check_invariants=False)
 
 
 def _checked_alpha(model: Any) -> float:
