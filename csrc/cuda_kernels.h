@@ -19,6 +19,7 @@ struct CudaTable {
 
 CudaTable lbfgs_kernels();
 CudaTable blocks_kernels();
+CudaTable hvp_kernels();
 
 }  // namespace secant
 

@@ -412,7 +412,10 @@ inline float __uint_as_float(u32 x) { return secant_standin::from_bits<float>(x)
 inline u32 __float_as_uint(float x) { return u32(secant_standin::to_bits(x)); }
 inline double __longlong_as_double(i64 x) { return secant_standin::from_bits<double>(uint64_t(x)); }
 inline i64 __double_as_longlong(double x) { return i64(secant_standin::to_bits(x)); }
+using std::exp;
 using std::fabs;
+using std::log;
+using std::log1p;
 using std::sqrt;
 
 template <int N, class X>

@@ -4,7 +4,7 @@ The sources use nothing newer than compute capability 8.0, so nvcc translates th
 makes the code of every architecture from that; the build does the same. After a change that is meant, write the table
 anew with
 
-    python tests/build/test_cuda_compile.py --update
+    python tests/build/test_cuda_compile.py --update [FAMILY ...]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("lbfgs", "blocks")
+FAMILIES = ("lbfgs", "blocks", "hvp")
 MINIMUM = 80
 PTXAS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror"
 REGISTERS = 65536  # of a multiprocessor
@@ -66,7 +66,7 @@ def resources(
             compiler, "-cubin", f"-arch={arch}", PTXAS, str(ptx), "-o", str(directory / f"{family}_{arch}.cubin")
         )
 
-    archs = [f"sm_{x}" for x in sorted({80, 90, newest(compiler)})]
+    archs = [f"sm_{x}" for x in chosen or sorted({80, 90, newest(compiler)})]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(archs, map(parse, pool.map(assemble, archs)), strict=True))
 
@@ -90,7 +90,13 @@ def parse(report: str) -> dict[str, dict[str, int]]:
 
 @pytest.fixture(
     scope="module",
-    params=["lbfgs", pytest.param("blocks", marks=pytest.mark.slow), "blocks, sm_90"],
+    params=[
+        "lbfgs",
+        pytest.param("blocks", marks=pytest.mark.slow),
+        "blocks, sm_90",
+        pytest.param("hvp", marks=pytest.mark.slow),
+        "hvp, sm_90",
+    ],
 )
 def measured(request, tmp_path_factory):
     """(family, what ptxas reports for it); the many kernels of `blocks` for one architecture where time is short."""
@@ -103,6 +109,16 @@ def threads_and_blocks(kernel: str) -> tuple[int, int]:
     """Threads of a block, and the blocks of a multiprocessor that its registers must allow for."""
     if kernel.startswith("lbfgs_"):
         return 256, 1 if "panel_dots" in kernel else 2
+    if kernel.startswith("hvp_"):
+        from secant.kernels.hvp import plan
+
+        found = re.match(r"hvp_tile_(\d+)x(\d+)_f(\d+)", kernel)
+        if found:
+            k, e, bits = map(int, found.groups())
+            return plan.BLOCK, 2 if k * e <= plan.TWO_BLOCKS[8 if bits == 64 else 4] else 1
+        if "cross_entropy" in kernel:
+            return plan.ROW_THREADS[8 if kernel.endswith("f64") else 4], 1
+        return plan.BLOCK, 2
     # 8 warps hide what a multiprocessor's latencies are; plan.py counts on shared memory for as many.
     return (64, 4) if re.search(r"_b\d+_f\d+$", kernel) else (128, 2)
 
@@ -112,6 +128,10 @@ def expected_kernels(family: str) -> list[str]:
         from secant.kernels.blocks import plan
 
         return sorted(plan.kernels())
+    if family == "hvp":
+        from secant.kernels.hvp import plan as hvp_plan
+
+        return sorted(hvp_plan.kernels())
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
     return sorted(f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16"))
 
@@ -172,9 +192,25 @@ def test_runtime_source_of_blocks(tmp_path, kernel):
     assert self_contained(tmp_path, nvrtc.source(kernel)) == [kernel]
 
 
+@pytest.mark.parametrize(
+    ("module", "kernels"),
+    [
+        ("tile_4x16_f16", ["hvp_tile_4x16_f16"]),
+        ("cross_entropy_f32", ["hvp_cross_entropy_f32"]),
+        ("rest_f64", [f"hvp_{kind}_f64" for kind in ("between", "finish", "product", "sum")]),
+    ],
+)
+def test_runtime_source_of_hvp(tmp_path, module, kernels):
+    """One module a shape of the tile, one for the small kernels of a type."""
+    from secant.kernels.hvp import nvrtc
+
+    assert self_contained(tmp_path, nvrtc.source(module)) == kernels
+    assert {nvrtc._module(kernel) for kernel in kernels} == {module}
+
+
 if __name__ == "__main__":
-    assert sys.argv[1:] == ["--update"], __doc__
-    for each in FAMILIES:
+    assert sys.argv[1:2] == ["--update"], __doc__
+    for each in sys.argv[2:] or FAMILIES:
         with tempfile.TemporaryDirectory() as name:
             content = {"nvcc": compiler_version(nvcc()), "kernels": resources(nvcc(), Path(name), each)}
         table(each).write_text(json.dumps(content, indent=1) + "\n")
