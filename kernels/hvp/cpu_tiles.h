@@ -1,7 +1,7 @@
 // The two products of a block of rows with vectors, Z = X V and G += X^T R, for a block that lies in the cache between
 // them.
 //
-// "Along": one to four vectors, each in an array of its own; lanes run along the features.
+// "Along": few vectors, each in an array of its own; lanes run along the features.
 // "Across": more vectors, interleaved and padded to whole registers of L lanes; lanes run across the vectors, and an
 // entry of X is broadcast.
 #pragma once
@@ -25,8 +25,9 @@ template <class T, int K>
 struct Along {
   using V = vec<T>;
   static constexpr int W = kLanes<T>;
-  static constexpr int kRowsUp = K <= 2 ? 4 : 2;  // accumulators of Z: at most 8
-  static constexpr int kRowsDown = 8 / K;         // coefficients that stay in registers: at most 8
+  static constexpr int kRegisters = kBytes == 64 ? 32 : 16;  // half of which hold sums or coefficients
+  static constexpr int kRowsUp = K <= 2 ? 4 : kRegisters / 2 / K < 4 ? kRegisters / 2 / K : 4;
+  static constexpr int kRowsDown = kRegisters / 2 / K < 8 ? kRegisters / 2 / K : 8;
 
   // z[r * K + c] = x_r . v_c, with v_c at v + c * d.
   template <int R>
@@ -37,11 +38,11 @@ struct Along {
     int64_t j = 0;
     for (; j + U * W <= d; j += U * W) {
       unroll<U>([&](auto u) SECANT_LAMBDA {
-        V column[K];
-        unroll<K>([&](auto c) SECANT_LAMBDA { column[c] = load<V>(v + c * d + j + u * W); });
-        unroll<R>([&](auto r) SECANT_LAMBDA {
-          const V row = load<V>(x + r * ld + j + u * W);
-          unroll<K>([&](auto c) SECANT_LAMBDA { sum[u][r][c] += row * column[c]; });
+        V row[R];
+        unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load<V>(x + r * ld + j + u * W); });
+        unroll<K>([&](auto c) SECANT_LAMBDA {
+          const V column = load<V>(v + c * d + j + u * W);
+          unroll<R>([&](auto r) SECANT_LAMBDA { sum[u][r][c] += row[r] * column; });
         });
       });
     }
@@ -68,13 +69,13 @@ struct Along {
                   SECANT_LAMBDA { unroll<K>([&](auto c) SECANT_LAMBDA { factor[r][c] = splat(z[r * K + c]); }); });
     int64_t j = 0;
     for (; j + W <= d; j += W) {
-      V sum[K];
-      unroll<K>([&](auto c) SECANT_LAMBDA { sum[c] = load<V>(g + c * d + j); });
-      unroll<R>([&](auto r) SECANT_LAMBDA {
-        const V row = load<V>(x + r * ld + j);
-        unroll<K>([&](auto c) SECANT_LAMBDA { sum[c] += row * factor[r][c]; });
+      V row[R];
+      unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load<V>(x + r * ld + j); });
+      unroll<K>([&](auto c) SECANT_LAMBDA {
+        V sum = load<V>(g + c * d + j);
+        unroll<R>([&](auto r) SECANT_LAMBDA { sum += row[r] * factor[r][c]; });
+        store(g + c * d + j, sum);
       });
-      unroll<K>([&](auto c) SECANT_LAMBDA { store(g + c * d + j, sum[c]); });
     }
     for (; j < d; ++j) {
       unroll<R>([&](auto r) SECANT_LAMBDA {

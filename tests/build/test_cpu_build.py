@@ -48,6 +48,20 @@ def test_sanitizers(tmp_path, isa):
     assert done.stdout == "clean\n"
 
 
+@pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
+def test_sanitizers_on_products(tmp_path, isa):
+    """The same for the products with X and cross entropy."""
+    program = tmp_path / "sanitize_hvp"
+    sources = [
+        "tests/build/sanitize_hvp.cpp",
+        *(f"kernels/hvp/cpu_{s}.cpp" for s in ("cross_entropy", "dense", "sparse")),
+    ]
+    compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "clean\n"
+
+
 @pytest.mark.slow  # minutes to compile
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
 def test_sanitizers_on_blocks(tmp_path, isa):
