@@ -319,8 +319,8 @@ def _tensor(X: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        parts = (torch.from_numpy(part) for part in (X.indptr, X.indices, X.data))
-        return torch.sparse_csr_tensor(*parts, X.shape, check_invariants=False)
+        crow, col, values = (torch.from_numpy(part) for part in (X.indptr, X.indices, X.data))
+        return torch.sparse_csr_tensor(crow, col, values, X.shape, check_invariants=False)
 
 
 def _checked_alpha(model: Any) -> float:

@@ -45,7 +45,7 @@ def weighted_gram(x: Tensor, weight: Tensor, *, intercept: bool) -> Tensor:
         intercept: whether the column of ones is there.
 
     Returns:
-        (p, p), p = d + 1 with an intercept; symmetric. Summed in the dtype of x.
+        (p, p), p = d + 1 with an intercept; symmetric up to rounding. Summed in the dtype of x.
     """
     d = x.shape[1]
     p = d + intercept
@@ -63,7 +63,10 @@ def weighted_gram(x: Tensor, weight: Tensor, *, intercept: bool) -> Tensor:
             upper[a:b, a:].addmm_(block[:, a:b].t(), s[:, a:])
     if intercept:
         upper[d, d] = weight.sum()
-    return _symmetric(upper.double())
+        if panels == 1:
+            upper[d, :d] = upper[:d, d]
+    gram = upper.double()
+    return gram if panels == 1 else gram.triu() + gram.triu(1).t()
 
 
 def softmax_gram(x: Tensor, probs: Tensor, sample_weight: Tensor | None, *, intercept: bool) -> Tensor:
@@ -134,7 +137,3 @@ def weighted_moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _rows(x: Tensor, width: int) -> int:
     return max(64, _BLOCK_BYTES // (x.element_size() * max(1, width)))
-
-
-def _symmetric(upper: Tensor) -> Tensor:
-    return upper.triu() + upper.triu(1).t()

@@ -13,6 +13,9 @@ from secant.glm import sparse_softmax
 from secant.glm.gram import softmax_gram, weighted_gram, weighted_moments
 from secant.ops import hvp as ops
 
+#: Second derivative of a row's logistic loss below which it is taken for this in what approximates the Hessian.
+_SATURATED = 1e-12
+
 
 class Point(NamedTuple):
     """Where the objective was evaluated.
@@ -107,7 +110,7 @@ class Objective:
     def gram(self, point: Point) -> Tensor:
         """The Hessian (or its bound), (P, P) float64 over the flattened theta."""
         if self.classes:
-            h = softmax_gram(self.x, point.curvature, self.sample_weight, intercept=self.intercept)
+            h = softmax_gram(self.x, self._unsaturated(point), self.sample_weight, intercept=self.intercept)
             return self._fix_gauge(h).reshape(math.prod(self.shape), -1)
         h = weighted_gram(self.x, self._row_weight(point), intercept=self.intercept)
         h.diagonal()[: self.x.shape[1]] += self.l2
@@ -132,10 +135,21 @@ class Objective:
     def _row_weight(self, point: Point) -> Tensor:
         if self.majorised:
             return torch.ones_like(point.curvature) if self.sample_weight is None else self.sample_weight
+        curvature = self._unsaturated(point)
         if not self.classes:
-            return point.curvature
-        w = point.curvature * (1.0 - point.curvature)
+            return curvature
+        w = curvature * (1.0 - curvature)
         return w if self.sample_weight is None else w * self.sample_weight[:, None]
+
+    def _unsaturated(self, point: Point) -> Tensor:
+        """`point.curvature`, of which rows with huge logits keep some: else a step may be longer than 1e200."""
+        curvature = point.curvature
+        if self.classes:
+            return curvature * (1.0 - _SATURATED) + _SATURATED / self.classes
+        if self.loss != "logistic":
+            return curvature
+        floor = _SATURATED if self.sample_weight is None else _SATURATED * self.sample_weight
+        return torch.clamp(curvature, min=floor)
 
     def _fix_gauge(self, h: Tensor) -> Tensor:
         """Add l2, and what makes the multinomial Hessian regular.

@@ -1,0 +1,106 @@
+"""pytest-benchmark over `secant.glm.fit` and the solvers of scikit-learn's LogisticRegression, on the same problem.
+
+    pytest bench/test_glm_fit.py --benchmark-group-by=group --benchmark-sort=fullname
+
+Generated rows with feature scales spread as exp(N(0, 1)), float64, C = 1; `correlated` features have singular values
+from 1 to 1e-2 besides. `gap` is the objective above the lowest that any contender of the group has reached so far,
+relative; a fit of `secant` whose gap is above 1e-7 fails. Peers of which some take half a minute are run once.
+SECANT_BENCH_QUICK=1 takes a few thousand rows.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import secant
+
+linear_model = pytest.importorskip("sklearn.linear_model")
+
+QUICK = os.environ.get("SECANT_BENCH_QUICK", "0") == "1"
+GAP = 1e-7
+SOLVERS = ("newton-cholesky", "newton-cg", "lbfgs")
+
+
+class Case(NamedTuple):
+    """Rows, columns, smallest singular value of the mixing of the features relative to the largest."""
+
+    rows: int
+    columns: int
+    smallest: float
+
+    @property
+    def label(self) -> str:
+        """Name of the group."""
+        kind = "independent" if self.smallest == 1.0 else "correlated"
+        return f"{self.rows} x {self.columns} {kind}"
+
+
+SHAPES = ((4000, 20), (2000, 60)) if QUICK else ((150_000, 200), (30_000, 900))
+CASES = [Case(*shape, smallest) for shape in SHAPES for smallest in (1.0, 1e-2)]
+
+
+class Problem:
+    """Features and labels of a case, and the objective at any coefficients."""
+
+    def __init__(self, case: Case) -> None:
+        rng = np.random.default_rng(0)
+        n, d = case.rows, case.columns
+        scale = np.exp(rng.standard_normal(d))
+        self.x = rng.standard_normal((n, d))
+        if case.smallest < 1.0:
+            q, _ = np.linalg.qr(rng.standard_normal((d, d)))
+            self.x = self.x @ (q * np.geomspace(1.0, case.smallest, d)) @ q.T
+        self.x *= scale
+        w = 2.0 / np.sqrt(d) * rng.standard_normal(d) / self.x[:1000].std(0)
+        self.y = (rng.random(n) < 1.0 / (1.0 + np.exp(-(self.x @ w + 0.3)))).astype(float)
+        self.best = np.inf
+
+    def gap(self, coef: np.ndarray, intercept: float) -> float:
+        """The objective relative to the lowest seen so far, less one."""
+        z = self.x @ coef + intercept
+        value = float((np.logaddexp(0.0, z) - self.y * z).sum() + 0.5 * coef @ coef)
+        self.best = min(self.best, value)
+        return value / self.best - 1.0
+
+
+def _secant(problem: Problem, solver: str):
+    result = secant.glm.fit(problem.x, problem.y, l2=1.0, solver=solver)
+    return result.coef.numpy(), float(result.intercept), result.n_iter
+
+
+def _scikit_learn(problem: Problem, solver: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = linear_model.LogisticRegression(solver=solver, tol=1e-4, max_iter=300).fit(problem.x, problem.y)
+    return model.coef_[0], float(model.intercept_[0]), int(model.n_iter_[0])
+
+
+@pytest.fixture(scope="module")
+def problem_of():
+    held: dict[Case, Problem] = {}
+
+    def get(case: Case) -> Problem:
+        if case not in held:
+            held.clear()
+            held[case] = Problem(case)
+        return held[case]
+
+    return get
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("library", ["secant", "scikit-learn"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_glm_fit(benchmark, problem_of, case, library, solver):
+    problem = problem_of(case)
+    fit, rounds = (_secant, 3) if library == "secant" else (_scikit_learn, 1)
+    benchmark.group = case.label
+    coef, intercept, iterations = benchmark.pedantic(fit, args=(problem, solver), rounds=rounds, warmup_rounds=0)
+    gap = problem.gap(coef, intercept)
+    benchmark.extra_info.update(iterations=iterations, gap=gap)
+    assert library != "secant" or gap <= GAP
