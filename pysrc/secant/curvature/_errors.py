@@ -25,7 +25,7 @@ def reason(op: str, mode: str, error: Exception, nodes: Sequence[Any]) -> str:
     if match := _NO_FORWARD.search(text):
         return f"{op}: mode '{mode}': {match[1]} has no forward-mode derivative"
     if "once_differentiable" in text:
-        names = ", ".join(_graph.custom_functions(nodes)) or "a torch.autograd.Function"
+        names = ", ".join(_graph.custom_functions(nodes, once=True)) or "a torch.autograd.Function"
         return f"{op}: mode '{mode}': {names}: its backward is marked once_differentiable, so there is no second one"
     if "double backward" in text and "compile" in text:
         return f"{op}: mode '{mode}': what torch.compile made has no double backward: use the module without it"

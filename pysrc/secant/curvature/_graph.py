@@ -341,8 +341,13 @@ def read_cross_entropy(node: Node, below: Node | None, factor: float = 1.0) -> C
     return CrossEntropy(log_probs, row.masked_fill(ignored, 0.0) * scale)
 
 
-def custom_functions(nodes: Sequence[Node]) -> list[str]:
-    """Names of the `torch.autograd.Function` classes in the graph below these nodes, for error messages."""
+def custom_functions(nodes: Sequence[Node], *, once: bool = False) -> list[str]:
+    """Names of the `torch.autograd.Function` classes in the graph below these nodes.
+
+    Args:
+        once: only those whose backward is marked once_differentiable. Such a backward raises only when the gradient
+            that it is given has a graph; where that is a constant, its result passes for one too.
+    """
     found: dict[str, None] = {}
     seen: set[Node] = set()
     waiting = [node for node in nodes if node is not None]
@@ -351,7 +356,17 @@ def custom_functions(nodes: Sequence[Node]) -> list[str]:
         if here in seen:
             continue
         seen.add(here)
-        if hasattr(here, "_forward_cls"):
-            found[here._forward_cls.__name__] = None
+        cls = getattr(here, "_forward_cls", None)
+        if cls is not None and (not once or _is_once_differentiable(cls.backward)):
+            found[cls.__name__] = None
         waiting += [below for below, _ in here.next_functions if below is not None]
     return list(found)
+
+
+def _is_once_differentiable(backward: Any) -> bool:
+    """Whether one of the decorators around it is torch's."""
+    while hasattr(backward, "__wrapped__"):
+        if backward.__code__.co_filename == torch.autograd.function.__file__:
+            return True
+        backward = backward.__wrapped__
+    return False

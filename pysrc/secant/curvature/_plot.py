@@ -69,7 +69,7 @@ def draw(
     ax.secant_scale = scale  # type: ignore[attr-defined]  # the next curve goes on the same axis
     places = scale.forward(spectrum.nodes).reshape(1, -1)
     weights = spectrum.n * spectrum.weights.reshape(1, -1) / len(spectrum.nodes)
-    ends = scale.forward(torch.tensor([low, high], dtype=torch.float64)) + torch.tensor([-0.3, 0.3])
+    ends = scale.forward(torch.tensor([low, high], dtype=torch.float64)) + torch.tensor([-0.45, 0.45])
     at = torch.linspace(float(ends[0]), float(ends[1]), 1500, dtype=torch.float64)
     bells = torch.exp(-0.5 * ((at.unsqueeze(1) - places) / WIDTH).square()) / (WIDTH * math.sqrt(2 * math.pi))
     curve = (bells * weights).sum(1)

@@ -45,6 +45,8 @@ class DoubleBackward:
 
     def __init__(self, terms: Sequence[_graph.Term], like: Tensor, params: Parameters) -> None:
         self.params = params
+        if names := _graph.custom_functions([term.node for term in terms], once=True):
+            raise RuntimeError(f"{', '.join(names)}: backward is marked once_differentiable")
         found = _losses.gradients(terms, params.tensors, like, create_graph=True)
         self.slots = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
         self.grads = [g for g in found if g is not None and g.requires_grad]
