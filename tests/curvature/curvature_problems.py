@@ -47,10 +47,11 @@ class Residual(nn.Module):
 class Transformer(nn.Module):
     """One block of self-attention over (batch, tokens) of 11 symbols."""
 
-    def __init__(self, width: int = 8, heads: int = 2) -> None:
+    def __init__(self, width: int = 8, heads: int = 2, *, norm: bool = True) -> None:
         super().__init__()
         self.embed, self.heads = nn.Embedding(11, width), heads
-        self.qkv, self.out, self.norm = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.head = nn.Linear(width, 11)
 

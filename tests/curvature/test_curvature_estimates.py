@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from curvature_problems import data, dense, mlp
 from torch import nn
 
+from curvature_problems import data, dense, mlp
 from secant.curvature import Hessian, LinearOperator, _estimators
 
 PROBES = 4000

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from curvature_problems import ROUNDING, Residual, Transformer, data, dense, dense_hessian, error, mlp
 from torch import nn
 
+from curvature_problems import ROUNDING, Residual, Transformer, data, dense, dense_hessian, error, mlp
 from secant import SecantWarning
-from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian
+from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, _points
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,22 @@ def test_a_hidden_use_of_a_parameter_is_not_trusted_to_forward_mode():
     assert error(dense(H), torch.diag(6 * w.detach())) < ROUNDING
     assert H.mode == "double-backward"
     assert "Hidden" in H.timings["reverse-over-forward"]
+
+
+def test_a_mode_that_is_a_little_off_is_left_out(monkeypatch):
+    right = _points.ReverseOverForward.product
+
+    def wrong(self, vector, out):
+        right(self, vector, out)
+        out[0] += 1e-4 * out.norm()
+
+    monkeypatch.setattr(_points.ReverseOverForward, "product", wrong)
+    net = Residual().double()
+    loss = Counted(net)
+    H = Hessian(loss, net.parameters())
+    assert error(dense(H), dense_hessian(loss(), list(net.parameters()))) < ROUNDING
+    assert "disagrees" in H.timings["reverse-over-forward"]
+    assert isinstance(H.timings["forward-over-reverse"], float)
 
 
 def test_attention_is_exact_and_says_so_once():

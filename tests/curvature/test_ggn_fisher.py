@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from curvature_problems import ROUNDING, Residual, Transformer, data, dense, dense_jacobian, error, mlp
 from torch import nn
 
+from curvature_problems import ROUNDING, Residual, Transformer, data, dense, dense_jacobian, error, mlp
 from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, _losses
 
 MODES = ["auto", "double-backward", "forward"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from curvature_problems import ACTIVATIONS, ROUNDING, Residual, cnn, data, dense, dense_hessian, error, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from curvature_problems import ACTIVATIONS, ROUNDING, Residual, cnn, data, dense, dense_hessian, error, mlp
 from secant.curvature import Hessian
 from secant.curvature._layers import _slope_and_ratio
 
