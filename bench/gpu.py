@@ -1,0 +1,392 @@
+"""What `make gpu` runs: build, test, measure and profile on a machine with a GPU, and write one report of it.
+
+    python bench/gpu.py --out FOLDER [--stage build,test,bench,profile] [--family lbfgs,blocks,hvp]
+
+Nothing is downloaded. Every stage runs in processes of its own with a time limit, whatever became of the others; the
+exit status says whether all of them succeeded. The folder gets result.json, report.md, the pictures, and the logs.
+`--device cpu --quick` rehearses all of it on a machine without a GPU: small inputs, no GPU tests, nothing claimed.
+`--readme result.json` writes the table of a run into README.md, between its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("build", "test", "bench", "profile")
+FAMILIES = ("lbfgs", "blocks", "hvp")
+#: Seconds that a stage may take, its commands together; less than nine minutes in all.
+LIMITS = {"build": 200, "test": 170, "bench": 130, "profile": 30}
+SMALLEST = Path(__file__).with_name("gpu_smallest.py")
+BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
+
+
+class Outcome(NamedTuple):
+    """How a command of a stage ended: status 0, another exit status, or "time" when it was stopped."""
+
+    command: str
+    status: int | str
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        """Whether it succeeded."""
+        return self.status == 0
+
+
+class Run(NamedTuple):
+    """What was asked for."""
+
+    out: Path
+    stages: tuple[str, ...]
+    families: tuple[str, ...]
+    device: str
+    quick: bool
+    deadlines: dict[str, float]
+
+    def call(self, stage: str, *command: str, log: str, env: dict[str, str] | None = None) -> Outcome:
+        """Run a command to its end or to that of its stage, the output going to a log."""
+        start = time.perf_counter()
+        left = max(1.0, self.deadlines.setdefault(stage, start + LIMITS[stage]) - start)
+        status: int | str
+        with (self.out / log).open("a") as file:
+            try:
+                done = subprocess.run(
+                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left,
+                    env={**os.environ, **(env or {})},
+                )  # fmt: skip
+                status = done.returncode
+            except subprocess.TimeoutExpired:
+                status = "time"
+            except OSError as error:
+                file.write(f"{error}\n")
+                status = 127
+        return Outcome(" ".join(command), status, time.perf_counter() - start)
+
+
+def build(run: Run) -> list[Outcome]:
+    """In place, without isolation and without dependencies."""
+    if run.device == "cpu":
+        return []  # a rehearsal uses what is built
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
+    return [run.call("build", *pip, log="build.log", env={"SECANT_CUDA": "1"})]
+
+
+def _test_paths(families: Sequence[str]) -> list[str]:
+    """The folders and files of tests that touch these families; everything when all are asked for."""
+    if set(families) == set(FAMILIES):
+        return ["tests"]
+    paths = [f"tests/kernels/{family}" for family in families]
+    words = {"lbfgs": ("two_loop", "history", "lbfgs"), "blocks": ("blocks",), "hvp": ("hvp", "curvature", "glm")}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        relative = path.relative_to(ROOT)
+        if relative.parts[1] == "kernels":
+            continue
+        if any(word in path.stem or word in relative.parts for family in families for word in words[family]):
+            paths.append(str(relative))
+    return paths
+
+
+def test(run: Run) -> list[Outcome]:
+    """The tests marked `gpu` (a rehearsal: those of the command itself), then compute-sanitizer where it is found."""
+    if run.device == "cpu":
+        selected = ["-m", "not gpu and not slow", "tests/test_backends.py"]
+    else:
+        selected = ["-m", "gpu", *_test_paths(run.families)]
+    junit = f"--junitxml={run.out.resolve() / 'tests.xml'}"
+    found = [run.call("test", sys.executable, "-m", "pytest", "-q", junit, *selected, log="tests.log")]
+    sanitizer = shutil.which("compute-sanitizer")
+    if run.device == "cuda" and sanitizer is not None:
+        for tool in ("memcheck", "racecheck"):
+            command = (sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SMALLEST))
+            found.append(run.call("test", *command, log=f"{tool}.log")._replace(command=f"compute-sanitizer {tool}"))
+    return found
+
+
+def bench(run: Run) -> list[Outcome]:
+    """The benchmarks of each family, one process each, and the demo."""
+    found = []
+    for family in run.families:
+        files = (f"--json={run.out.resolve() / family}.json", f"--plot={run.out.resolve() / family}.png")
+        command = [sys.executable, "-m", "secant", "bench", "--device", run.device, "--family", family, *files]
+        found.append(run.call("bench", *command, *(["--quick"] if run.quick else []), log=f"{family}.log"))
+    if "lbfgs" in run.families:
+        picture = f"--output={run.out.resolve() / 'demo.png'}"
+        command = [sys.executable, "-m", "secant", "demo", "--device", run.device, picture]
+        found.append(run.call("bench", *command, *(["--quick"] if run.quick else []), log="demo.log"))
+    return found
+
+
+#: Copy and read bandwidth and the rate of matrix products, as JSON.
+RATES = """
+import json, sys, torch
+from secant.benchmarks import machine
+from secant.benchmarks.timing import Timed, clock_for, interleaved
+device = torch.device(sys.argv[1])
+big = device.type == "cuda"
+x = torch.ones((1 << 28) if big else (1 << 22), device=device)
+read = interleaved({"read": Timed([x.sum])}, clock_for(device), seconds=0.3)["read"].best
+out = {"copy_bandwidth": machine.bandwidth(device).bytes_per_second, "read_bandwidth": 4 * x.numel() / read}
+n = 4096 if big else 256
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = interleaved({"mm": Timed([lambda: a @ b])}, clock_for(device), seconds=0.3)["mm"].best
+    out["matmul_" + str(dtype).removeprefix("torch.")] = 2 * n**3 / best
+print(json.dumps(out))
+"""
+
+
+def profile(run: Run) -> list[Outcome]:
+    """What the machine gives, and counters of ncu for the smallest call of each kernel where it is found."""
+    found = [run.call("profile", sys.executable, "-c", RATES, run.device, log="rates.log")]
+    ncu = shutil.which("ncu")
+    if run.device == "cuda" and ncu is not None:
+        metrics = "sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread"
+        command = (ncu, "--csv", "--metrics", metrics, "--launch-count", "200", sys.executable, str(SMALLEST))
+        found.append(run.call("profile", *command, log="ncu.csv")._replace(command="ncu"))
+    return found
+
+
+def machine_facts() -> dict[str, Any]:
+    """GPU, driver and versions, as far as they can be had."""
+    facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        line = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
+        facts["gpu"], facts["driver"], facts["memory"] = (part.strip() for part in line.split(","))
+    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired):
+        facts["gpu"] = None
+    try:
+        text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=20).stdout
+        facts["nvcc"] = re.findall(r"release ([\d.]+)", text)[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        facts["nvcc"] = None
+    from importlib import metadata
+
+    for package in ("secant", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "numpy"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def tests_of(path: Path) -> dict[str, Any] | None:
+    """Counts and failures of a JUnit file, or None when there is none."""
+    try:
+        root = ET.parse(path).getroot()
+    except (OSError, ET.ParseError):
+        return None
+    cases = list(root.iter("testcase"))
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _last_line(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def bars_of(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(measure, bar, measured, verdict) of every family that was measured."""
+    found = []
+    word = {None: "not measured", True: "met", False: "NOT MET"}
+    for family in FAMILIES:
+        data = result["bench"].get(family)
+        if data is None:
+            continue
+        for bar in (data.get(family, data) or {}).get("bars", []):
+            measure = bar.get("measure") or f"{bar['op']}, {bar['assume']}, n = {bar['n']}, {bar['dtype']}"
+            if "against" in bar:
+                measure += f", against {' / '.join(bar['against'])}"
+            sign = "≥" if bar.get("at_least", True) else "≤"
+            value = bar.get("measured")
+            measured = "-" if value is None else f"{value:.3g}"
+            found.append((measure, f"{sign} {bar['target']:.3g}", measured, word[bar["met"]]))
+    return found
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
+
+
+def _word(status: int | str) -> str:
+    return "ok" if status == 0 else "STOPPED, out of time" if status == "time" else f"FAILED ({status})"
+
+
+def report(result: dict[str, Any]) -> str:
+    """The run in Markdown."""
+    parts = [f"# {result['machine'].get('gpu') or 'Rehearsal without a GPU'}", ""]
+    parts += [_table(("machine", ""), list(result["machine"].items()) + list((result["rates"] or {}).items())), ""]
+    rows = [
+        (
+            stage,
+            one["command"][:60],
+            "ok" if one["status"] == 0 else f"FAILED ({one['status']})",
+            f"{one['seconds']:.0f}",
+        )
+        for stage, outcomes in result["stages"].items()
+        for one in outcomes
+    ]
+    parts += ["## Stages", "", _table(("stage", "command", "", "seconds"), rows), ""]
+    tests = result["tests"]
+    if tests is not None:
+        parts += [f"## Tests: {tests['passed']} passed, {tests['skipped']} skipped, {len(tests['failed'])} failed", ""]
+        parts += [f"* {name}" for name in tests["failed"]] + [""]
+    if result["bars"]:
+        parts += ["## Bars", "", _table(("measure", "bar", "measured", ""), result["bars"]), ""]
+    lost = [line for data in result["bench"].values() if data for line in _lost(data)]
+    if lost:
+        parts += ["## Where secant loses", ""] + [f"* {line}" for line in lost] + [""]
+    return "\n".join(parts)
+
+
+def _lost(data: dict[str, Any]) -> list[str]:
+    return data.get("lost") or next((data[f]["lost"] for f in FAMILIES if f in data), [])
+
+
+def roofline(path: Path, result: dict[str, Any]) -> bool:
+    """Draw every measured kernel as a point: bytes that must move per second, against the bandwidth of the same run."""
+    points = []
+    for data in result["bench"].values():
+        rows = [] if data is None else data.get("rows") or next((data[f]["rows"] for f in FAMILIES if f in data), [])
+        for row in rows:
+            if row.get("kind", "backend") == "backend" and row.get("bytes_per_second") and row.get("median"):
+                points.append((row["op"], row["by"], row["bytes_per_second"]))
+    rates = result["rates"]
+    if not points or not rates:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), dpi=130)
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    ops = list(dict.fromkeys(op for op, _, _ in points))
+    for name, color in (("cuda", "#0072B2"), ("triton", "#009E73"), ("nvrtc", "#E69F00"), ("cpu", "#0072B2")):
+        mine = [(ops.index(op), rate / 1e9) for op, by, rate in points if by == name]
+        if mine:
+            ax.scatter(*zip(*mine, strict=True), s=26, color=color, label=name, alpha=0.8)
+    ax.axhline(rates["copy_bandwidth"] / 1e9, color="#333333", linestyle="--", linewidth=1)
+    ax.text(len(ops) - 0.5, rates["copy_bandwidth"] / 1e9, " copy", va="bottom", ha="right", fontsize=9)
+    ax.set_yscale("log")
+    ax.set_xticks(range(len(ops)), ops, rotation=25, ha="right")
+    ax.set_ylabel("GB/s of the bytes that must move")
+    ax.set_title("Every measured case against the bandwidth of the run", loc="left", fontsize=11)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    return True
+
+
+def collect(run: Run, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
+    """Everything of a run as plain data."""
+    result: dict[str, Any] = {
+        "machine": machine_facts(),
+        "device": run.device,
+        "quick": run.quick,
+        "stages": {stage: [one._asdict() for one in found] for stage, found in outcomes.items()},
+        "rates": _last_line(run.out / "rates.log"),
+        "tests": tests_of(run.out / "tests.xml"),
+        "bench": {family: _json(run.out / f"{family}.json") for family in run.families},
+    }
+    result["bars"] = bars_of(result)
+    return result
+
+
+def fill_readme(result: dict[str, Any], readme: Path) -> None:
+    """Replace what stands between the markers of README.md by the bars of a run on a GPU.
+
+    Raises:
+        ValueError: the run is a rehearsal, or README.md has no markers.
+    """
+    if result["device"] != "cuda" or result["quick"] or not result["machine"].get("gpu"):
+        raise ValueError("a rehearsal measures nothing: expected the result.json of a run on a GPU")
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme.name}: expected the markers {BEGIN} and {END}")
+    facts = result["machine"]
+    title = f"{facts['gpu']}, driver {facts.get('driver')}, torch {facts.get('torch')}; `make gpu` prints it."
+    table = _table(("measure", "bar", "measured", ""), result["bars"])
+    head, rest = text.split(BEGIN)
+    readme.write_text(f"{head}{BEGIN}\n{title}\n\n{table}\n{END}{rest.split(END)[1]}")
+
+
+def _choices(name: str, allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(x for x in text.split(",") if x)
+        if wrong := [x for x in found if x not in allowed]:
+            raise argparse.ArgumentTypeError(f"{name}: expected some of {','.join(allowed)}, got {wrong[0]!r}")
+        return found or allowed
+
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; 0 when all of them succeeded."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for the results")
+    parser.add_argument("--stage", type=_choices("stage", STAGES), default=STAGES, help=",".join(STAGES))
+    parser.add_argument("--family", type=_choices("family", FAMILIES), default=FAMILIES, help=",".join(FAMILIES))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    parser.add_argument("--quick", action="store_true", help="small inputs, to see that it runs")
+    parser.add_argument("--readme", type=Path, metavar="RESULT", help="fill the table of README.md from a result.json")
+    args = parser.parse_args(arguments)
+    if args.readme is not None:
+        fill_readme(json.loads(args.readme.read_text()), ROOT / "README.md")
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = Run(args.out, args.stage, args.family, args.device, args.quick, {})
+    for log in (*args.out.glob("*.log"), *args.out.glob("tests.xml")):
+        log.unlink()  # of an earlier run
+    work = {"build": build, "test": test, "bench": bench, "profile": profile}
+    outcomes: dict[str, list[Outcome]] = {}
+    for stage in STAGES:
+        if stage in run.stages:
+            outcomes[stage] = work[stage](run)
+            for one in outcomes[stage]:
+                print(
+                    f"{stage:8} {'ok' if one.good else one.status!s:>5} {one.seconds:6.1f} s  {one.command[:90]}",
+                    flush=True,
+                )
+    result = collect(run, outcomes)
+    (run.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (run.out / "report.md").write_text(report(result))
+    try:
+        roofline(run.out / "roofline.png", result)
+    except ImportError:
+        print("No picture: matplotlib is not installed.")
+    print(f"Wrote {run.out / 'report.md'} and result.json.")
+    return 0 if all(one.good for found in outcomes.values() for one in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
