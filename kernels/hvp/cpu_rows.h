@@ -47,22 +47,6 @@ struct Layout {
   int64_t at(int64_t j, int64_t c) const { return along ? c * d + j : j * width + c; }
 };
 
-template <class T>
-SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
-  if (count >= kLanes<T>) return load<vec<T>>(p);
-  T t[kLanes<T>] = {};
-  for (int64_t i = 0; i < count; ++i) t[i] = p[i];
-  return load<vec<T>>(t);
-}
-
-template <class T>
-SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
-  if (count >= kLanes<T>) return store(p, v);
-  T t[kLanes<T>];
-  store(t, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = t[i];
-}
-
 // The function of the rows: z becomes the coefficients of the gradient.
 template <class T>
 struct RowFunction {

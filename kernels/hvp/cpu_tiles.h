@@ -11,14 +11,86 @@
 namespace SECANT_ISA {
 namespace hvp {
 
+// The first `count` lanes, the others zero or left alone.
+#if defined(__AVX512F__)
+template <class T>
+SECANT_INLINE mask<T> first_lanes(int64_t count) {
+  return static_cast<mask<T>>(count >= kLanes<T> ? -1 : (1 << count) - 1);
+}
+
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_maskz_loadu_ps(first_lanes<T>(count), p);
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm512_maskz_loadu_pd(first_lanes<T>(count), p);
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, first_lanes<T>(count), (__m512)v);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, first_lanes<T>(count), (__m512d)v);
+}
+#elif defined(__AVX2__)
+alignas(64) constexpr int32_t kLaneMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+template <class T>
+SECANT_INLINE __m256i first_lanes(int64_t count) {
+  const int64_t words = (count >= kLanes<T> ? kLanes<T> : count) * static_cast<int64_t>(sizeof(T) / 4);
+  return load<__m256i>(kLaneMask + 8 - words);
+}
+
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm256_maskload_ps(p, first_lanes<T>(count));
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm256_maskload_pd(p, first_lanes<T>(count));
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, first_lanes<T>(count), (__m256)v);
+  if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(p, first_lanes<T>(count), (__m256d)v);
+}
+#else
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if (count >= kLanes<T>) return load<vec<T>>(p);
+  T t[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) t[i] = p[i];
+  return load<vec<T>>(t);
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
+  T t[kLanes<T>];
+  store(t, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = t[i];
+}
+#endif
+
+// The sum of the lanes, by halves.
+template <class V, int... I>
+SECANT_INLINE auto add_halves(const V& v, std::integer_sequence<int, I...>) {
+  constexpr int h = sizeof...(I);
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + h)...);
+}
+
 template <class T>
 SECANT_INLINE T sum_lanes(const vec<T>& v) {
-  T s[kLanes<T>];
-  store(s, v);
-  for (int step = kLanes<T> / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) s[i] += s[i + step];
+  const auto halve = [](const auto& x) SECANT_LAMBDA {
+    return add_halves(x, std::make_integer_sequence<int, sizeof(x) / sizeof(T) / 2>{});
+  };
+  if constexpr (kLanes<T> == 16) {
+    const auto x = halve(halve(halve(v)));
+    return x[0] + x[1];
+  } else if constexpr (kLanes<T> == 8) {
+    const auto x = halve(halve(v));
+    return x[0] + x[1];
+  } else if constexpr (kLanes<T> == 4) {
+    const auto x = halve(v);
+    return x[0] + x[1];
+  } else {
+    return v[0] + v[1];
   }
-  return s[0];
 }
 
 template <class T, int K>
@@ -46,17 +118,19 @@ struct Along {
         });
       });
     }
-    T tail[R][K] = {};
-    for (; j < d; ++j) {
-      unroll<R>([&](auto r) SECANT_LAMBDA {
-        unroll<K>([&](auto c) SECANT_LAMBDA { tail[r][c] += x[r * ld + j] * v[c * d + j]; });
+    for (; j < d; j += W) {
+      V row[R];
+      unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load_some(x + r * ld + j, d - j); });
+      unroll<K>([&](auto c) SECANT_LAMBDA {
+        const V column = load_some(v + c * d + j, d - j);
+        unroll<R>([&](auto r) SECANT_LAMBDA { sum[0][r][c] += row[r] * column; });
       });
     }
     unroll<R>([&](auto r) SECANT_LAMBDA {
       unroll<K>([&](auto c) SECANT_LAMBDA {
         V s = sum[0][r][c];
         if constexpr (U == 2) s += sum[1][r][c];
-        z[r * K + c] = sum_lanes<T>(s) + tail[r][c];
+        z[r * K + c] = sum_lanes<T>(s);
       });
     });
   }
@@ -77,9 +151,13 @@ struct Along {
         store(g + c * d + j, sum);
       });
     }
-    for (; j < d; ++j) {
-      unroll<R>([&](auto r) SECANT_LAMBDA {
-        unroll<K>([&](auto c) SECANT_LAMBDA { g[c * d + j] += x[r * ld + j] * z[r * K + c]; });
+    if (j < d) {
+      V row[R];
+      unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load_some(x + r * ld + j, d - j); });
+      unroll<K>([&](auto c) SECANT_LAMBDA {
+        V sum = load_some(g + c * d + j, d - j);
+        unroll<R>([&](auto r) SECANT_LAMBDA { sum += row[r] * factor[r][c]; });
+        store_some(g + c * d + j, sum, d - j);
       });
     }
   }
