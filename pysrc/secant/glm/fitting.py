@@ -164,9 +164,9 @@ def fit(
             if objective.loss == "huber" and start is None and solver != "lbfgs":
                 point = _towards_delta(objective, point, system)
             outcome = newton(objective, point, system, tol=tol, max_iter=max_iter, record=record)
-        point, status, n_iter = outcome
+        point, status, n_iter, step = outcome
         newton_system = DiagonalSystem(max_cg_iter) if solver == "lbfgs" else system
-        if status != "stopped" and falls_forever(objective, point, newton_system):
+        if status != "stopped" and falls_forever(objective, point, step, newton_system):
             status = "no_minimum"
     grad = point.largest / objective.total
     message = _MESSAGES[status].format(grad=grad, tol=tol, max_iter=max_iter, dtype=str(theta.dtype)[6:])

@@ -58,11 +58,12 @@ class Direction(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Where a solver ended, why, and after how many iterations."""
+    """Where a solver ended, why, after how many iterations, and the last of its steps (None when there was none)."""
 
     point: Point
     status: str
     n_iter: int
+    step: Tensor | None = None
 
 
 class System(Protocol):
@@ -160,15 +161,17 @@ def newton(
     target = tol * objective.total
     forcing, size = _FORCING_FIRST, math.nan
     best, least, since = point, math.inf, 0
+    step: Tensor | None = None
     for n in range(max_iter):
         if point.largest <= target:
-            return Outcome(point, "converged", n)
+            return Outcome(point, "converged", n, step)
         p, inner = system.solve(objective, point, forcing, _LAST * target)
         slope = _dot(point.grad, p)
         found = search(objective, point, p, slope)
         if found is None or since == _PATIENCE:
-            return Outcome(best, "stalled", n)
+            return Outcome(best, "stalled", n, step)
         point, t, told = found
+        step = t * p
         stop = record(point.value, point.largest, t, inner, objective.rows)
         since = 0 if told or point.largest < best.largest or -slope < least else since + 1
         if told or point.largest < best.largest:
@@ -178,10 +181,10 @@ def newton(
         if math.isfinite(last):
             forcing = min(_FORCING_MAX, max(_FORCING_MIN, 0.9 * (size / last) ** 2))
         if stop:
-            return Outcome(point, "stopped", n + 1)
+            return Outcome(point, "stopped", n + 1, step)
         if -slope <= decrement_tol:
-            return Outcome(point, "converged", n + 1)
-    return Outcome(point, "converged" if point.largest <= target else "max_iter", max_iter)
+            return Outcome(point, "converged", n + 1, step)
+    return Outcome(point, "converged" if point.largest <= target else "max_iter", max_iter, step)
 
 
 class Step(NamedTuple):

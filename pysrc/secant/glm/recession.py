@@ -20,18 +20,20 @@ _STEP = 0.5
 _SLACK = 1e-3
 
 
-def falls_forever(objective: Objective, point: Point, system: System) -> bool:
+def falls_forever(objective: Objective, point: Point, step: Tensor | None, system: System) -> bool:
     """Whether the point, or the Newton step from it, shows that the objective has no minimum.
 
     The first is a proof: coefficients that put every row on its side (complete separation), along which every row's
     loss falls to its infimum. The second is one up to `_SLACK`: a direction along which no row's loss grows and some
-    row's falls (quasi-complete separation).
+    row's falls (quasi-complete separation). It is not computed where the last step that was taken was too short for it.
     """
     if objective.l2 > 0.0 or objective.loss not in ("logistic", "poisson", "multinomial"):
         return False
     worst, _ = _margins(objective, objective.product(point.theta))
     if worst > 0.0:
         return True
+    if step is not None and _margins(objective, objective.product(step))[1] < 0.5 * _STEP:
+        return False
     p, _ = system.solve(objective, point, 1e-4, 0.0)
     worst, best = _margins(objective, objective.product(p))
     return best >= _STEP and worst >= -_SLACK * best
