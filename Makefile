@@ -7,10 +7,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/gpu
+STAGE ?=
+FAMILY ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh kernels/*.cuh kernels/*/*.cpp kernels/*/*.h kernels/*/*.cu)
 
-.PHONY: demo test test-all bench lint format gpu clean build
+.PHONY: demo test test-all bench lint format gpu gpu-rehearsal clean build
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -20,6 +22,7 @@ help:
 	@echo "make bench     microbenchmarks against eager and compiled PyTorch"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make gpu       on a machine with a GPU: build, test and measure there; results in OUT=folder"
+	@echo "               (STAGE=build,test,bench,profile and FAMILY=lbfgs,blocks,hvp choose; gpu-rehearsal: on the CPU)"
 
 # torch first and alone: a bare "torch" among other requirements may resolve to a build of several gigabytes.
 $(VENV)/.deps: constraints.txt pyproject.toml
@@ -59,18 +62,14 @@ format: $(VENV)/.deps
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# On a machine with a GPU that has torch, Triton, CuPy, CMake, pybind11 and pytest, and needs no network. After the build,
-# each stage runs whatever becomes of the others; the exit status is that of the worst.
+# On a machine with a GPU that has torch, Triton, CuPy, CMake, pybind11 and pytest, and needs no network: build, test,
+# measure and profile, in stages that can be run apart (STAGE=build,test,bench,profile FAMILY=lbfgs,blocks,hvp).
 gpu:
-	mkdir -p $(OUT)
-	SECANT_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . 2>&1 | tee $(OUT)/build.log
-	status=0; \
-	$(PYTHON) -m secant info --json > $(OUT)/info.json || status=1; \
-	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/tests.xml > $(OUT)/tests.log 2>&1 || status=1; \
-	tail -n 25 $(OUT)/tests.log; \
-	$(PYTHON) -m secant bench --device cuda --json $(OUT)/bench.json --plot $(OUT)/bench.png | tee $(OUT)/bench.log || status=1; \
-	$(PYTHON) -m secant demo --device cuda --output $(OUT)/demo.png | tee $(OUT)/demo.log || status=1; \
-	exit $$status
+	$(PYTHON) bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" --family "$(FAMILY)"
+
+# The same command on a machine without one, small and on the CPU.
+gpu-rehearsal: build
+	$(BIN)/python bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" --family "$(FAMILY)" --device cpu --quick
 
 clean:
 	rm -rf build dist out $(VENV)/.built pysrc/secant/*.so *.egg-info pysrc/*.egg-info

@@ -73,7 +73,8 @@ class Run(NamedTuple):
             except OSError as error:
                 file.write(f"{error}\n")
                 status = 127
-        return Outcome(" ".join(command), status, time.perf_counter() - start)
+        name = " ".join((Path(command[0]).name, *command[1:]))
+        return Outcome(name, status, time.perf_counter() - start)
 
 
 def build(run: Run) -> list[Outcome]:
@@ -150,7 +151,7 @@ print(json.dumps(out))
 
 def profile(run: Run) -> list[Outcome]:
     """What the machine gives, and counters of ncu for the smallest call of each kernel where it is found."""
-    found = [run.call("profile", sys.executable, "-c", RATES, run.device, log="rates.log")]
+    found = [run.call("profile", sys.executable, "-c", RATES, run.device, log="rates.log")._replace(command="rates")]
     ncu = shutil.which("ncu")
     if run.device == "cuda" and ncu is not None:
         metrics = "sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread"

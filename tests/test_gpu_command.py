@@ -1,0 +1,150 @@
+"""The command behind `make gpu`: its stages, its limits, and what it writes. The stages themselves need a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("gpu_command", ROOT / "bench" / "gpu.py")
+gpu = importlib.util.module_from_spec(spec)
+sys.modules["gpu_command"] = gpu  # its classes look their module up
+spec.loader.exec_module(gpu)
+
+
+def a_run(tmp_path, **changes):
+    run = gpu.Run(tmp_path, gpu.STAGES, gpu.FAMILIES, "cpu", True, {})
+    return run._replace(**changes)
+
+
+RESULT = {
+    "machine": {"gpu": "H100", "driver": "1.2", "torch": "2.13"},
+    "device": "cuda",
+    "quick": False,
+    "stages": {"test": [{"command": "pytest", "status": 1, "seconds": 3.2}]},
+    "rates": {"copy_bandwidth": 3e12},
+    "tests": {"passed": 7, "skipped": 1, "failed": ["tests.a::test_b"]},
+    "bench": {
+        "lbfgs": {
+            "bars": [{"measure": "two_loop", "target": 0.8, "at_least": True, "measured": 0.9, "met": True}],
+            "rows": [{"op": "two_loop", "by": "cuda", "kind": "backend", "bytes_per_second": 2e12, "median": 1.0}],
+            "lost": ["two_loop: cuda takes 2x the time of compiled"],
+        },
+        "blocks": {
+            "blocks": {
+                "bars": [
+                    {
+                        "op": "block_inv", "assume": "spd", "n": 3, "dtype": "float32", "against": ["copy"],
+                        "target": 1.6667, "at_least": False, "measured": None, "met": None,
+                    }
+                ],
+                "rows": [],
+                "lost": [],
+            }
+        },
+        "hvp": None,
+    },
+}  # fmt: skip
+
+
+def test_a_command_that_fails_or_hangs_leaves_the_next_alone(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    assert run.call("test", sys.executable, "-c", "print('hello')", log="a.log").good
+    assert run.call("test", sys.executable, "-c", "raise SystemExit(3)", log="a.log").status == 3
+    assert run.call("test", str(tmp_path / "no such program"), log="a.log").status == 127
+    assert "hello" in (tmp_path / "a.log").read_text()
+    monkeypatch.setitem(gpu.LIMITS, "bench", 1.0)
+    hangs = run.call("bench", sys.executable, "-c", "import time; time.sleep(60)", log="b.log")
+    assert (hangs.status, hangs.good) == ("time", False)
+    assert hangs.seconds < 30
+
+
+def test_the_limits_are_nine_minutes_together():
+    assert sum(gpu.LIMITS.values()) <= 9 * 60
+    assert tuple(gpu.LIMITS) == gpu.STAGES
+
+
+def test_stages_and_families_are_chosen(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def stage(name, good):
+        def work(run):
+            done.append((name, run.families))
+            return [gpu.Outcome(name, 0 if good else 1, 0.1)]
+
+        return work
+
+    for name in gpu.STAGES:
+        monkeypatch.setattr(gpu, name, stage(name, name != "test"))
+    assert gpu.main(["--out", str(tmp_path), "--stage", "test,bench", "--family", "hvp"]) == 1
+    assert done == [("test", ("hvp",)), ("bench", ("hvp",))]
+    assert gpu.main(["--out", str(tmp_path), "--stage", "bench", "--family", ""]) == 0
+    assert done[-1] == ("bench", gpu.FAMILIES)
+    assert json.loads((tmp_path / "result.json").read_text())["stages"]["bench"][0]["status"] == 0
+    with pytest.raises(SystemExit):
+        gpu.main(["--stage", "paint"])
+    assert "expected some of build,test,bench,profile, got 'paint'" in capsys.readouterr().err
+
+
+def test_the_tests_of_a_family():
+    assert gpu._test_paths(gpu.FAMILIES) == ["tests"]
+    blocks = gpu._test_paths(("blocks",))
+    assert "tests/kernels/blocks" in blocks
+    assert "tests/ops/test_blocks_gate.py" in blocks
+    assert not any("two_loop" in path or "hvp" in path for path in blocks)
+
+
+def test_junit_files_are_counted(tmp_path):
+    path = tmp_path / "tests.xml"
+    assert gpu.tests_of(path) is None
+    path.write_text(
+        "<testsuites><testsuite><testcase classname='a' name='good'/>"
+        "<testcase classname='a' name='bad'><failure/></testcase>"
+        "<testcase classname='a' name='broken'><error/></testcase>"
+        "<testcase classname='a' name='left'><skipped/></testcase></testsuite></testsuites>"
+    )
+    assert gpu.tests_of(path) == {"passed": 1, "skipped": 1, "failed": ["a::bad", "a::broken"]}
+
+
+def test_the_report_has_bars_failures_and_losses():
+    text = gpu.report(RESULT | {"bars": gpu.bars_of(RESULT)})
+    assert text.startswith("# H100")
+    assert "| two_loop | ≥ 0.8 | 0.9 | met |" in text
+    assert "| block_inv, spd, n = 3, float32, against copy | ≤ 1.67 | - | not measured |" in text
+    assert "7 passed, 1 skipped, 1 failed" in text
+    assert "* tests.a::test_b" in text
+    assert "* two_loop: cuda takes 2x the time of compiled" in text
+    assert "FAILED (1)" in text
+
+
+def test_the_roofline(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert gpu.roofline(tmp_path / "roofline.png", RESULT)
+    assert (tmp_path / "roofline.png").stat().st_size > 5000
+    assert not gpu.roofline(tmp_path / "none.png", RESULT | {"rates": None})
+
+
+def test_the_table_of_the_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n")
+    gpu.fill_readme(RESULT | {"bars": gpu.bars_of(RESULT)}, readme)
+    text = readme.read_text()
+    assert "old" not in text
+    assert "| two_loop | ≥ 0.8 | 0.9 | met |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    for rehearsal in ({"device": "cpu"}, {"quick": True}, {"machine": {"gpu": None}}):
+        with pytest.raises(ValueError, match="a rehearsal measures nothing"):
+            gpu.fill_readme(RESULT | {"bars": []} | rehearsal, readme)
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="expected the markers"):
+        gpu.fill_readme(RESULT | {"bars": []}, readme)
+
+
+def test_the_readme_has_the_markers_once():
+    text = (ROOT / "README.md").read_text()
+    assert text.count(gpu.BEGIN) == text.count(gpu.END) == 1
