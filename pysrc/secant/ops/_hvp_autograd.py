@@ -18,15 +18,17 @@ Product = Callable[[Tensor], Tensor]
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd, forward AD or a functorch transform looks at one of these."""
-    found = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in found):
-        return True
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.maybe_current_level() is not None and any(map(is_wrapped, found)):
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    if transformed and any(x is not None and is_wrapped(x) for x in tensors):
         return True
     forward = torch.autograd.forward_ad._current_level >= 0
-    return forward and any(unpack_dual(x).tangent is not None for x in found)
+    return forward and any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_wrapped(x: Tensor) -> bool:

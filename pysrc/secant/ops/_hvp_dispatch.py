@@ -42,16 +42,21 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _line(x: Tensor) -> Tensor:
-    return x.resolve_neg().contiguous()
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def _arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """In the layout of the contract: a compiler may hand over other strides than it traced."""
     if name == "paired_matmul":
-        return tuple(x.resolve_neg() for x in args[:2]) + args[2:]
+        factors, rest = args[:4], args[4:]
+        return (
+            *[x if x is None else x.resolve_neg() for x in factors],
+            *[_line(x) if isinstance(x, Tensor) else x for x in rest],
+        )
     rows = 2 if name == "cross_entropy_hvp" else 1
-    return tuple(
-        x if not isinstance(x, Tensor) else _rows(x.resolve_neg()) if i < rows else _line(x) for i, x in enumerate(args)
+    return (
+        *[_rows(x.resolve_neg() if x.is_neg() else x) for x in args[:rows]],
+        *[_line(x) if isinstance(x, Tensor) else x for x in args[rows:]],
     )
 
 
