@@ -85,6 +85,24 @@ def test_layouts_and_arrays(problem):
         assert torch.allclose(got.coef, want.coef, rtol=1e-9, atol=1e-12)
 
 
+class Frame:
+    """What knows how to become an array, as the tables of other libraries do."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_numbers_and_tables_of_other_libraries(problem):
+    x, y = problem("logistic")
+    want = secant.glm.fit(x, y, l2=1.0, max_iter=50, tol=1e-6).coef
+    options = {"l2": np.float32(1.0), "max_iter": np.int64(50), "tol": np.float64(1e-6)}
+    assert torch.equal(secant.glm.fit(Frame(x), Frame(y), **options).coef, want)
+    assert torch.allclose(secant.glm.fit(x.tolist(), y.tolist(), **options).coef.double(), want, rtol=1e-3, atol=1e-3)
+
+
 def test_targets_of_any_number_type(problem):
     x, y = problem("logistic")
     want = secant.glm.fit(x, y, l2=1.0).coef

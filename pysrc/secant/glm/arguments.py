@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -46,14 +47,14 @@ def objective(
 
 def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
     """Check a finite real number >= low, or > low."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < low or (strict and value == low):
         raise _gate.fail(OP, name, f"a finite number {'>' if strict else '>='} {low:g}", repr(value))
 
 
 def count(name: str, value: Any) -> None:
     """Check an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise _gate.fail(OP, name, "an integer >= 1", repr(value))
 
 
@@ -64,7 +65,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
     try:
         with warnings.catch_warnings():  # of an array that may not be written to: nothing here writes
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.as_tensor(value)
+            return torch.as_tensor(value.__array__() if hasattr(value, "__array__") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{OP}: {name}: expected a tensor or an array of numbers ({error})") from None
 
