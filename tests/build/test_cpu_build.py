@@ -107,10 +107,12 @@ def test_the_extension_knows_no_torch():
 
 
 def test_arrows_point_one_way():
-    """optim -> solvers, ops; solvers -> ops; ops -> backends, kernels; kernels -> _cpu, _cuda."""
+    """optim, glm -> solvers, ops; curvature -> solvers, ops; solvers -> ops; ops -> backends, kernels -> _cpu, _cuda."""
     allowed = {
         "ops": {"ops", "backends", "kernels", "_errors"},
         "solvers": {"solvers", "ops", "_errors"},
+        "curvature": {"curvature", "solvers", "ops", "_errors"},
+        "glm": {"glm", "solvers", "ops", "_errors"},
         "optim": {"optim", "solvers", "ops", "_errors"},
         "kernels": {"kernels", "_cpu", "_cuda"},
     }
