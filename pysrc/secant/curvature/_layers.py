@@ -26,7 +26,7 @@ from torch import Tensor
 
 from secant.curvature import _graph
 from secant.curvature._parameters import Parameters
-from secant.ops import paired_matmul
+from secant.ops import _hvp_dispatch as dispatch
 
 
 def _slope_and_ratio(slope: Tensor, second: Tensor | float) -> tuple[Tensor, Tensor | None]:
@@ -36,6 +36,23 @@ def _slope_and_ratio(slope: Tensor, second: Tensor | float) -> tuple[Tensor, Ten
     tiny = torch.finfo(slope.dtype).tiny ** 0.75  # products with f'' and dL/da stay in range
     slope = slope.masked_fill((slope == 0) & (second != 0), tiny)
     return slope, torch.where(slope == 0, 0.0, second / slope)
+
+
+def _paired(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    e: Tensor | None,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    p: Tensor | None = None,
+    q: Tensor | None = None,
+) -> None:
+    """`secant.ops.paired_matmul` without its checks, which take as long as a small product: all is laid out here."""
+    if out.numel():
+        dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
 
 
 class _Layer:
@@ -120,18 +137,16 @@ class Layers:
             bias = None if layer.bias_slot is None else parts[layer.bias_slot]
             if layer.weight_slot is None:
                 if layer.below is not None:
-                    paired_matmul(layer.below, layer.weight_t, bias=bias, scale=layer.slope, out=layer.room)
+                    _paired(layer.below, layer.weight_t, None, None, layer.room, bias=bias, scale=layer.slope)
                 elif bias is not None:
                     layer.room.copy_(bias if layer.slope is None else bias * layer.slope)
             else:
                 direction = parts[layer.weight_slot].t()
                 if layer.below is None:
-                    paired_matmul(layer.inputs, direction, bias=bias, scale=layer.slope, out=layer.room)
+                    _paired(layer.inputs, direction, None, None, layer.room, bias=bias, scale=layer.slope)
                 else:
-                    paired_matmul(
-                        layer.below, layer.weight_t, layer.inputs, direction, bias=bias, scale=layer.slope,
-                        out=layer.room,
-                    )  # fmt: skip
+                    a, b = layer.below, layer.weight_t
+                    _paired(a, b, layer.inputs, direction, layer.room, bias=bias, scale=layer.slope)
         return self.layers[-1].room
 
     def pull(self, cotangent: Tensor, out: Tensor, parts: Sequence[Tensor] | None = None) -> None:
@@ -154,11 +169,8 @@ class Layers:
             layer = self.layers[i]
             below = layer.below if parts is not None else None
             if layer.weight_slot is not None:
-                result = results[layer.weight_slot]
-                if below is None:
-                    paired_matmul(delta_t, layer.inputs, out=result)
-                else:
-                    paired_matmul(delta_t, layer.inputs, layer.delta_t, below, out=result)
+                c, e = (None, None) if below is None else (layer.delta_t, below)
+                _paired(delta_t, layer.inputs, c, e, results[layer.weight_slot])
             if layer.bias_slot is not None:
                 torch.sum(delta, 0, out=results[layer.bias_slot])
             if layer.first:
@@ -168,6 +180,6 @@ class Layers:
                 (None, None) if parts is None or layer.weight_slot is None else (layer.delta, parts[layer.weight_slot])
             )
             p, q = (None, None) if below is None or under.bend_up is None else (under.bend_up, below)
-            paired_matmul(delta, layer.weight, c, e, scale=under.slope_up, p=p, q=q, out=under.back_up)
+            _paired(delta, layer.weight, c, e, under.back_up, scale=under.slope_up, p=p, q=q)
             delta = under.back
             delta_t = delta.t()

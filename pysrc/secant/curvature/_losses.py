@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secant.curvature import _graph
-from secant.ops import cross_entropy_hvp
+from secant.ops import _hvp_dispatch as dispatch
 
 #: u, with as many numbers as the outputs, to H_L u in the shape of u.
 LossProduct = Callable[[Tensor], Tensor]
@@ -21,7 +21,9 @@ def _of_cross_entropy(found: _graph.CrossEntropy) -> LossProduct:
     zero = log_probs.new_zeros(log_probs.shape[0], dtype=torch.promote_types(log_probs.dtype, torch.float32))
 
     def product(u: Tensor) -> Tensor:
-        rows = cross_entropy_hvp(log_probs, u.reshape(log_probs.shape).contiguous(), lse=zero)
+        rows = torch.empty(log_probs.shape, dtype=log_probs.dtype, device=log_probs.device)
+        if rows.numel():  # as `secant.ops.cross_entropy_hvp`, without its checks
+            dispatch.call("cross_entropy_hvp", log_probs, u.reshape(log_probs.shape), zero, rows)
         return rows.mul_(weight).reshape(u.shape)
 
     return product
