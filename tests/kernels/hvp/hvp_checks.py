@@ -1,0 +1,215 @@
+"""What every GPU backend of the `hvp` family must do: one call of a backend on a device, against the reference.
+
+Outputs arrive poisoned; what comes back is held to the bounds of `hvp_oracle.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hvp_oracle import (
+    F32,
+    F64,
+    Problem,
+    arithmetic,
+    cross_entropy_bound,
+    product_bound,
+    softmax_bound,
+    softmax_value_grad_bounds,
+    unit,
+    value_grad_bounds,
+)
+from secant.kernels.hvp import reference
+from torch import Tensor
+
+
+def run(backend: Any, name: str, args: tuple, shapes: list[tuple], device: str | torch.device = "cpu") -> list[Tensor]:
+    """An op on a device, back on the CPU; `shapes` are (shape, dtype) of its outputs."""
+    placed = [place(x, device) for x in args]
+    outputs = [torch.full(shape, math.nan, dtype=dtype, device=device) for shape, dtype in shapes]
+    getattr(backend, name)(*placed, *outputs)
+    return [x.cpu() for x in outputs]
+
+
+def place(x: Any, device: str | torch.device) -> Any:
+    """Tensors on the device, strides kept; anything else as it is."""
+    if not isinstance(x, Tensor) or x.device == torch.device(device):
+        return x
+    if 0 in x.stride():
+        return x.to(device)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def compare(backend: Any, name: str, args: tuple, shapes: list[tuple], bounds: Any, device: Any) -> None:
+    results = run(backend, name, args, shapes, device)
+    expected = run(reference, name, args, [(shape, F64) for shape, _ in shapes])
+    for result, right, bound in zip(results, expected, bounds, strict=True):
+        assert not result.isnan().any()
+        excess = ((result.double() - right).abs() - bound).max()
+        assert excess <= 0, f"{name}: beyond the bound by {float(excess):.3g}"
+
+
+def glm_hvp(backend: Any, n: int, d: int, k: int, dtype: Any, intercept: bool = False, device: Any = "cpu") -> None:
+    problem = Problem(n, d, dtype, k, intercept=intercept)
+    args = (problem.x, problem.v, problem.weight, 0.7)
+    shapes = [(problem.v.shape, problem.compute)]
+    compare(backend, "glm_hvp", args, shapes, [product_bound(*args, dtype)], device)
+
+
+def glm_value_grad(
+    backend: Any, n: int, d: int, dtype: Any, loss: str, intercept: bool = False, weighted: bool = True,
+    device: Any = "cpu",
+) -> None:  # fmt: skip
+    problem = Problem(n, d, dtype, intercept=intercept)
+    coef, c = problem.v[:, 0].contiguous(), problem.sample_weight if weighted else None
+    args = (problem.x, problem.target(loss), coef, loss, 0.6, c, 0.3)
+    shapes = [((), F64), (coef.shape, problem.compute), ((n,), problem.compute)]
+    compare(backend, "glm_value_grad", args, shapes, value_grad_bounds(*args, dtype), device)
+
+
+def softmax(
+    backend: Any, n: int, d: int, k: int, dtype: Any, intercept: bool = False, weighted: bool = True,
+    device: Any = "cpu",
+) -> None:  # fmt: skip
+    problem = Problem(n, d, dtype, k, intercept=intercept)
+    c, v = problem.sample_weight if weighted else None, problem.v
+    args = (problem.x, v, problem.probs, c, 0.3)
+    compare(backend, "softmax_hvp", args, [(v.shape, problem.compute)], [softmax_bound(*args, dtype)], device)
+    args = (problem.x, problem.classes, v, c, 0.3)
+    shapes = [((), F64), (v.shape, problem.compute), ((n, k), problem.compute)]
+    bounds = softmax_value_grad_bounds(problem.x, v, c, 0.3, dtype)
+    compare(backend, "softmax_value_grad", args, shapes, bounds, device)
+
+
+def cross_entropy(
+    backend: Any, rows: int, size: int, dtype: Any, given: bool, pad: int = 3, device: Any = "cpu"
+) -> None:
+    """`pad`: entries between the rows."""
+    g = torch.Generator().manual_seed(size)
+    logits, u = ((torch.randn(rows, size + pad, generator=g) * s).to(dtype)[:, :size] for s in (6, 1))
+    lse = logits.double().logsumexp(-1).to(arithmetic(dtype)) if given else None
+    bound = cross_entropy_bound(logits, u, dtype)
+    if lse is not None:
+        # It is rounded to the dtype of the arithmetic: relative to p, half its last place.
+        bound = bound * (1 + 16 * lse.double().abs()[:, None])
+    compare(backend, "cross_entropy_hvp", (logits, u, lse), [((rows, size), dtype)], [bound], device)
+
+
+def paired_matmul(backend: Any, m: int, n: int, k1: int, k2: int | None, dtype: Any, device: Any = "cpu") -> None:
+    """All parts of the formula present, and none; both factors transposed views, and neither."""
+    g = torch.Generator().manual_seed(m * n + k1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=dtype)
+
+    a, b = normal(k1, m).mT, normal(k1, n)
+    c, e = (None, None) if k2 is None else (normal(m, k2), normal(n, k2).mT)
+    size = a.double().abs() @ b.double().abs()
+    if c is not None:
+        size = size + c.double().abs() @ e.double().abs()
+    for bias, scale, p, q in (
+        (normal(n), normal(m, n), normal(m, n), normal(m, n)),
+        (None, None, normal(m, n), normal(m, n)),
+        (normal(n), None, None, None),
+        (None, None, None, None),
+    ):
+        bound = size + (0 if bias is None else bias.double().abs())
+        bound = bound * (1 if scale is None else scale.double().abs())
+        bound = (bound + (0 if p is None else (p * q).double().abs())) * (k1 + (k2 or 0) + 8) * unit(dtype)
+        compare(backend, "paired_matmul", (a, b, c, e, bias, scale, p, q), [((m, n), dtype)], [bound], device)
+
+
+def strides(backend: Any, n: int, d: int, k: int, dtype: Any, device: Any = "cpu") -> None:
+    """The same bits for rows anywhere, whatever their alignment, and for a row that all share."""
+    problem = Problem(n, d, dtype, k)
+    shapes = [(problem.v.shape, problem.compute)]
+    wide = torch.full((n, 2 * d + 9), math.nan, dtype=dtype)
+    for at in (0, 1, 4):
+        wide[:, at : at + d] = problem.x
+        apart, together = (
+            run(backend, "glm_hvp", (x, problem.v, problem.weight, 0.1), shapes, device)[0]
+            for x in (wide[:, at : at + d], problem.x)
+        )
+        assert torch.equal(apart, together)
+    one = problem.x[:1].expand(n, d)
+    shared, repeated = (
+        run(backend, "glm_hvp", (x, problem.v, problem.weight, 0.1), shapes, device)[0] for x in (one, one.contiguous())
+    )
+    assert torch.equal(shared, repeated)
+
+
+def large_logits(backend: Any, dtype: Any, device: Any = "cpu") -> None:
+    """Predictions of 1e4: finite everywhere, and exact where they can be."""
+    x = torch.tensor([[1e4], [-1e4], [0.0], [700.0], [-700.0]], dtype=dtype)
+    one = torch.ones(1, dtype=dtype)
+    target = torch.tensor([0, 0, 1, 1, 1], dtype=dtype)
+    shapes = [((), F64), ((1,), dtype), ((5,), dtype)]
+    args = (x, target, one, "logistic", 1.0, None, 0.0)
+    value, grad, weight = run(backend, "glm_value_grad", args, shapes, device)
+    torch.testing.assert_close(float(value), 1e4 + math.log(2) + 700)
+    torch.testing.assert_close(float(grad), 1e4 + 700.0)
+    assert weight.tolist()[:3] == [0.0, 0.0, 0.25]
+    assert weight.isfinite().all()
+    # A certain and correct label costs log1p(e^-z), which float32 holds though 1 + e^-z is 1.
+    args = (torch.full((1, 1), 40.0, dtype=dtype), one, one, "logistic", 1.0, None, 0.0)
+    value, grad, weight = run(backend, "glm_value_grad", args, [((), F64), ((1,), dtype), ((1,), dtype)], device)
+    torch.testing.assert_close(float(value), math.exp(-40), rtol=1e-5, atol=0)
+    torch.testing.assert_close(float(grad), -40 * math.exp(-40), rtol=1e-5, atol=0)
+    torch.testing.assert_close(float(weight), math.exp(-40), rtol=1e-5, atol=0)
+    # poisson overflows as exp does.
+    args = (torch.full((1, 1), 1e4, dtype=dtype), one, one, "poisson", 1.0, None, 0.0)
+    value, _, weight = run(backend, "glm_value_grad", args, [((), F64), ((1,), dtype), ((1,), dtype)], device)
+    assert float(value) == float(weight) == math.inf
+    coef = torch.tensor([[1e4, 0.0, -1e4]], dtype=dtype)
+    args = (torch.tensor([[1.0], [-1.0]], dtype=dtype), torch.tensor([2, 2]), coef, None, 0.0)
+    value, grad, probs = run(backend, "softmax_value_grad", args, [((), F64), ((1, 3), dtype), ((2, 3), dtype)], device)
+    assert float(value) == 2e4
+    assert probs.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert grad.tolist() == [[1.0, 0.0, -1.0]]
+    for size in (1e4, 3e38, -1e4):
+        logits = torch.zeros(2, 300, dtype=dtype)
+        logits[0, 7], logits[1, :] = size, size
+        u = torch.linspace(-1, 2, 600, dtype=dtype).view(2, 300)
+        (out,) = run(backend, "cross_entropy_hvp", (logits, u, None), [((2, 300), dtype)], device)
+        assert out.isfinite().all()
+        if size > 0:
+            assert not out[0].any()  # one class has it all
+        torch.testing.assert_close(out[1], (u[1] - u[1].mean()) / 300, rtol=1e-5, atol=1e-8)
+
+
+def not_a_number(backend: Any, device: Any = "cpu") -> None:
+    """A NaN in a row reaches what that row reaches; -inf among the logits is a probability of zero."""
+    problem = Problem(20, 6, F32)
+    problem.x[3, 2] = math.nan
+    (out,) = run(backend, "glm_hvp", (problem.x, problem.v, problem.weight, 0.0), [((6, 1), F32)], device)
+    assert out.isnan().all()
+    for loss in reference.LOSSES:
+        args = (problem.x, problem.binary, problem.v[:, 0].contiguous(), loss, 0.5, None, 0.0)
+        value, grad, _ = run(backend, "glm_value_grad", args, [((), F64), ((6,), F32), ((20,), F32)], device)
+        assert value.isnan()
+        assert grad.isnan().all()
+    logits, u = torch.randn(3, 90), torch.randn(3, 90)
+    logits[0, :70], logits[1, 5] = -math.inf, math.nan
+    expected = run(reference, "cross_entropy_hvp", (logits, u, None), [((3, 90), F64)])[0]
+    (out,) = run(backend, "cross_entropy_hvp", (logits, u, None), [((3, 90), F32)], device)
+    assert out[1].isnan().all()
+    assert not out[0, :70].any()
+    torch.testing.assert_close(out[::2].double(), expected[::2], rtol=1e-5, atol=1e-6)
+
+
+def rounding_to_half(backend: Any, dtype: Any, values: Tensor, device: Any = "cpu") -> None:
+    """Two equal logits and u = (h, -h) make (h / 2, -h / 2): every h widened exactly and h / 2 rounded to nearest."""
+    pairs = torch.stack((values, -values), 1).to(dtype)
+    args = (torch.zeros_like(pairs), pairs, None)
+    (out,) = run(backend, "cross_entropy_hvp", args, [(pairs.shape, dtype)], device)
+    assert torch.equal(out, (pairs.float() / 2).to(dtype))
+
+
+def many_rows(backend: Any, n: int, device: Any = "cpu") -> None:
+    """Rows that are all alike: a sum in float32 alone would be off by about n / 1e9."""
+    x, weight = torch.full((n, 1), 0.1), torch.full((n,), 0.3)
+    (out,) = run(backend, "glm_hvp", (x, torch.ones(1, 1), weight, 0.0), [((1, 1), F32)], device)
+    expected = n * float(weight[0]) * float(x[0]) ** 2
+    assert abs(float(out) / expected - 1) < 300 * unit(F32)

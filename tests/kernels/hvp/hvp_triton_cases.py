@@ -1,0 +1,233 @@
+"""Cases that `test_hvp_triton.py` runs in a process of their own: interpreted on the CPU, or compiled on a GPU.
+
+    TRITON_INTERPRET=1 python hvp_triton_cases.py --device cpu [NAME ...]
+
+prints one JSON object per case: its name, and the traceback of its failure or null. Triton reads TRITON_INTERPRET when
+a kernel is defined, so one process cannot do both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import hvp_checks as checks
+from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
+from secant.kernels.hvp import triton as backend
+
+CASES: dict[str, Callable[[], None]] = {}
+SLOW: set[str] = set()
+GPU_ONLY: set[str] = set()
+
+device = torch.device("cpu")
+
+
+def case(*params: Any, slow: bool = False, gpu: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as one case, or as one for each of `params`, tuples of arguments."""
+
+    def register(f: Callable[..., None]) -> Callable[..., None]:
+        for args in params or ((),):
+            values = [str(a).removeprefix("torch.") for a in args]
+            name = f.__name__ + (f"[{'-'.join(values)}]" if values else "")
+            assert name not in CASES
+            CASES[name] = lambda args=args: f(*args)
+            if slow:
+                SLOW.add(name)
+            if gpu:
+                GPU_ONLY.add(name)
+        return f
+
+    return register
+
+
+@contextlib.contextmanager
+def tuned(**values: int) -> Iterator[None]:
+    """The backend with other constants."""
+    saved = {name: getattr(backend, name) for name in values}
+    vars(backend).update(values)
+    backend._plan.cache_clear()
+    try:
+        yield
+    finally:
+        vars(backend).update(saved)
+        backend._plan.cache_clear()
+
+
+SHAPES = [(1, 1, 1), (7, 1, 3), (33, 31, 1), (70, 9, 5), (40, 130, 2)]
+
+
+@case(*((*shape, t, i) for shape, t, i in zip(SHAPES, (F32, F64, BF16, F16, F32), (0, 1, 1, 0, 1), strict=True)))
+@case((40, 130, 1, F32, 1), (9, 10, 64, F32, 0), (33, 31, 1, F64, 0), slow=True)
+def products(n, d, k, dtype, intercept):
+    checks.glm_hvp(backend, n, d, k, dtype, bool(intercept), device)
+
+
+@case(*((n, d, t, loss) for (n, d, t) in ((33, 17, F32), (9, 3, F64)) for loss in LOSSES), (20, 40, BF16, "logistic"))
+def values_and_gradients(n, d, dtype, loss):
+    for intercept, weighted in ((False, True), (True, False)):
+        checks.glm_value_grad(backend, n, d, dtype, loss, intercept, weighted, device)
+
+
+@case((1, 1, 1, F32), (33, 17, 3, F32), (20, 5, 10, F64), (20, 40, 2, BF16))
+@case((9, 3, 70, F32), slow=True)
+def classes(n, d, k, dtype):
+    for intercept, weighted in ((False, True), (True, False)):
+        checks.softmax(backend, n, d, k, dtype, intercept, weighted, device)
+
+
+@case((F32,), (F64,))
+def slabs_of_columns(dtype):
+    """Rows of X longer than a program holds; the last slab may be the intercept's neighbour alone."""
+    with tuned(_ELEMENTS=64, _SLAB=32):
+        for d in (70, 96):
+            checks.glm_hvp(backend, 19, d, 1, dtype, True, device)
+        checks.glm_hvp(backend, 19, 70, 6, dtype, False, device)
+        checks.glm_value_grad(backend, 19, 70, dtype, "logistic", True, True, device)
+        checks.softmax(backend, 19, 70, 5, dtype, True, True, device)
+
+
+@case()
+def runs_and_chunks():
+    """Few rows to a tile, two tiles to a run, and a workspace that takes few rows at a time."""
+    with tuned(_TILE=64, _RUN=2, _FEWEST_TILES=1):
+        checks.glm_hvp(backend, 50, 13, 3, F32, True, device)
+        checks.glm_value_grad(backend, 50, 13, F32, "poisson", True, True, device)
+        with tuned(_WORKSPACE=1000, _ELEMENTS=16, _SLAB=16):
+            checks.glm_hvp(backend, 50, 40, 1, F32, True, device)
+            checks.glm_value_grad(backend, 50, 40, F32, "huber", True, True, device)
+            checks.softmax(backend, 50, 20, 3, F32, True, True, device)
+
+
+@case(*((rows, size, t) for rows, size, t in ((1, 1, F32), (3, 17, F64), (2, 1000, BF16), (2, 500, F16))))
+def rows_of_logits(rows, size, dtype):
+    for given in (False, True):
+        checks.cross_entropy(backend, rows, size, dtype, given, device=device)
+
+
+@case((F32,), (F64,), (BF16,))
+def long_rows_of_logits(dtype):
+    """More entries than a program holds: read twice, in blocks."""
+    with tuned(_ROW=64, _ROW_BLOCK=64):
+        for size in (65, 128, 500):
+            for given in (False, True):
+                checks.cross_entropy(backend, 2, size, dtype, given, device=device)
+
+
+@case((1, 1, 1, 1, F32), (5, 7, 3, None, F32), (70, 65, 40, 33, F32), (35, 40, 33, 9, F64))
+def paired_products(m, n, k1, k2, dtype):
+    checks.paired_matmul(backend, m, n, k1, k2, dtype, device)
+
+
+@case((F32,), (F64,))
+def products_of_many_terms(dtype):
+    """Split over programs, one of which may find no term of the second product."""
+    with tuned(_PRODUCT_TERMS=32):
+        for k2 in (None, 20, 150):
+            checks.paired_matmul(backend, 20, 30, 200, k2, dtype, device)
+
+
+@case((5, 1), (33, 3))
+def rows_may_be_strided_and_repeated(d, k):
+    checks.strides(backend, 9, d, k, F32, device)
+
+
+@case((F32,), (F64,))
+def extremes(dtype):
+    checks.large_logits(backend, dtype, device)
+    checks.not_a_number(backend, device)
+
+
+@case((BF16,), (F16,))
+def halves(dtype):
+    """Widened exactly and rounded to nearest even, subnormal numbers and the largest among them."""
+    bits = torch.arange(-(2**15), 2**15, 1021 if device.type == "cpu" else 1, dtype=torch.int32)
+    values = bits.to(torch.int16).view(dtype)
+    checks.rounding_to_half(backend, dtype, values[values.isfinite()].float(), device)
+
+
+@case()
+def error_does_not_grow_with_the_rows():
+    with tuned(_TILE=1 << 15, _TILE_ROWS=2048, _RUN=16):
+        checks.many_rows(backend, 200_000, device)
+
+
+@case(slow=True)
+def more_rows_still():
+    checks.many_rows(backend, 1_000_000, device)
+
+
+# ------------------------------------------------------------------------------------------------------------------ GPU
+
+
+@case((1,), (8,), (64,), gpu=True)
+def large_problems(k):
+    for d in (257, 1024, 5000, 20_000):
+        for dtype in (F32, BF16, F64):
+            checks.glm_hvp(backend, 3000, d, k, dtype, True, device)
+
+
+@case((1, 300), (5, 300), (1, 20_000), gpu=True)
+def captured_in_a_graph(k, d):
+    problem = Problem(5000, d, F32, k)
+    x, v, weight = (t.to(device) for t in (problem.x, problem.v, problem.weight))
+    out = torch.empty_like(v)
+    backend.glm_hvp(x, v, weight, 0.1, out)
+    want = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.glm_hvp(x, v, weight, 0.1, out)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def quicken() -> None:
+    """Skip what the interpreter repeats at every call of a function within a kernel, 4 ms: it patches the language."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patched = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ == backend.__name__:
+            return self.rewrite()(*args, **kwargs)
+        return patched(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+def main() -> None:
+    global device
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # what torch allocates without a value is NaN
+    if device.type == "cpu":
+        quicken()
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of infinite and missing numbers
+    for name in options.names or [c for c in CASES if device.type == "cuda" or c not in GPU_ONLY]:
+        failure, start = None, time.perf_counter()
+        try:
+            CASES[name]()
+        except Exception:
+            failure = traceback.format_exc()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"name": name, "failure": failure, "seconds": round(seconds, 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
