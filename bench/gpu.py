@@ -89,11 +89,11 @@ def _test_paths(families: Sequence[str]) -> list[str]:
     """The folders and files of tests that touch these families; everything when all are asked for."""
     if set(families) == set(FAMILIES):
         return ["tests"]
-    paths = [f"tests/kernels/{family}" for family in families]
+    paths = ["tests/gpu", *(f"tests/kernels/{family}" for family in families)]
     words = {"lbfgs": ("two_loop", "history", "lbfgs"), "blocks": ("blocks",), "hvp": ("hvp", "curvature", "glm")}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         relative = path.relative_to(ROOT)
-        if relative.parts[1] == "kernels":
+        if relative.parts[1] in ("kernels", "gpu"):
             continue
         if any(word in path.stem or word in relative.parts for family in families for word in words[family]):
             paths.append(str(relative))
