@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +69,20 @@ def test_the_same_run_on_secant_and_on_torch(example):
     # The residuals of the fit are those of the noise, to the scatter of an RMS of 2 N numbers; five sigma are allowed.
     scatter = 5 / (4 * scene.observations) ** 0.5
     assert abs(example.rms(scene, costs[-1]) / scene.expected_rms - 1) <= scatter
+
+
+def test_a_step_that_raises_the_cost_is_refused_and_damped_more(example, monkeypatch):
+    scene, half_square, calls = example.make_scene(4, 60), example.half_square, itertools.count()
+
+    def failing(residual):  # the step of the third iteration leads nowhere, that of the fourth uphill
+        return {3: math.nan, 4: math.inf}.get(next(calls), half_square(residual))
+
+    monkeypatch.setattr(example, "half_square", failing)
+    rows = example.solve(scene, example.SECANT, 8).rows
+    assert [row.accepted for row in rows[:6]] == [True, True, False, False, True, True]
+    costs, tried = [row.cost for row in rows], [row.lam for row in rows]
+    assert costs[1] == costs[2] == costs[3] > costs[4]
+    assert tried[2] < tried[3] < tried[4]
 
 
 def test_it_prints_and_draws(example, tmp_path, capsys):
