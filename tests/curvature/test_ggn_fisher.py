@@ -151,7 +151,7 @@ def test_fisher_is_the_ggn_in_expectation(likelihood):
     v = torch.randn(len(want), dtype=torch.float64)
     F_ = Fisher.of(net, x, likelihood=likelihood)
     draws = []
-    for seed in range(1000):
+    for seed in range(500):
         F_.resample(seed)
         draws.append(v @ (F_ @ v))
     draws = torch.stack(draws)

@@ -18,7 +18,7 @@ from secant.cli import console
 from secant.curvature import GGN, Estimate, Hessian, LinearOperator, SpectralDensity
 
 #: Random vectors, products with each, extreme eigenvalues shown, and products with each probe of a quick run.
-PROBES, STEPS, EXTREMES, QUICK_STEPS = 8, 50, 3, 12
+PROBES, STEPS, EXTREMES, QUICK_STEPS = 6, 50, 3, 12
 #: Iterations of L-BFGS between the two points.
 ITERATIONS = 60
 #: Relative accuracy of the extreme eigenvalues.

@@ -85,9 +85,11 @@ class Lanczos:
 
     def _orthogonal(self, w: Tensor, count: int) -> Tensor:
         """What of w is orthogonal to the first `count` basis vectors."""
-        known = self.basis[:, :count]
-        for _ in range(2):
-            w = w - (known.mT @ (known @ w.unsqueeze(2))).squeeze(2)
+        w = w.clone()
+        for known, row in zip(self.basis[:, :count].unbind(), w.unbind(), strict=True):
+            for _ in range(2):
+                # One start at a time: batched products of so few columns are many times slower than these on a CPU.
+                row.addmv_(known.T, known @ row, alpha=-1)
         return w
 
     def restart(self, vector: Tensor) -> None:
