@@ -208,8 +208,8 @@ def rounding_to_half(backend: Any, dtype: Any, values: Tensor, device: Any = "cp
 
 
 def many_rows(backend: Any, n: int, device: Any = "cpu") -> None:
-    """Rows that are all alike: a sum in float32 alone would be off by about n / 1e9."""
+    """Rows that are all alike: a sum in float32 alone is off by about n / 1e9, runs of 512 by a unit each."""
     x, weight = torch.full((n, 1), 0.1), torch.full((n,), 0.3)
     (out,) = run(backend, "glm_hvp", (x, torch.ones(1, 1), weight, 0.0), [((1, 1), F32)], device)
     expected = n * float(weight[0]) * float(x[0]) ** 2
-    assert abs(float(out) / expected - 1) < 300 * unit(F32)
+    assert abs(float(out) / expected - 1) < 520 * unit(F32)

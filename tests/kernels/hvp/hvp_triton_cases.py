@@ -102,12 +102,11 @@ def slabs_of_columns(dtype):
 def runs_and_chunks():
     """Few rows to a tile, two tiles to a run, and a workspace that takes few rows at a time."""
     with tuned(_TILE=64, _RUN=2, _FEWEST_TILES=1):
-        checks.glm_hvp(backend, 50, 13, 3, F32, True, device)
-        checks.glm_value_grad(backend, 50, 13, F32, "poisson", True, True, device)
-        with tuned(_WORKSPACE=1000, _ELEMENTS=16, _SLAB=16):
-            checks.glm_hvp(backend, 50, 40, 1, F32, True, device)
-            checks.glm_value_grad(backend, 50, 40, F32, "huber", True, True, device)
-            checks.softmax(backend, 50, 20, 3, F32, True, True, device)
+        checks.glm_hvp(backend, 23, 13, 3, F32, True, device)
+        with tuned(_WORKSPACE=300, _ELEMENTS=16, _SLAB=16):
+            checks.glm_hvp(backend, 40, 20, 1, F32, True, device)
+            checks.glm_value_grad(backend, 40, 20, F32, "huber", True, True, device)
+            checks.softmax(backend, 11, 20, 2, F32, True, True, device)
 
 
 @case(*((rows, size, t) for rows, size, t in ((1, 1, F32), (3, 17, F64), (2, 1000, BF16), (2, 500, F16))))
@@ -134,7 +133,7 @@ def paired_products(m, n, k1, k2, dtype):
 def products_of_many_terms(dtype):
     """Split over programs, one of which may find no term of the second product."""
     with tuned(_PRODUCT_TERMS=32):
-        for k2 in (None, 20, 150):
+        for k2 in (None, 20):
             checks.paired_matmul(backend, 20, 30, 200, k2, dtype, device)
 
 
@@ -159,8 +158,7 @@ def halves(dtype):
 
 @case()
 def error_does_not_grow_with_the_rows():
-    with tuned(_TILE=1 << 15, _TILE_ROWS=2048, _RUN=16):
-        checks.many_rows(backend, 200_000, device)
+    checks.many_rows(backend, 100_000, device)
 
 
 @case(slow=True)
