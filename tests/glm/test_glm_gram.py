@@ -145,3 +145,31 @@ def test_factor_of_what_is_not_finite_is_harmless():
     factor = Factor(torch.full((3, 3), torch.inf, dtype=torch.float64), 1, 2.3e-16)
     assert not factor.exact
     assert torch.equal(factor.solve(torch.ones(3, dtype=torch.float64)), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [7.0, 1e6 / 3.0])
+def test_diagonal_of_a_constant_column_is_no_division_by_rounding(value):
+    """What centring leaves of it is rounding; as a curvature that would make steps of 1e8 along nothing."""
+    x = torch.cat([rows(1000, 2), torch.full((1000, 1), value, dtype=torch.float64)], 1)
+    problem = objective(x, torch.zeros(1000, dtype=torch.float64), "squared")
+    t = Diagonal(problem, problem.evaluate(problem.zeros()))
+    unit = torch.eye(4, dtype=torch.float64)[2]
+    assert 0.0 < float(t.solve(unit)[2]) <= 10.0 / (1000 * value**2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_sample_estimates_the_objective(weighted):
+    x, g = rows(40_000, 3), torch.Generator().manual_seed(3)
+    y = (torch.rand(40_000, generator=g) < 0.3).double()
+    c = torch.rand(40_000, generator=g, dtype=torch.float64) if weighted else None
+    total = float(c.sum()) if weighted else 40_000.0
+    whole = Objective(x, y, "logistic", 1.0, c, 2.0, True, 0, total)
+    part = whole.sample(8)
+    assert part.rows == 5000
+    assert part.x.data_ptr() == x.data_ptr()
+    assert float(part.sample_weight.sum()) == pytest.approx(total, rel=1e-12)
+    theta = torch.tensor([0.3, -0.2, 0.1, -0.5], dtype=torch.float64)
+    full, estimate = whole.evaluate(theta), part.evaluate(theta)
+    # 5000 rows of losses of deviation about 0.5 around 0.6: four standard errors are 5%.
+    assert estimate.value == pytest.approx(full.value, rel=0.05)
+    assert torch.allclose(part.gram(estimate), whole.gram(full), rtol=0.0, atol=0.06 * float(whole.gram(full).max()))
