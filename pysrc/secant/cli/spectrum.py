@@ -142,7 +142,10 @@ def draw(path: Path, found: list[Found], losses: dict[str, float], footer: str) 
                 text, (0, 1), (0, above), xycoords="axes fraction", textcoords="offset points", fontsize=size,
                 fontweight=weight, color=ink, va="bottom",
             )  # fmt: skip
-        ax.legend(loc="upper right", bbox_to_anchor=(1, 0.86), frameon=False, fontsize=10, labelcolor="linecolor", handlelength=1.2)
+        ax.legend(
+            loc="upper right", bbox_to_anchor=(1, 0.86), frameon=False, fontsize=10, labelcolor="linecolor",
+            handlelength=1.2,
+        )  # fmt: skip
     axes[0].set_xlabel("")
     figure.text(0.02, 0.02, footer, fontsize=8, color="#7a7a7a", wrap=True)
     figure.savefig(path)
