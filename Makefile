@@ -41,11 +41,14 @@ build: $(VENV)/.built
 demo: build
 	$(BIN)/python -m secant demo
 
+# A file at a time on two processes; threads of one that wait leave their core to the other.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: build
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --durations=25
 
 test-all: build
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 bench: build
 	$(BIN)/python -m secant bench

@@ -272,7 +272,11 @@ FEW = """
 """
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+#: Each compiles the source: two of them every time, all of them with the long proofs.
+SOME_MUTATIONS = [pytest.param(name, marks=[pytest.mark.slow] * (i > 1)) for i, name in enumerate(MUTATIONS)]
+
+
+@pytest.mark.parametrize("name", SOME_MUTATIONS)
 def test_mutations_are_found(build_standin, standin_driver, name):
     """One barrier less, and every one of three orders of threads shows it."""
     call, old, new = MUTATIONS[name]
