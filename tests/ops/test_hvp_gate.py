@@ -19,7 +19,7 @@ from secant.ops import (
 
 x, v, w = torch.randn(6, 4), torch.randn(4), torch.rand(6)
 coef, classes, probs = torch.randn(4, 3), torch.randint(3, (6,)), torch.softmax(torch.randn(6, 3), -1)
-a, b = torch.randn(5, 4), torch.randn(4, 2)
+a, b, full = torch.randn(5, 4), torch.randn(4, 2), torch.empty(5, 2)
 
 
 def hvp(**changes):
@@ -78,6 +78,17 @@ WRONG = [
     (lambda: paired_matmul(a, b, q=a), ValueError, "p, q: expected both or none, got only q"),
     (lambda: paired_matmul(a, b, a, a), ValueError, r"e: expected shape \(4, 2\), got shape \(5, 4\)"),
     (lambda: paired_matmul(a, b, bias=v), ValueError, r"bias: expected shape \(2,\), got shape \(4,\)"),
+    (
+        lambda: paired_matmul(a, b, scale=a[:, :2].clone(), out=a[:, :2]),
+        ValueError,
+        "out: expected a contiguous tensor",
+    ),
+    (lambda: paired_matmul(a, b, scale=full, out=full), ValueError, "out: expected no overlap with scale"),
+    (
+        lambda: paired_matmul(a, b.clone().requires_grad_(), out=full),
+        ValueError,
+        "out: expected None where a derivative",
+    ),
     (lambda: paired_matmul(a.half(), b.half()), TypeError, "a: expected dtype float32 or float64"),
 ]
 
@@ -112,6 +123,9 @@ def test_out():
         columns, out = torch.randn(shape), torch.full(shape, torch.nan)
         assert glm_hvp(x, columns, w, out=out) is out
         assert torch.equal(out, glm_hvp(x, columns, w))
+    product = torch.full((5, 2), torch.nan)
+    assert paired_matmul(a, b, out=product) is product
+    torch.testing.assert_close(product, a @ b)
     strided = torch.full((3, 4), torch.nan).mT
     columns = torch.randn(4, 3)
     assert glm_hvp(x, columns, w, out=strided) is strided

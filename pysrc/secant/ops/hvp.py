@@ -422,6 +422,7 @@ def paired_matmul(
         bias: (N,), or None.
         scale: (M, N), or None for ones.
         p: (M, N), or None. q: (M, N), or None; both or none.
+        out: (M, N), contiguous; receives the result. It must not overlap an input.
 
     Returns:
         (M, N), contiguous. Differentiable in everything, through torch operations.
@@ -467,7 +468,8 @@ def paired_matmul(
         if differentiated or not out.is_contiguous():
             wanted = "None where a derivative is wanted" if differentiated else "a contiguous tensor"
             raise _gate.fail(op, "out", wanted, _gate.describe(out))
-        for name, x in zip("abcepq", (a, b, c, e, p, q), strict=True):
+        names = ("a", "b", "c", "e", "bias", "scale", "p", "q")
+        for name, x in zip(names, (a, b, c, e, bias, scale, p, q), strict=True):
             if x is not None and _gate.overlaps(out, x):
                 raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
     if out.numel():
