@@ -318,7 +318,7 @@ def save_products(
 ) -> None:
     """Share of the bandwidth of each case on the left, speed-up over every peer on the right. Write a PNG."""
     figure = _figure()
-    left, right = (figure.add_axes(box) for box in ((0.25, 0.14, 0.3, 0.72), (0.62, 0.14, 0.34, 0.72)))
+    left, right = (figure.add_axes(box) for box in ((0.27, 0.14, 0.29, 0.72), (0.62, 0.14, 0.34, 0.72)))
     left.barh(range(len(shares)), [share for _, share in shares], color=SECANT, height=0.55)
     for i, (_, share) in enumerate(shares):
         left.text(share, i, f"  {share:.0%}", va="center", fontsize=9, color=INK)
@@ -331,5 +331,9 @@ def save_products(
     _title(left, *share_panel)
     speedup_panel(right, *speedups, ratios)
     right.set_yticks(range(len(ratios)), [""] * len(ratios))
+    right.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
+    right.xaxis.set_minor_locator(NullLocator())
+    for ax in (left, right):
+        ax.set_ylim(len(shares) - 0.4, -0.6)
     figure.text(0.02, 0.02, footer, fontsize=8.5, color="#7a7a7a")
     figure.savefig(path)
