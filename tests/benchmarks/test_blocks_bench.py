@@ -179,7 +179,7 @@ def test_rows_of_a_slice_say_so_and_are_per_block(monkeypatch):
     assert (peer.blocks, peer.note) == (blocks.PILOT, f"timed on {blocks.PILOT} of 1,000 blocks, scaled")
     assert (copy.blocks, copy.kind, copy.note) == (1000, "limit", "")
     for row in rows.values():
-        assert 0 < row.best <= row.seconds < 1e-3
+        assert 0 < row.best <= row.seconds < 0.1  # even where the machine has other things to do
     assert peer.bytes_per_second == pytest.approx(case.block_bytes / peer.seconds)
     assert copy.bytes_per_second == pytest.approx(2 * 9 * 4 / copy.seconds)
     assert blocks_report.of_copy(list(rows.values()), copy) == 1.0
