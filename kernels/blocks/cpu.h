@@ -20,7 +20,7 @@ struct Blocks {
   double shift_value;
   bool scaled;  // damping multiplies the diagonal
   bool spd;
-  int root;     // 1, 2, 4: A^(-1/root); 0: |A|^-1
+  int root;     // 1, 2, 4: the power -1 / root of A; 0: |A|^-1
   int threads;  // 0: as many as pay off
 };
 

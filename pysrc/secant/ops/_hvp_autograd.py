@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
-from secant.ops import _hvp_formulas as formulas
-
 #: v (d, k) -> the product, by a kernel.
 Product = Callable[[Tensor], Tensor]
 
@@ -124,5 +122,3 @@ def value_grad_of(value: Callable[[Tensor], Tensor], coef: Tensor) -> tuple[Tens
     grad, result = torch.func.grad_and_value(value)(coef)
     return result, grad
 
-
-__all__ = ["ValueGrad", "apply", "formulas", "is_differentiated", "is_wrapped", "value_grad_of"]
