@@ -30,6 +30,8 @@ FAMILIES = ("lbfgs", "blocks", "hvp")
 #: Seconds that a stage may take, its commands together; less than nine minutes in all.
 LIMITS = {"build": 200, "test": 170, "bench": 130, "profile": 30}
 SMALLEST = Path(__file__).with_name("gpu_smallest.py")
+#: What others say of their own software on their own machines: cited, never measured here, never asserted.
+PUBLISHED = Path(__file__).with_name("published")
 BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
 
 
@@ -219,10 +221,7 @@ def bars_of(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     found = []
     word = {None: "not measured", True: "met", False: "NOT MET"}
     for family in FAMILIES:
-        data = result["bench"].get(family)
-        if data is None:
-            continue
-        for bar in (data.get(family, data) or {}).get("bars", []):
+        for bar in (family_data(result, family) or {}).get("bars", []):
             measure = bar.get("measure") or f"{bar['op']}, {bar['assume']}, n = {bar['n']}, {bar['dtype']}"
             if "against" in bar:
                 measure += f", against {' / '.join(bar['against'])}"
@@ -242,6 +241,48 @@ def _word(status: int | str) -> str:
     return "ok" if status == 0 else "STOPPED, out of time" if status == "time" else f"FAILED ({status})"
 
 
+def family_data(result: dict[str, Any], family: str) -> dict[str, Any] | None:
+    """What the benchmark of a family wrote: rows, bars, what it loses; None when it was not run or did not end."""
+    data = result["bench"].get(family)
+    return None if data is None else data.get(family, data)
+
+
+def _ours(rows: Sequence[dict[str, Any]], n: int, theirs: dict[str, Any], note: str) -> float | None:
+    """Seconds of a step of what `auto` takes on the problem of a published figure."""
+    want = ("step", n, theirs["history"], 0, theirs["dtype"], theirs["dtype"], "backend", note)
+    keys = ("op", "n", "m", "batch", "dtype", "storage", "kind", "note")
+    return next((row["median"] for row in rows if tuple(row.get(key) for key in keys) == want), None)
+
+
+def published(result: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Published figures of another project beside our times of the same problems, in Markdown."""
+    rows = (family_data(result, "lbfgs") or {}).get("rows", [])
+    gpu = result["machine"].get("gpu") if result["device"] == "cuda" else None
+
+    def ours(n: int, note: str) -> str:
+        seconds = _ours(rows, n, theirs, note)
+        return "not measured" if gpu is None or seconds is None else f"{seconds * 1e3:.3g}"
+
+    lines, sources = [], []
+    for number, table in enumerate(theirs["tables"], 1):
+        sources.append(f"* [{number}] {table['version']}: {table['source']}")
+        for figure in table["milliseconds"]:
+            n = theirs["unknowns_per_atom"] * figure["atoms"]
+            numbers = (f"{figure['calls']:.2f}", ours(n, ""), f"{figure['graph']:.2f}", ours(n, "graph replay"))
+            lines.append((f"{figure['atoms']:,}", f"{n:,}", f"[{number}]", *numbers))
+    columns = ("atoms", "n", "source", "theirs, calls, ms", "ours, calls", "theirs, graph, ms", "ours, graph")
+    return "\n".join(
+        [
+            f"{theirs['project']}. Their GPU: {theirs['gpu']}; ours: {gpu or 'none'}. Two machines and two programs: "
+            f"cited, not measured here. {theirs['dtype']}, {theirs['history']} pairs. {theirs['method']}",
+            "",
+            _table(columns, lines),
+            "",
+            *sources,
+        ]
+    )
+
+
 def report(result: dict[str, Any]) -> str:
     """The run in Markdown."""
     parts = [f"# {result['machine'].get('gpu') or 'Rehearsal without a GPU'}", ""]
@@ -250,7 +291,7 @@ def report(result: dict[str, Any]) -> str:
         (
             stage,
             one["command"][:60],
-            "ok" if one["status"] == 0 else f"FAILED ({one['status']})",
+            _word(one["status"]),
             f"{one['seconds']:.0f}",
         )
         for stage, outcomes in result["stages"].items()
@@ -263,14 +304,12 @@ def report(result: dict[str, Any]) -> str:
         parts += [f"* {name}" for name in tests["failed"]] + [""]
     if result["bars"]:
         parts += ["## Bars", "", _table(("measure", "bar", "measured", ""), result["bars"]), ""]
-    lost = [line for data in result["bench"].values() if data for line in _lost(data)]
+    for path in sorted(PUBLISHED.glob("*.json")):
+        parts += ["## Published by others", "", published(result, json.loads(path.read_text())), ""]
+    lost = [line for family in FAMILIES for line in (family_data(result, family) or {}).get("lost", [])]
     if lost:
         parts += ["## Where secant loses", ""] + [f"* {line}" for line in lost] + [""]
     return "\n".join(parts)
-
-
-def _lost(data: dict[str, Any]) -> list[str]:
-    return data.get("lost") or next((data[f]["lost"] for f in FAMILIES if f in data), [])
 
 
 def roofline(path: Path, result: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ def _names(case: Case) -> list[str]:
     return [name for name in (*lbfgs.serving(case, DEVICE), *lbfgs.peer_names(case)) if _wanted(case, name)]
 
 
-GROUPS = [tuple(group) for group in lbfgs.groups(quick=QUICK)]
+GROUPS = [tuple(group) for group in lbfgs.groups(DEVICE, quick=QUICK)]
 
 
 def _label(case: Case) -> str:

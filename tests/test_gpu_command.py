@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from secant.benchmarks import lbfgs
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("gpu_command", ROOT / "bench" / "gpu.py")
@@ -119,6 +122,35 @@ def test_the_report_has_bars_failures_and_losses():
     assert "* tests.a::test_b" in text
     assert "* two_loop: cuda takes 2x the time of compiled" in text
     assert "FAILED (1)" in text
+
+
+def test_published_figures_stand_beside_ours_and_are_never_taken_for_them():
+    [path] = gpu.PUBLISHED.glob("*.json")
+    theirs = json.loads(path.read_text())
+    assert theirs["gpu"].startswith("NVIDIA H100")
+    assert {x["atoms"] * 3 for table in theirs["tables"] for x in table["milliseconds"]} == set(lbfgs.PUBLISHED)
+    assert all(table["source"].startswith("https://github.com/NVIDIA/") for table in theirs["tables"])
+    text = gpu.report(RESULT | {"bars": []})
+    assert "NVIDIA H100 80GB HBM3; ours: H100." in text
+    assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | not measured | 3.38 | not measured |" in text
+    case = lbfgs.published()[2]
+    row = case._asdict() | {"dtype": "float64", "storage": "float64", "by": "cuda", "kind": "backend"}
+    rows = [row | {"note": note, "median": time} for note, time in (("", 9.5e-4), ("graph replay", 9.25e-4))]
+    measured = RESULT | {"bars": [], "bench": {"lbfgs": {"bars": [], "rows": rows, "lost": []}}}
+    assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | 0.95 | 3.38 | 0.925 |" in gpu.report(measured)
+    assert "ours: none." in gpu.report(measured | {"device": "cpu"})
+    assert "| 0.95 |" not in gpu.report(measured | {"device": "cpu"})
+
+
+def test_the_problems_of_the_published_figures_are_measured_on_a_gpu():
+    def of(device, **changes):
+        return [case for group in lbfgs.groups(torch.device(device), **changes) for case in group]
+
+    for case in lbfgs.published():
+        assert case[:4] == ("step", case.n, 6, 0)
+        assert case.dtype == case.storage == torch.float64
+        assert case in of("cuda")
+        assert case not in of("cuda", quick=True) + of("cpu")
 
 
 def test_the_roofline(tmp_path):

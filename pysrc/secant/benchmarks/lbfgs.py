@@ -20,12 +20,14 @@ from secant.benchmarks.timing import Timed, clock_for, interleaved, replayed
 REFERENCE_ELEMENTS = 1 << 25
 #: Columns of random numbers; longer vectors repeat them.
 PERIOD = 1 << 20
-#: Copies of the input that take turns on a GPU, at most.
-MAX_COPIES = 16
+#: Copies of the input that take turns on a GPU, at most: histories from 0.8 MB on outgrow a cache of 50 MB twice.
+MAX_COPIES = 128
 #: Name of the row that says how long reading the history twice takes.
 LIMIT = "two reads of the history"
 #: Note of a row whose calls were replayed from a CUDA graph.
 REPLAY = "graph replay"
+#: Unknowns and pairs of the problems of which other projects publish figures (`bench/published`): 3 an atom.
+PUBLISHED, PUBLISHED_PAIRS = (3 * 10**4, 3 * 10**5, 3 * 10**6), 6
 
 Call = Callable[[], Tensor]
 
@@ -362,8 +364,16 @@ def _copies(case: Case, device: torch.device) -> int:
     return max(1, min(MAX_COPIES, math.ceil(2 * machine.cache_bytes(device) / case.history_bytes)))
 
 
-def groups(*, quick: bool = False) -> list[list[Case]]:
-    """What `python -m secant bench` measures, cases timed in turns together; with `quick`, the same on small inputs."""
+def published() -> list[Case]:
+    """A step of each problem of `PUBLISHED`, in float64."""
+    return [Case("step", n, PUBLISHED_PAIRS, 0, torch.float64, torch.float64) for n in PUBLISHED]
+
+
+def groups(device: torch.device, *, quick: bool = False) -> list[list[Case]]:
+    """What `python -m secant bench` measures, cases timed in turns together; with `quick`, the same on small inputs.
+
+    Those of `published` on a GPU: the figures to compare with are of one.
+    """
     sizes = (10**3, 10**4) if quick else tuple(10**k for k in range(3, 8))
     long, batch = ((10**4,), 100) if quick else ((10**5, 10**7), 10_000)
     storages = (torch.float32, torch.bfloat16)
@@ -372,4 +382,5 @@ def groups(*, quick: bool = False) -> list[list[Case]]:
         *([Case("two_loop", n)] for n in sizes),
         *histories,
         [Case("two_loop", 64, batch=batch), Case("direction", 64, batch=batch)],
+        *([case] for case in published() if device.type == "cuda" and not quick),
     ]

@@ -35,7 +35,7 @@ def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
     def wanted(case: Case, name: str) -> bool:
         return not (quick and name == "compiled")  # compiling takes longer than all the rest
 
-    groups = lbfgs.groups(quick=quick)
+    groups = lbfgs.groups(device, quick=quick)
     with console.progress("directions") as advance:
         for i, cases in enumerate(groups):
             if not lbfgs.fits(cases, device):
@@ -44,7 +44,7 @@ def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
             seconds = 0.02 if quick else GROUP_SECONDS
             limit = cases[0].op == "two_loop" and not cases[0].batch
             rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, limit=limit)
-            if device.type == "cuda" and cases[0].n <= GRAPH_N:
+            if device.type == "cuda" and (cases[0].n <= GRAPH_N or cases[0] in lbfgs.published()):
                 rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, graph=True)
             advance((i + 1) / len(groups), f"{cases[0].op} {cases[0].shape}")
     return rows
