@@ -1,34 +1,25 @@
-"""Cases that `test_blocks_triton.py` runs in a process of their own: interpreted on the CPU, or compiled on a GPU.
-
-    TRITON_INTERPRET=1 python blocks_triton_cases.py --device cpu [NAME ...]
-
-prints one JSON object per case: its name, and the traceback of its failure or null. Triton reads TRITON_INTERPRET when
-a kernel is defined, so one process cannot do both.
-"""
+"""Cases that `test_blocks_triton.py` runs in a process of their own: see `triton_runner.py`."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
+import functools
 import math
 import sys
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from secant.kernels.blocks import reference
 from secant.kernels.blocks import triton as backend
 
 import block_matrices as blocks
+from triton_runner import Cases, arguments
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 REAL = (F32, F64)
@@ -36,35 +27,20 @@ REAL = (F32, F64)
 INV, SOLVE, EIGH = (1, 2, 3, 6, 7, 9), (1, 4, 5, 9), (1, 2, 4, 5, 9)
 LARGE = (8, 10, 16, 24, 31, 32, 33, 48, 63, 64)
 
-CASES: dict[str, Callable[[], None]] = {}
-SLOW: set[str] = set()
-GPU_ONLY: set[str] = set()
+CASES = Cases()
+case = CASES.case
 
 device = torch.device("cpu")
 #: Whether the interpreter gets the programs of a GPU, and not few of many blocks, which it prefers.
 as_launched = False
 
 
-def case(*params: Any, slow: bool = False, gpu: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as one case, or as one for each of `params`, tuples of arguments."""
-
-    def register(f: Callable[..., None]) -> Callable[..., None]:
-        for args in params or ((),):
-            values = [str(a).removeprefix("torch.") for a in args]
-            name = f.__name__ + (f"[{'-'.join(values)}]" if values else "")
-            assert name not in CASES
-            CASES[name] = lambda args=args: f(*args)
-            if slow:
-                SLOW.add(name)
-            if gpu:
-                GPU_ONLY.add(name)
-        return f
-
-    return register
-
-
 def sized(sizes: tuple[int, ...], *others: Any) -> list[tuple]:
     return [(n, *other) for n in sizes for other in others or ((),)]
+
+
+#: The backend with other constants, in a context.
+tuned = functools.partial(mock.patch.multiple, backend)
 
 
 def place(x: Any) -> Any:
@@ -92,17 +68,6 @@ def run(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     entries = min(16384, 1 << (batch - 1).bit_length() + 2 * (n - 1).bit_length())
     with tuned(_TILE_ENTRIES=entries, _EIGH_ENTRIES=entries):
         return call(backend, *placed, **kwargs)
-
-
-@contextlib.contextmanager
-def tuned(**values: int) -> Iterator[None]:
-    """The backend with other constants."""
-    saved = {name: getattr(backend, name) for name in values}
-    vars(backend).update(values)
-    try:
-        yield
-    finally:
-        vars(backend).update(saved)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -516,40 +481,6 @@ def more_than_two_to_the_31_elements(n):
     assert torch.equal(a[-100:], torch.eye(n, dtype=BF16, device=device).div(2).expand(100, n, n))
 
 
-def quicken() -> None:
-    """Skip what the interpreter repeats at every call of a function within a kernel, 4 ms: it patches the language."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    patched = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__ == backend.__name__:
-            return self.rewrite()(*args, **kwargs)
-        return patched(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call
-
-
-def main() -> None:
-    global device
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("names", nargs="*")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    torch.set_num_threads(1)
-    if device.type == "cpu":
-        quicken()
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, for the blocks that are to fail
-    for name in options.names or [c for c in CASES if device.type == "cuda" or c not in GPU_ONLY]:
-        failure, start = None, time.perf_counter()
-        try:
-            CASES[name]()
-        except Exception:
-            failure = traceback.format_exc()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"name": name, "failure": failure, "seconds": round(seconds, 2)}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    device, names = arguments()
+    CASES.run(device, names)

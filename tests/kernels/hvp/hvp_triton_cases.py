@@ -1,67 +1,37 @@
-"""Cases that `test_hvp_triton.py` runs in a process of their own: interpreted on the CPU, or compiled on a GPU.
-
-    TRITON_INTERPRET=1 python hvp_triton_cases.py --device cpu [NAME ...]
-
-prints one JSON object per case: its name, and the traceback of its failure or null. Triton reads TRITON_INTERPRET when
-a kernel is defined, so one process cannot do both.
-"""
+"""Cases that `test_hvp_triton.py` runs in a process of their own: see `triton_runner.py`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import hvp_checks as checks
 from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
 from secant.kernels.hvp import triton as backend
 
-CASES: dict[str, Callable[[], None]] = {}
-SLOW: set[str] = set()
-GPU_ONLY: set[str] = set()
+from triton_runner import Cases, arguments
+
+CASES = Cases()
+case = CASES.case
 
 device = torch.device("cpu")
-
-
-def case(*params: Any, slow: bool = False, gpu: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as one case, or as one for each of `params`, tuples of arguments."""
-
-    def register(f: Callable[..., None]) -> Callable[..., None]:
-        for args in params or ((),):
-            values = [str(a).removeprefix("torch.") for a in args]
-            name = f.__name__ + (f"[{'-'.join(values)}]" if values else "")
-            assert name not in CASES
-            CASES[name] = lambda args=args: f(*args)
-            if slow:
-                SLOW.add(name)
-            if gpu:
-                GPU_ONLY.add(name)
-        return f
-
-    return register
 
 
 @contextlib.contextmanager
 def tuned(**values: int) -> Iterator[None]:
     """The backend with other constants."""
-    saved = {name: getattr(backend, name) for name in values}
-    vars(backend).update(values)
     backend._plan.cache_clear()
     try:
-        yield
+        with mock.patch.multiple(backend, **values):
+            yield
     finally:
-        vars(backend).update(saved)
         backend._plan.cache_clear()
 
 
@@ -191,41 +161,7 @@ def captured_in_a_graph(k, d):
     assert torch.equal(out, want)
 
 
-def quicken() -> None:
-    """Skip what the interpreter repeats at every call of a function within a kernel, 4 ms: it patches the language."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    patched = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__ == backend.__name__:
-            return self.rewrite()(*args, **kwargs)
-        return patched(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call
-
-
-def main() -> None:
-    global device
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("names", nargs="*")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # what torch allocates without a value is NaN
-    if device.type == "cpu":
-        quicken()
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of infinite and missing numbers
-    for name in options.names or [c for c in CASES if device.type == "cuda" or c not in GPU_ONLY]:
-        failure, start = None, time.perf_counter()
-        try:
-            CASES[name]()
-        except Exception:
-            failure = traceback.format_exc()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"name": name, "failure": failure, "seconds": round(seconds, 2)}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    device, names = arguments()
+    torch.use_deterministic_algorithms(True)  # what torch allocates without a value is NaN
+    CASES.run(device, names)

@@ -1,62 +1,35 @@
-"""Cases that `test_triton.py` runs in a process of their own: interpreted on the CPU, or compiled on a GPU.
-
-    TRITON_INTERPRET=1 python triton_cases.py --device cpu [NAME ...]
-
-prints one JSON object per case: its name, and the traceback of its failure or null. Triton reads TRITON_INTERPRET when
-a kernel is defined, so one process cannot do both.
-"""
+"""Cases that `test_triton.py` runs in a process of their own: see `triton_runner.py`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from secant.kernels.lbfgs import reference
 
 import oracle
+from triton_runner import Cases, arguments
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 DTYPES = [(t, r) for t in oracle.VECTORS for r in oracle.RINGS]
 #: The two regimes, told apart by n alone, at sizes that an interpreter can bear.
 REGIMES = ("one", "many")
 
-CASES: dict[str, Callable[[], None]] = {}
-SLOW: set[str] = set()
-GPU_ONLY: set[str] = set()
+CASES = Cases()
+case = CASES.case
 
 device = torch.device("cpu")
-
-
-def case(*params: Any, slow: bool = False, gpu: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as one case, or as one for each of `params`, tuples of arguments."""
-
-    def register(f: Callable[..., None]) -> Callable[..., None]:
-        for args in params or ((),):
-            values = [str(a).removeprefix("torch.") for a in args]
-            name = f.__name__ + (f"[{'-'.join(values)}]" if values else "")
-            assert name not in CASES
-            CASES[name] = lambda args=args: f(*args)
-            if slow:
-                SLOW.add(name)
-            if gpu:
-                GPU_ONLY.add(name)
-        return f
-
-    return register
 
 
 @contextlib.contextmanager
@@ -65,16 +38,12 @@ def kernels(regime: str) -> Iterator[ModuleType]:
     from secant.kernels.lbfgs import triton as backend
 
     small = {"_ONE_PROGRAM": 4096 if regime == "one" else 0, "_COMBINE_TILE": 256, "_COMBINE_UNROLL": 2}
-    saved = {name: getattr(backend, name) for name in small}
-    for name, value in small.items():
-        setattr(backend, name, value)
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        yield backend
+        with mock.patch.multiple(backend, **small):
+            yield backend
     finally:
-        for name, value in saved.items():
-            setattr(backend, name, value)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
 
@@ -497,23 +466,6 @@ def more_than_two_to_the_31_elements():
     assert ((d + s).abs() <= 8 * torch.finfo(F32).eps * s.abs()).all()
 
 
-def main() -> None:
-    global device
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("names", nargs="*")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    torch.set_num_threads(1)
-    for name in options.names or [c for c in CASES if device.type == "cuda" or c not in GPU_ONLY]:
-        failure, start = None, time.perf_counter()
-        try:
-            CASES[name]()
-        except Exception:
-            failure = traceback.format_exc()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"name": name, "failure": failure, "seconds": round(seconds, 2)}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    device, names = arguments()
+    CASES.run(device, names)
