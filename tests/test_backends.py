@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from secant.kernels import FAMILIES
 
 import secant
-from secant import backends
+from secant import backends, defaults
+from secant.defaults import ANY, Default
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_backend_answers_with_none_or_a_reason():
@@ -46,6 +52,84 @@ def test_falling_back_to_the_reference_warns_once(monkeypatch):
     with pytest.warns(secant.SecantWarning, match="falls back to the reference .* cpu: it is switched off"):
         assert backends.resolve("lbfgs", CPU, torch.float32).__name__ == "secant.kernels.lbfgs.reference"
     assert backends.resolve("lbfgs", CPU, torch.float32)  # a second warning would be an error here
+
+
+def test_the_table_of_defaults_is_whole():
+    """Every device and family has one entry for any op; those of an op rise in size; and every entry says whence."""
+    for device in ("cpu", "cuda"):
+        for family, modules in FAMILIES.items():
+            reference = importlib.import_module(modules["reference"])
+            by_op = defaults.entries(device, family)
+            assert [entry.largest for entry in by_op[ANY]] == [None]
+            for op, found in by_op.items():
+                assert op == ANY or inspect.isfunction(getattr(reference, op))
+                *bounded, last = [entry.largest for entry in found]
+                assert last is None
+                assert bounded == sorted(set(bounded))
+                assert all(entry.backend in modules for entry in found)
+    for entry in defaults.TABLE:
+        assert entry.source == defaults.UNMEASURED or (ROOT / entry.source).is_file(), entry
+    assert len(defaults.TABLE) == len(set(defaults.TABLE))
+
+
+@pytest.mark.parametrize("entry", [x for x in defaults.TABLE if x.source != defaults.UNMEASURED], ids=str)
+def test_what_the_table_names_was_the_fastest_backend_of_its_run(entry):
+    data = json.loads((ROOT / entry.source).read_text())
+    fastest = {}
+    for row in data.get(entry.family, data)["rows"]:
+        if row["kind"] == "backend" and row["median"] is not None:
+            case = tuple(row.get(key) for key in ("op", "assume", "n", "m", "d", "k", "batch", "dtype", "storage"))
+            fastest[case] = min(fastest.get(case, ("", float("inf"))), (row["by"], row["median"]), key=lambda x: x[1])
+    assert fastest
+    assert {name for name, _ in fastest.values()} == {entry.backend}
+
+
+def two_sizes(monkeypatch, small: str) -> None:
+    """A table by which two_loop takes another backend up to n = 10."""
+    table = (
+        Default("cpu", "lbfgs", "two_loop", 10, small, "a test"),
+        Default("cpu", "lbfgs", "two_loop", None, "cpu", "a test"),
+        Default("cpu", "lbfgs", ANY, None, "cpu", "a test"),
+    )
+    monkeypatch.setattr(defaults, "TABLE", table)
+    monkeypatch.setattr(backends, "_auto", {})
+
+
+def test_a_call_takes_the_backend_of_its_size(monkeypatch):
+    two_sizes(monkeypatch, "reference")
+    seen = []
+    for name in ("reference", "cpu"):
+        module = backends.load("lbfgs", name)
+
+        def spy(*args, name=name, original=module.two_loop):
+            seen.append(name)
+            original(*args)
+
+        monkeypatch.setattr(module, "two_loop", spy)
+    chosen = backends.resolve("lbfgs", CPU, torch.float64)
+    s = torch.randn(3, 11, dtype=torch.float64)
+    for n in (1, 10, 11):
+        g, out = torch.randn(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+        chosen.two_loop(g, s[:, :n], 2 * s[:, :n], None, out)
+        torch.testing.assert_close(out, -g / 2)
+    assert seen == ["reference", "reference", "cpu"]
+    assert chosen.update is backends.load("lbfgs", "cpu").update
+    assert chosen.__name__ == "secant.kernels.lbfgs.cpu"
+    assert backends.resolve("lbfgs", CPU, torch.float64) is chosen
+    assert backends.preferences("lbfgs", CPU, "two_loop", 10)[:2] == ["reference", "cuda"]
+    assert backends.preferences("lbfgs", CPU, "update", 10)[0] == "cpu"
+
+
+def test_a_backend_of_the_table_that_cannot_serve_gives_way(monkeypatch):
+    two_sizes(monkeypatch, "nvrtc")
+    assert backends.resolve("lbfgs", CPU, torch.float32) is backends.load("lbfgs", "cpu")
+
+
+def test_a_device_without_entries_is_served_in_order(monkeypatch):
+    monkeypatch.setattr(defaults, "TABLE", ())
+    monkeypatch.setattr(backends, "_auto", {})
+    assert backends.preferences("lbfgs", CPU, "two_loop", 10) == list(backends.ORDER)
+    assert backends.resolve("lbfgs", CPU, torch.float32) is backends.load("lbfgs", "cpu")
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,9 @@
 """Which implementations exist here, why the others do not, and which one serves a call.
 
-`auto` takes the first backend of `ORDER` (on a CPU: "cpu" before all) that is available and supports the device and
-dtype, once per (family, device, dtype). An explicit choice, by `use_backend` or the environment variable
-SECANT_BACKEND, that cannot be met raises.
+`auto` takes what the table in `secant.defaults` says, or, where that is not available or does not support the device
+and dtype, the first backend of `ORDER` that does. It looks once per (family, device, dtype); only where the table names
+several backends for a family does a call look at its size. An explicit choice, by `use_backend` or the environment
+variable SECANT_BACKEND, that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import contextvars
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from secant import defaults
 from secant._errors import BackendError, SecantWarning
 from secant.kernels import FAMILIES
 
-#: Preference of `auto`, best first; on a CPU, "cpu" comes before all.
+#: What `auto` tries, in this order, when the backend of the table cannot serve.
 ORDER = ("cuda", "triton", "nvrtc", "cpu", "reference")
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("secant_backend", default=None)
 _default = os.environ.get("SECANT_BACKEND", "auto")
-_auto: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
+_auto: dict[tuple[str, torch.device, torch.dtype], ModuleType | BySize] = {}
 _modules: dict[tuple[str, str], ModuleType | str] = {}
 
 
@@ -84,7 +87,45 @@ def load(family: str, name: str) -> ModuleType | str:
     return _modules[key]
 
 
-def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+class BySize:
+    """An implementation that takes its ops from several backends, by the size of the call.
+
+    For families of which the table names more than one backend on a device; what has no entry is `rest`'s.
+    """
+
+    def __init__(self, rest: ModuleType, options: dict[str, list[tuple[int | None, ModuleType]]]) -> None:
+        self._rest = rest
+        for op, found in options.items():
+            setattr(self, op, _by_size(op, found))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rest, name)
+
+
+def _by_size(op: str, options: list[tuple[int | None, ModuleType]]) -> Callable[..., None]:
+    functions = [(largest, getattr(module, op)) for largest, module in options]
+
+    def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        size = first.shape[-1]
+        for largest, function in functions:
+            if largest is None or size <= largest:
+                function(first, *args, **kwargs)
+                return
+
+    return call
+
+
+def preferences(family: str, device: torch.device, op: str, size: int) -> list[str]:
+    """Names of the backends in the order in which `auto` tries them for a call (see `secant.defaults.Default`)."""
+    entry = defaults.find(device.type, family, op, size)
+    return _with_first(entry.backend) if entry is not None else list(ORDER)
+
+
+def _with_first(first: str) -> list[str]:
+    return [first, *(name for name in ORDER if name != first)]
+
+
+def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType | BySize:
     """The implementation that serves `family` for vectors of this device and dtype.
 
     Raises:
@@ -104,20 +145,31 @@ def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType
     return _auto[key]
 
 
-def _resolve_auto(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _resolve_auto(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType | BySize:
+    by_op = defaults.entries(device.type, family)
+    names = {entry.backend for found in by_op.values() for entry in found} or {ORDER[0]}
+    serving = {name: _first_that_serves(family, device, dtype, _with_first(name)) for name in names}
+    if len({id(module) for module in serving.values()}) == 1:
+        return next(iter(serving.values()))
+    options = {op: [(x.largest, serving[x.backend]) for x in found] for op, found in by_op.items()}
+    [(_, rest)] = options.pop(defaults.ANY)
+    return BySize(rest, options)
+
+
+def _first_that_serves(family: str, device: torch.device, dtype: torch.dtype, names: list[str]) -> ModuleType:
     reasons: list[str] = []
-    # On a CPU its own kernels are asked first, so that nothing made for GPUs is imported there (Triton takes 0.4 s).
-    for name in sorted(ORDER, key=lambda name: device.type == "cpu" and name != "cpu"):
+    # What comes behind is not imported: on a CPU nothing that was made for GPUs is (Triton takes 0.4 s).
+    for name in names:
         module = load(family, name)
         reason = module if isinstance(module, str) else module.supports(device, dtype)
         if reason is None:
             assert isinstance(module, ModuleType)
-            if name == "reference":
+            if reasons and name == "reference":
                 warnings.warn(
                     f"secant.{family} falls back to the reference implementation for {dtype} on {device}: "
                     + "; ".join(reasons),
                     SecantWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return module
         reasons.append(f"{name}: {reason}")

@@ -62,6 +62,11 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     @property
+    def function(self) -> str:
+        """The function of the contract that computes it."""
+        return self.op.removeprefix("block_")
+
+    @property
     def block_bytes(self) -> int:
         """What must be moved for a block: it and the results once, the code of `info` (int32)."""
         elements = {"block_inv": 2 * self.n**2, "block_solve": self.n**2 + 2 * self.n}
@@ -219,7 +224,7 @@ def peers(case: Case, device: torch.device) -> dict[str, Compute]:
 
 def serving(case: Case, device: torch.device) -> list[str]:
     """The backends that can serve a case, the one that `auto` takes first."""
-    names = sorted(backends.ORDER, key=lambda name: device.type == "cpu" and name != "cpu")
+    names = backends.preferences("blocks", device, case.function, case.n)
     loaded = ((name, backends.load("blocks", name)) for name in names)
     return [name for name, x in loaded if not isinstance(x, str) and x.supports(device, case.dtype) is None]
 

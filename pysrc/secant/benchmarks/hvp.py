@@ -211,7 +211,7 @@ class Row(NamedTuple):
 
 def serving(case: Case, device: torch.device) -> list[str]:
     """The backends that can serve a case, the one that `auto` takes first."""
-    names = sorted(backends.ORDER, key=lambda name: device.type == "cpu" and name != "cpu")
+    names = backends.preferences("hvp", device, case.op, case.d)
     loaded = ((name, backends.load("hvp", name)) for name in names)
     return [name for name, x in loaded if not isinstance(x, str) and x.supports(device, case.dtype) is None]
 

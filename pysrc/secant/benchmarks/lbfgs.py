@@ -43,6 +43,11 @@ class Case(NamedTuple):
     storage: torch.dtype = torch.float32
 
     @property
+    def function(self) -> str:
+        """The function of the contract that computes it."""
+        return "two_loop" if self.op == "two_loop" else "update"
+
+    @property
     def history_bytes(self) -> int:
         """Of s and y together."""
         return 2 * max(self.batch, 1) * self.m * self.n * self.storage.itemsize
@@ -155,7 +160,7 @@ class Contender(NamedTuple):
 def serving(case: Case, device: torch.device) -> list[str]:
     """The backends that can serve a case, the one that `auto` takes first."""
     names = []
-    for name in backends.ORDER:
+    for name in backends.preferences("lbfgs", device, case.function, case.n):
         found = backends.load("lbfgs", name)
         usable = not isinstance(found, str) and found.supports(device, case.dtype) is None
         elements = case.history_bytes // case.storage.itemsize
