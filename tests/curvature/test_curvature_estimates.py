@@ -27,6 +27,11 @@ class Matrix(LinearOperator):
         return vectors @ self.a
 
 
+def test_an_operator_without_a_product_cannot_be_made():
+    with pytest.raises(TypeError, match="_rows"):
+        LinearOperator(3, torch.float32, torch.device("cpu"))
+
+
 def _symmetric(eigenvalues: torch.Tensor, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=g, dtype=torch.float64))

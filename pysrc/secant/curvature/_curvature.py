@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import time
@@ -95,9 +96,9 @@ class CurvatureOperator(LinearOperator):
 
     # Points -----------------------------------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _point(self, evaluator: Evaluator) -> Point:
         """The matrix of one batch at the current parameters."""
-        raise NotImplementedError
 
     def _evaluators(self) -> Iterator[Evaluator]:
         if self.batches is None:
@@ -143,7 +144,7 @@ class CurvatureOperator(LinearOperator):
         try:
             for i in range(len(vectors)):
                 point.product(vectors[i], out[i])
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
 
     def _accumulate(self, vectors: Tensor, total: Tensor) -> None:
@@ -197,7 +198,7 @@ class CurvatureOperator(LinearOperator):
             try:
                 point = make()
                 seconds = min(self._timed(point, v, out) for _ in range(_TRIALS))
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 self.timings[mode] = _errors.reason(op, mode, error, nodes)
                 continue
             if reference is None:

@@ -44,5 +44,5 @@ def explained(op: str, mode: str, nodes: Sequence[Any] = ()) -> Iterator[None]:
     """Raise what torch raises within, with `reason`."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise RuntimeError(reason(op, mode, error, nodes)) from error

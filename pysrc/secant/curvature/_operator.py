@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _WHICH = ("LA", "SA", "LM")
 _BASIS_BYTES = 2**28
 
 
-class LinearOperator:
+class LinearOperator(abc.ABC):
     """A symmetric matrix A of (n, n), known by its products with flat vectors.
 
     `A @ v` and `A.matvec(v)` take a vector (n,), `A @ V` and `A.matmat(V)` k vectors as columns (n, k). `A + 0.1` is
@@ -36,9 +37,9 @@ class LinearOperator:
         self.shape = torch.Size((n, n))
         self.dtype, self.device = dtype, device
 
+    @abc.abstractmethod
     def _rows(self, vectors: Tensor) -> Tensor:
         """The product of each row of (k, n), k >= 1, contiguous."""
-        raise NotImplementedError
 
     @property
     def _name(self) -> str:

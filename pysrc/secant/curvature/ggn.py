@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,9 @@ class _JacobianOperator(CurvatureOperator):
 
     _PAIR = "(outputs, loss)"
 
+    @abc.abstractmethod
     def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
         """M u in the shape of u, from an evaluation with its graph."""
-        raise NotImplementedError
 
     def _point(self, evaluator: Evaluator) -> Point:
         op, requested, chosen = self._name, self._requested, self._chosen
