@@ -132,22 +132,11 @@ def bench(run: Run) -> list[Outcome]:
     return found
 
 
-#: Copy and read bandwidth and the rate of matrix products, as JSON.
+#: What `machine.rates` measures, as JSON.
 RATES = """
 import json, sys, torch
 from secant.benchmarks import machine
-from secant.benchmarks.timing import Timed, clock_for, interleaved
-device = torch.device(sys.argv[1])
-big = device.type == "cuda"
-x = torch.ones((1 << 28) if big else (1 << 22), device=device)
-read = interleaved({"read": Timed([x.sum])}, clock_for(device), seconds=0.3)["read"].best
-out = {"copy_bandwidth": machine.bandwidth(device).bytes_per_second, "read_bandwidth": 4 * x.numel() / read}
-n = 4096 if big else 256
-for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = interleaved({"mm": Timed([lambda: a @ b])}, clock_for(device), seconds=0.3)["mm"].best
-    out["matmul_" + str(dtype).removeprefix("torch.")] = 2 * n**3 / best
-print(json.dumps(out))
+print(json.dumps(machine.rates(torch.device(sys.argv[1]), small=sys.argv[1] == "cpu")))
 """
 
 
@@ -312,38 +301,17 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def roofline(path: Path, result: dict[str, Any]) -> bool:
-    """Draw every measured kernel as a point: bytes that must move per second, against the bandwidth of the same run."""
-    points = []
-    for data in result["bench"].values():
-        rows = [] if data is None else data.get("rows") or next((data[f]["rows"] for f in FAMILIES if f in data), [])
-        for row in rows:
-            if row.get("kind", "backend") == "backend" and row.get("bytes_per_second") and row.get("median"):
-                points.append((row["op"], row["by"], row["bytes_per_second"]))
-    rates = result["rates"]
-    if not points or not rates:
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_roofline(path: Path, result: dict[str, Any]) -> bool:
+    """Draw every measured kernel as a point under the roofs of the run; False when there is nothing to draw."""
+    from secant.benchmarks import roofline
 
-    figure = Figure(figsize=(10, 5.5), dpi=130)
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    ops = list(dict.fromkeys(op for op, _, _ in points))
-    for name, color in (("cuda", "#0072B2"), ("triton", "#009E73"), ("nvrtc", "#E69F00"), ("cpu", "#0072B2")):
-        mine = [(ops.index(op), rate / 1e9) for op, by, rate in points if by == name]
-        if mine:
-            ax.scatter(*zip(*mine, strict=True), s=26, color=color, label=name, alpha=0.8)
-    ax.axhline(rates["copy_bandwidth"] / 1e9, color="#333333", linestyle="--", linewidth=1)
-    ax.text(len(ops) - 0.5, rates["copy_bandwidth"] / 1e9, " copy", va="bottom", ha="right", fontsize=9)
-    ax.set_yscale("log")
-    ax.set_xticks(range(len(ops)), ops, rotation=25, ha="right")
-    ax.set_ylabel("GB/s of the bytes that must move")
-    ax.set_title("Every measured case against the bandwidth of the run", loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+    points = [x for f in FAMILIES for x in roofline.points((family_data(result, f) or {}).get("rows", []))]
+    if not points or not result["rates"]:
+        return False
+    facts = result["machine"]
+    where = facts.get("gpu") or f"a rehearsal on {facts['system']}"
+    footer = f"{where}, driver {facts.get('driver')}, torch {facts.get('torch')}"
+    roofline.save(path, points, result["rates"], "Operations and bytes of every kernel", footer)
     return True
 
 
@@ -421,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (run.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     (run.out / "report.md").write_text(report(result))
     try:
-        roofline(run.out / "roofline.png", result)
+        draw_roofline(run.out / "roofline.png", result)
     except ImportError:
         print("No picture: matplotlib is not installed.")
     print(f"Wrote {run.out / 'report.md'} and result.json.")

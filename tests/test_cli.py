@@ -188,8 +188,10 @@ def test_bench(tmp_path, capsys):
     path, picture = tmp_path / "x.json", tmp_path / "x.png"
     assert main(["bench", "--quick", "--json", str(path), "--plot", str(picture)]) == 0
     data = json.loads(path.read_text())
-    assert data.keys() == {"machine", "rows", "outside_closure", "bars", "lost", "blocks", "hvp"}
+    assert data.keys() == {"machine", "rates", "rows", "outside_closure", "bars", "lost", "blocks", "hvp"}
     assert data["machine"]["bandwidth"] > 1e8
+    every = [*data["rows"], *data["blocks"]["rows"], *data["hvp"]["rows"]]
+    assert all(row["flops"] > 0 and row["bytes"] > 0 for row in every)
     assert {row["op"] for row in data["rows"]} == {"two_loop", "direction", "step"}
     assert all(row["note"] != "wrong answer" for row in data["rows"])
     ours = [row for row in data["rows"] if row["kind"] == "backend" and row["speedup_over"]]
@@ -202,7 +204,7 @@ def test_bench(tmp_path, capsys):
         }
         assert row["speedup_over"] == pytest.approx({name: seconds / row["median"] for name, seconds in peers.items()})
     assert len(data["bars"]) == 13
-    for drawn in (picture, picture.with_stem("x-blocks"), picture.with_stem("x-hvp")):
+    for drawn in (picture, picture.with_stem("x-blocks"), picture.with_stem("x-hvp"), picture.with_stem("x-roofline")):
         assert imread(drawn)[..., :3].std() > 0.02
     out = capsys.readouterr().out
     assert "Bars" in out

@@ -29,12 +29,17 @@ RESULT = {
     "device": "cuda",
     "quick": False,
     "stages": {"test": [{"command": "pytest", "status": 1, "seconds": 3.2}]},
-    "rates": {"copy_bandwidth": 3e12},
+    "rates": {"bandwidth": 3e12, "matmul_float32": 5e13, "matmul_float64": 3e13},
     "tests": {"passed": 7, "skipped": 1, "failed": ["tests.a::test_b"]},
     "bench": {
         "lbfgs": {
             "bars": [{"measure": "two_loop", "target": 0.8, "at_least": True, "measured": 0.9, "met": True}],
-            "rows": [{"op": "two_loop", "by": "cuda", "kind": "backend", "bytes_per_second": 2e12, "median": 1.0}],
+            "rows": [
+                {
+                    "op": "two_loop", "n": 10**7, "m": 10, "batch": 0, "dtype": "float32", "storage": "float32",
+                    "by": "cuda", "kind": "backend", "note": "", "median": 7e-4,
+                }
+            ],
             "lost": ["two_loop: cuda takes 2x the time of compiled"],
         },
         "blocks": {
@@ -155,9 +160,10 @@ def test_the_problems_of_the_published_figures_are_measured_on_a_gpu():
 
 def test_the_roofline(tmp_path):
     pytest.importorskip("matplotlib")
-    assert gpu.roofline(tmp_path / "roofline.png", RESULT)
+    assert gpu.draw_roofline(tmp_path / "roofline.png", RESULT)
     assert (tmp_path / "roofline.png").stat().st_size > 5000
-    assert not gpu.roofline(tmp_path / "none.png", RESULT | {"rates": None})
+    assert not gpu.draw_roofline(tmp_path / "none.png", RESULT | {"rates": None})
+    assert not gpu.draw_roofline(tmp_path / "none.png", RESULT | {"bench": {"lbfgs": None}})
 
 
 def test_the_table_of_the_readme(tmp_path):

@@ -73,6 +73,18 @@ class Case(NamedTuple):
         return elements.get(self.op, 2 * self.n**2 + self.n) * self.dtype.itemsize + 4
 
     @property
+    def block_flops(self) -> float:
+        """Operations of LAPACK's algorithms for a block, the leading terms; backends may need more or less.
+
+        Cholesky n^3 / 3, LU 2 n^3 / 3, the inverse from them twice as much again, triangular solves 2 n^2; eigenvectors
+        9 n^3 (Golub and Van Loan, Matrix Computations, 4th ed., section 8.3).
+        """
+        if self.op == "block_eigh":
+            return 9.0 * self.n**3
+        factor = self.n**3 / 3 * (1 if self.assume == "spd" else 2)
+        return 3 * factor if self.op == "block_inv" else factor + 2 * self.n**2
+
+    @property
     def label(self) -> str:
         """For tables."""
         return self.op if self.assume == "symmetric" else f"{self.op}, {self.assume}"

@@ -249,6 +249,8 @@ def as_json(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
             "timed_blocks": row.blocks,
             "median": row.seconds,
             "min": row.best,
+            "bytes": row.case.block_bytes,
+            "flops": row.case.block_flops,
             "bytes_per_second": row.bytes_per_second,
             "of_copy_bandwidth": of_copy(rows, row),
             "error": row.error,

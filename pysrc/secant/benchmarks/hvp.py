@@ -60,6 +60,19 @@ class Case(NamedTuple):
         return self.matrix_bytes + (per_row * self.n + 2 * self.d * self.k) * self.compute.itemsize
 
     @property
+    def flops(self) -> int:
+        """Operations of the formula, an exponential counted as one.
+
+        X V and its transpose 4 N d k, and what a row needs between them: a product with its weight, or the loss and
+        its derivatives (about 10), or for each class a product with a probability, a sum, a difference and a product.
+        An entry of logits: x - lse, exp, a product and a sum for p.u, u - p.u, a product.
+        """
+        if self.op == "cross_entropy_hvp":
+            return 6 * self.n * self.d
+        row = {"glm_hvp": self.k, "glm_value_grad": 10, "softmax_hvp": 4 * self.k}[self.op]
+        return 4 * self.n * self.d * self.k + row * self.n
+
+    @property
     def label(self) -> str:
         """For tables."""
         extra = {"glm_hvp": f", k = {self.k}", "softmax_hvp": f", {self.k} classes"}.get(self.op, "")
@@ -436,6 +449,8 @@ def as_json(rows: Sequence[Row], bars: Sequence[Bar]) -> dict[str, Any]:
             "kind": row.kind,
             "median": row.seconds,
             "min": row.best,
+            "bytes": row.case.bytes,
+            "flops": row.case.flops,
             "bytes_per_second": row.bytes_per_second,
             "error": row.error,
             "note": row.note,

@@ -61,6 +61,16 @@ class Case(NamedTuple):
         return 2 * self.history_bytes + vectors * 2 * self.dtype.itemsize
 
     @property
+    def flops(self) -> int:
+        """Operations of the recursion as it is defined, sums and products apart; backends may need more.
+
+        Of each pair two dot products and two additions of a multiple, 8 n, and n to scale. From pairs alone also s.y of
+        each and y.y of one, 2 n each; in a step s, y and three products of the new pair, 8 n.
+        """
+        extra = {"two_loop": 2 * self.m + 2, "direction": 0, "step": 8}[self.op]
+        return max(self.batch, 1) * self.n * (8 * self.m + 1 + extra)
+
+    @property
     def shape(self) -> str:
         """For tables."""
         return (f"{self.batch:,} x " if self.batch else "") + f"{self.n:,}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -51,6 +52,26 @@ def _copy_bandwidth(device: torch.device, nbytes: int) -> Bandwidth:
     target = torch.empty_like(source)
     best = interleaved({"copy": Timed([lambda: target.copy_(source)])}, clock_for(device), seconds=0.5)["copy"].best
     return Bandwidth(8 * source.numel() / best, "copy, counting reads and writes")
+
+
+def rates(device: torch.device, *, small: bool = False) -> dict[str, float]:
+    """What bounds a kernel here: bytes per second of the memory, operations per second of matrix products by dtype.
+
+    Args:
+        device: where. small: products that take no time, to see that it runs.
+    """
+    n = 256 if small else 4096 if device.type == "cuda" else 1536
+    x = torch.ones((1 << 28 if device.type == "cuda" else 1 << 26) >> (6 if small else 0), device=device)
+    read = interleaved({"read": Timed([x.sum])}, clock_for(device), seconds=0.3)["read"].best
+    found = {
+        "bandwidth": bandwidth(device, nbytes=1 << 22 if small else None).bytes_per_second,
+        "read_by_sum": 4 * x.numel() / read,
+    }
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)[: 3 if device.type == "cuda" else 2]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        best = interleaved({"mm": Timed([functools.partial(torch.matmul, a, b)])}, clock_for(device), seconds=0.3)
+        found[f"matmul_{str(dtype).removeprefix('torch.')}"] = 2 * n**3 / best["mm"].best
+    return found
 
 
 def read_twice(*tensors: torch.Tensor) -> None:

@@ -252,6 +252,7 @@ def as_json(
                 "median": row.seconds,
                 "min": row.best,
                 "bytes": row.case.nbytes,
+                "flops": row.case.flops,
                 "bandwidth_fraction": None if row.bytes_per_second is None else row.bytes_per_second / bandwidth,
                 "error": row.error,
                 "tolerance": row.tolerance,

@@ -240,15 +240,15 @@ def run(
 
     Args:
         device: where. json_path, plot_path: files to write; with several families, the first has the picture
-            of this name and each other one goes to *-family.
+            of this name and each other one goes to *-family; the roofline of all goes to *-roofline.
         quick: small inputs, short samples, no torch.compile. families: of `FAMILIES`. full: every n of the blocks.
 
     Returns:
-        The plain data: "machine", what `report.as_json` returns, and as "blocks" and "hvp" what the `as_json` of each
-        returns.
+        The plain data: "machine", "rates", what `report.as_json` returns, and as "blocks" and "hvp" what the `as_json`
+        of each returns.
     """
     about = machine.describe(device)
-    result: dict[str, Any] = {"machine": about}
+    result: dict[str, Any] = {"machine": about, "rates": machine.rates(device, small=quick)}
     lost: list[str] = []
 
     def picture(family: str) -> Path | None:
@@ -268,6 +268,13 @@ def run(
         report.Table("Machine", ("", ""), [(key.replace("_", " "), str(value)) for key, value in about.items()])
     )
     print("\n  ".join(["Where secant loses:", *lost]) if lost else "secant loses nowhere above.")
+    if plot_path is not None:
+        from secant.benchmarks import roofline
+
+        roof = plot_path.with_stem(f"{plot_path.stem}-roofline")
+        points = roofline.points(roofline.rows_of(result))
+        roofline.save(roof, points, result["rates"], "Operations and bytes of every kernel", machine.summary(about))
+        print(f"Wrote {roof}.")
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=2) + "\n")
         print(f"Wrote {json_path}.")

@@ -1,0 +1,162 @@
+"""Every measured kernel as a point of operations a byte and operations a second, under the roofs of its machine.
+
+References:
+    Williams, Waterman and Patterson, Roofline: an insightful visual performance model, CACM 52 (2009), 65-76.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from secant.benchmarks import blocks, hvp, lbfgs
+
+#: Okabe and Ito's colours and two greys, an op each.
+COLORS = {
+    "two_loop": "#0072B2",
+    "direction": "#56B4E9",
+    "step": "#000000",
+    "block_inv": "#D55E00",
+    "block_solve": "#E69F00",
+    "block_eigh": "#8a5a00",
+    "glm_hvp": "#009E73",
+    "glm_value_grad": "#7fd1b3",
+    "softmax_hvp": "#CC79A7",
+    "cross_entropy_hvp": "#8a8a8a",
+}
+MARKERS = {"cpu": "o", "cuda": "o", "triton": "^", "nvrtc": "s", "reference": "x"}
+#: Roofs by their key in `machine.rates`.
+ROOFS = {"matmul_float32": "matrix product, float32", "matmul_float64": "matrix product, float64"}
+
+
+class Point(NamedTuple):
+    """A measured kernel: op, backend, whether it computes in float64, operations a byte, operations a second."""
+
+    op: str
+    by: str
+    double: bool
+    intensity: float
+    rate: float
+
+
+def counts(row: Mapping[str, Any]) -> tuple[float, float]:
+    """(operations, bytes that must move) of a row of any family's JSON; of its case where the row does not say."""
+    if "flops" in row and "bytes" in row:
+        return row["flops"], row["bytes"]
+    dtype = getattr(torch, row["dtype"])
+    if "storage" in row:
+        storage = getattr(torch, row["storage"])
+        case = lbfgs.Case(row["op"], row["n"], row["m"], row["batch"], dtype, storage)
+        return case.flops, case.nbytes
+    if "assume" in row:
+        block = blocks.Case(row["op"], row["assume"], row["n"], row["batch"], dtype)
+        return block.block_flops, block.block_bytes
+    product = hvp.Case(row["op"], row["n"], row["d"], row["k"], dtype)
+    return product.flops, product.bytes
+
+
+def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of all families in what `python -m secant bench --json` wrote."""
+    return [
+        *data.get("rows", []),
+        *(row for family in ("blocks", "hvp") for row in data.get(family, {}).get("rows", [])),
+    ]
+
+
+def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """The backends' rows, but for the reference; what gave a wrong answer has no time and is no point."""
+    found = []
+    for row in rows:
+        if row["kind"] == "backend" and row["by"] != "reference" and row["median"]:
+            flops, moved = counts(row)
+            double = row["dtype"] == "float64"
+            found.append(Point(row["op"], row["by"], double, flops / moved, flops / row["median"]))
+    return found
+
+
+def save(path: Path, found: Sequence[Point], rates: Mapping[str, float], title: str, footer: str) -> None:
+    """Draw the points under the roofs that were measured; the file's ending says the format. Needs matplotlib.
+
+    Args:
+        path: where. found: at least one point. title, footer: above and below.
+        rates: "bandwidth" and the keys of `ROOFS`, as `machine.rates` gives them; a roof that is missing is not drawn.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure = Figure(figsize=(11.5, 6.8), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.add_axes((0.105, 0.12, 0.655, 0.76))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    slope = rates["bandwidth"]
+    tops = {key: rates[key] for key in ROOFS if key in rates}
+    knees = [top / slope for top in tops.values()]
+    left = min(point.intensity for point in found) / 2
+    right = 2.5 * max([*(point.intensity for point in found), *knees])
+    highest = max(tops.values()) if tops else slope * right
+    low = min(point.rate for point in found) / 2.5
+    ax.set_xlim(left, right)
+    ax.set_ylim(low, 2.5 * max(highest, *(point.rate for point in found)))
+    end = max(knees) if knees else right
+    ax.plot([left, end], [slope * left, slope * end], color="#444444", linewidth=1.4, zorder=1)
+    for number, (key, top) in enumerate(sorted(tops.items(), key=lambda item: -item[1])):
+        ax.plot(
+            [top / slope, right], [top, top], color="#444444", linewidth=1.4, linestyle="-" if number == 0 else "--"
+        )
+        above = number == 0  # the highest is labelled above its line, those under it below
+        ax.annotate(
+            f"{ROOFS[key]}: {_rate(top)}", (right, top), (-4, 4 if above else -4), textcoords="offset points",
+            ha="right", va="bottom" if above else "top", fontsize=9, color="#333333",
+        )  # fmt: skip
+    # Where the slanted roof stands clear of the points: at its lower end, turned as the line is.
+    at = left * 1.15
+    (x0, y0), (x1, y1) = ax.transData.transform([(at, slope * at), (10 * at, slope * 10 * at)])
+    turned = math.degrees(math.atan2(y1 - y0, x1 - x0))
+    ax.annotate(
+        f"memory: {slope / 1e9:,.0f} GB/s", (at, slope * at), (2, 7), textcoords="offset points", fontsize=9,
+        color="#333333", rotation=turned, rotation_mode="anchor", ha="left", va="bottom",
+    )  # fmt: skip
+    for point in found:
+        color = COLORS.get(point.op, "#222222")
+        ax.plot(
+            point.intensity, point.rate, MARKERS.get(point.by, "D"), color=color, markersize=6.5, alpha=0.9,
+            markerfacecolor="white" if point.double else color, markeredgewidth=1.3, linestyle="",
+        )  # fmt: skip
+    ax.set_xlabel("operations for each byte that must move", fontsize=10)
+    ax.set_ylabel("operations per second", fontsize=10)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _rate(y)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(color="#ececec", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ops = [op for op in COLORS if any(point.op == op for point in found)]
+    handles = [Line2D([], [], color=COLORS[op], marker="o", linestyle="", markersize=7, label=op) for op in ops]
+    for by in dict.fromkeys(point.by for point in found):
+        handles.append(Line2D([], [], color="#444444", marker=MARKERS.get(by, "D"), linestyle="", label=f"by {by}"))
+    if any(point.double for point in found):
+        hollow = Line2D([], [], color="#444444", marker="o", linestyle="", label="hollow: float64")
+        hollow.set_markerfacecolor("white")
+        hollow.set_markeredgewidth(1.3)
+        handles.append(hollow)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.765, 0.89), frameon=False, fontsize=9.5)
+    figure.text(0.105, 0.94, title, fontsize=13, fontweight="bold", color="#222222")
+    below = "A point above the memory's line was served by a cache. Operations: of the definition, not of the kernel."
+    figure.text(0.105, 0.9, below, fontsize=9.5, color="#5a5a5a")
+    figure.text(0.105, 0.025, footer, fontsize=8.5, color="#7a7a7a")
+    figure.savefig(path)
+
+
+def _rate(per_second: float) -> str:
+    for unit, scale in (("Tflop/s", 1e12), ("Gflop/s", 1e9), ("Mflop/s", 1e6)):
+        if per_second >= scale or unit == "Mflop/s":
+            return f"{per_second / scale:.3g} {unit}"
+    raise AssertionError("unreachable")
