@@ -11,6 +11,7 @@ exit status says whether all of them succeeded. The folder gets result.json, rep
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "test", "bench", "profile")
 FAMILIES = ("lbfgs", "blocks", "hvp")
 #: Seconds that a stage may take, its commands together; less than nine minutes in all.
-LIMITS = {"build": 200, "test": 170, "bench": 130, "profile": 30}
-SMALLEST = Path(__file__).with_name("gpu_smallest.py")
+LIMITS = {"build": 180, "test": 170, "bench": 140, "profile": 50}
+SMALLEST, OCCUPANCY = (Path(__file__).with_name(name) for name in ("gpu_smallest.py", "occupancy.py"))
 #: What others say of their own software on their own machines: cited, never measured here, never asserted.
 PUBLISHED = Path(__file__).with_name("published")
 BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
@@ -140,14 +141,45 @@ print(json.dumps(machine.rates(torch.device(sys.argv[1]), small=sys.argv[1] == "
 """
 
 
+#: What ncu counts for each launch: warps in use over those that there could be, on average; and registers.
+COUNTERS = {
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "achieved",
+    "launch__registers_per_thread": "registers",
+}
+
+
 def profile(run: Run) -> list[Outcome]:
-    """What the machine gives, and counters of ncu for the smallest call of each kernel where it is found."""
-    found = [run.call("profile", sys.executable, "-c", RATES, run.device, log="rates.log")._replace(command="rates")]
+    """What the machine gives, what a multiprocessor holds of each kernel, and what ncu counts where it is found."""
+    python = sys.executable
+    found = [
+        run.call("profile", python, "-c", RATES, run.device, log="rates.log")._replace(command="rates"),
+        run.call("profile", python, str(OCCUPANCY), run.device, log="occupancy.log")._replace(command="occupancy"),
+    ]
     ncu = shutil.which("ncu")
     if run.device == "cuda" and ncu is not None:
-        metrics = "sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread"
-        command = (ncu, "--csv", "--metrics", metrics, "--launch-count", "200", sys.executable, str(SMALLEST))
+        ours = ("--kernel-name", f"regex:^({'|'.join(FAMILIES)})_")
+        command = (ncu, "--csv", "--metrics", ",".join(COUNTERS), *ours, python, str(OCCUPANCY), "run")
         found.append(run.call("profile", *command, log="ncu.csv")._replace(command="ncu"))
+    return found
+
+
+def counters(path: Path) -> dict[str, dict[str, float]]:
+    """Kernel -> the largest of each of `COUNTERS` over its launches, from what ncu printed; empty without it."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(lines[start:]):
+        name, key = (row.get("Kernel Name") or "").split("(")[0], COUNTERS.get(row.get("Metric Name") or "")
+        try:
+            value = float((row.get("Metric Value") or "").replace(",", ""))
+        except ValueError:
+            continue
+        if key is not None:
+            of_kernel = found.setdefault(name, {})
+            of_kernel[key] = max(value, of_kernel.get(key, value))
     return found
 
 
@@ -272,6 +304,43 @@ def published(result: dict[str, Any], theirs: dict[str, Any]) -> str:
     )
 
 
+def occupancy_tables(result: dict[str, Any]) -> list[str]:
+    """Registers, shared memory and occupancy of the kernels of the benchmark, a table a family, in Markdown."""
+    data = result.get("occupancy")
+    if not data:
+        return []
+    own = result["device"] == "cuda"
+    parts = [
+        "## Registers, shared memory, occupancy",
+        "",
+        f"Of {data['architecture']}{'' if own else ', by counting alone: there is no GPU here'}; registers and static "
+        f"shared memory from {data['registers']}. blocks: that a multiprocessor holds, by NVIDIA's documented limits"
+        f"{'; driver: by cudaOccupancyMaxActiveBlocksPerMultiprocessor; achieved: by ncu' if own else ''}.",
+        "",
+    ]
+    columns = ("kernel", "of", "threads", "registers", "shared, static + dynamic", "blocks", "occupancy", "limit")
+    for family, rows in data["families"].items():
+        lines = []
+        for row in rows:
+            counted = (result.get("ncu") or {}).get(row["kernel"], {})
+            more = f" and {len(row['cases']) - 1} more" if len(row["cases"]) > 1 else ""
+            share = "-" if row["occupancy"] is None else f"{row['occupancy']:.0%}"
+            line = [
+                f"`{row['kernel']}`", row["cases"][0] + more, row["threads"], row["registers"],
+                f"{row['static']} + {row['dynamic']:,}", _or_dash(row["blocks"]), share, row["limit"] or "-",
+            ]  # fmt: skip
+            if own:
+                achieved = counted.get("achieved")
+                line += [_or_dash(row["driver_blocks"]), "-" if achieved is None else f"{achieved / 100:.0%}"]
+            lines.append(line)
+        parts += [f"### {family}", "", _table((*columns, "driver", "achieved") if own else columns, lines), ""]
+    return parts
+
+
+def _or_dash(x: object) -> str:
+    return "-" if x is None else str(x)
+
+
 def report(result: dict[str, Any]) -> str:
     """The run in Markdown."""
     parts = [f"# {result['machine'].get('gpu') or 'Rehearsal without a GPU'}", ""]
@@ -293,6 +362,7 @@ def report(result: dict[str, Any]) -> str:
         parts += [f"* {name}" for name in tests["failed"]] + [""]
     if result["bars"]:
         parts += ["## Bars", "", _table(("measure", "bar", "measured", ""), result["bars"]), ""]
+    parts += occupancy_tables(result)
     for path in sorted(PUBLISHED.glob("*.json")):
         parts += ["## Published by others", "", published(result, json.loads(path.read_text())), ""]
     lost = [line for family in FAMILIES for line in (family_data(result, family) or {}).get("lost", [])]
@@ -323,6 +393,8 @@ def collect(run: Run, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
         "quick": run.quick,
         "stages": {stage: [one._asdict() for one in found] for stage, found in outcomes.items()},
         "rates": _last_line(run.out / "rates.log"),
+        "occupancy": _last_line(run.out / "occupancy.log"),
+        "ncu": counters(run.out / "ncu.csv"),
         "tests": tests_of(run.out / "tests.xml"),
         "bench": {family: _json(run.out / f"{family}.json") for family in run.families},
     }
@@ -373,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(args.out, args.stage, args.family, args.device, args.quick, {})
-    for log in (*args.out.glob("*.log"), *args.out.glob("tests.xml")):
+    for log in (*args.out.glob("*.log"), *args.out.glob("tests.xml"), *args.out.glob("ncu.csv")):
         log.unlink()  # of an earlier run
     work = {"build": build, "test": test, "bench": bench, "profile": profile}
     outcomes: dict[str, list[Outcome]] = {}

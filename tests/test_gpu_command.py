@@ -158,6 +158,34 @@ def test_the_problems_of_the_published_figures_are_measured_on_a_gpu():
         assert case not in of("cuda", quick=True) + of("cpu")
 
 
+def test_occupancy_has_a_table_a_family(tmp_path):
+    row = {
+        "kernel": "lbfgs_a", "cases": ["step 7", "step 9"], "threads": 256, "registers": 80, "static": 0,
+        "dynamic": 67184, "blocks": 3, "occupancy": 0.375, "limit": "registers", "driver_blocks": 3,
+    }  # fmt: skip
+    unknown = row | {"kernel": "hvp_b", "blocks": None, "occupancy": None, "limit": None, "driver_blocks": None}
+    data = {"architecture": "sm_90", "registers": "cuobjdump", "families": {"lbfgs": [row], "hvp": [unknown]}}
+    (tmp_path / "ncu.csv").write_text(
+        "==PROF== Connected\nany words\n"
+        '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","lbfgs_a","sm__warps_active.avg.pct_of_peak_sustained_active","%","31.5"\n'
+        '"1","lbfgs_a","sm__warps_active.avg.pct_of_peak_sustained_active","%","33.1"\n'
+        '"1","lbfgs_a(Update)","launch__registers_per_thread","register/thread","80"\n'
+        '"2","lbfgs_a","something_else","","n/a"\n'
+    )
+    counted = gpu.counters(tmp_path / "ncu.csv")
+    assert counted == {"lbfgs_a": {"achieved": 33.1, "registers": 80.0}}
+    assert gpu.counters(tmp_path / "none.csv") == {}
+    text = gpu.report(RESULT | {"bars": [], "occupancy": data, "ncu": counted})
+    assert "| `lbfgs_a` | step 7 and 1 more | 256 | 80 | 0 + 67,184 | 3 | 38% | registers | 3 | 33% |" in text
+    assert "### hvp" in text
+    assert "| `hvp_b` | step 7 and 1 more | 256 | 80 | 0 + 67,184 | - | - | - | - | - |" in text
+    rehearsed = gpu.report(RESULT | {"bars": [], "occupancy": data, "ncu": {}, "device": "cpu"})
+    assert "there is no GPU here" in rehearsed
+    assert "| 38% | registers |\n" in rehearsed
+    assert "occupancy" not in gpu.report(RESULT | {"bars": [], "occupancy": None})
+
+
 def test_the_roofline(tmp_path):
     pytest.importorskip("matplotlib")
     assert gpu.draw_roofline(tmp_path / "roofline.png", RESULT)
