@@ -5,7 +5,8 @@
 Nothing is downloaded. Every stage runs in processes of its own with a time limit, whatever became of the others; the
 exit status says whether all of them succeeded. The folder gets result.json, report.md, the pictures, and the logs.
 `--device cpu --quick` rehearses all of it on a machine without a GPU: small inputs, no GPU tests, nothing claimed.
-`--readme result.json` writes the table of a run into README.md, between its markers.
+`--readme result.json` writes the table of a run into README.md, between its markers; `--propose-defaults result.json`
+prints the entries of `secant.defaults` that follow from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -23,7 +25,10 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from secant.defaults import Default
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "test", "bench", "profile")
@@ -420,6 +425,87 @@ def fill_readme(result: dict[str, Any], readme: Path) -> None:
     readme.write_text(f"{head}{BEGIN}\n{title}\n\n{table}\n{END}{rest.split(END)[1]}")
 
 
+#: Op of a benchmark -> functions of the contract that it stands for; eigenvectors and their functions are one kernel.
+FUNCTIONS = {
+    "direction": ("update",),
+    "step": ("update",),
+    "block_inv": ("inv",),
+    "block_solve": ("solve",),
+    "block_eigh": ("eigh", "abs_inv", "inv_root"),
+}
+#: How much faster, in geometric mean, another backend has to be to take the place of the one in the table.
+MARGIN = 1.05
+Times = dict[str, dict[tuple[Any, ...], float]]
+
+
+def _times(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, Times]]:
+    """Function -> size -> backend -> case -> seconds, of the rows that backends measured."""
+    keys = ("op", "assume", "n", "m", "d", "k", "batch", "dtype", "storage", "note")
+    found: dict[str, dict[int, Times]] = {}
+    for row in rows:
+        if row["kind"] != "backend" or row["by"] == "reference" or not row["median"]:
+            continue
+        case = tuple(row.get(key) for key in keys)
+        for function in FUNCTIONS.get(row["op"], (row["op"],)):
+            of_size = found.setdefault(function, {}).setdefault(row["d" if family == "hvp" else "n"], {})
+            of_size.setdefault(row["by"], {})[case] = row["median"]
+    return found
+
+
+def _best(times: Times, held: str) -> str:
+    """The backend to take at a size: the one that is held, unless another is `MARGIN` faster on the cases of both."""
+    best, gain = held, MARGIN
+    for name, own in times.items():
+        shared = own.keys() & times.get(held, {}).keys()
+        ratio = math.exp(sum(math.log(times[held][x] / own[x]) for x in shared) / len(shared)) if shared else 0.0
+        if held not in times and len(own) == max(map(len, times.values())):
+            return name  # what is held was not measured, or was wrong
+        if name != held and ratio >= gain:
+            best, gain = name, ratio
+    return best
+
+
+def propose(result: dict[str, Any], source: str) -> list[Default]:
+    """Entries of `secant.defaults` for the device of a run, from its times.
+
+    A size that lies between two measured ones goes with the nearer, on a logarithmic scale. An op that was not measured
+    keeps what the table has for any.
+
+    Raises:
+        ValueError: the run is a rehearsal, or did not test what it measured, or tests failed.
+    """
+    from secant import defaults
+
+    device, tests = result["device"], result["tests"]
+    if result["quick"] or (device == "cuda" and not result["machine"].get("gpu")):
+        raise ValueError("a rehearsal measures nothing: expected the result.json of a run on a GPU")
+    if not tests or tests["failed"]:
+        raise ValueError(f"no defaults from a run whose tests failed or did not run: {tests and tests['failed'][:3]}")
+    found = []
+    for family in FAMILIES:
+        data = family_data(result, family)
+        if data is None:
+            continue
+        [rest] = defaults.entries(device, family)[defaults.ANY]
+        found.append(rest)
+        for function, by_size in _times(family, data["rows"]).items():
+            chosen: list[tuple[int, str]] = []  # the largest size of each run of sizes with one backend
+            for size, times in sorted(by_size.items()):
+                held = defaults.find(device, family, function, size)
+                assert held is not None
+                best = _best(times, held.backend)
+                if chosen and chosen[-1][1] == best:
+                    chosen[-1] = (size, best)
+                    continue
+                if chosen:
+                    chosen[-1] = (math.isqrt(chosen[-1][0] * size), chosen[-1][1])
+                chosen.append((size, best))
+            *bounded, (_, last) = chosen
+            limits: list[tuple[int | None, str]] = [*bounded, (None, last)]
+            found += [defaults.Default(device, family, function, *limit, source) for limit in limits]
+    return found
+
+
 def _choices(name: str, allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
         found = tuple(x for x in text.split(",") if x)
@@ -439,7 +525,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--quick", action="store_true", help="small inputs, to see that it runs")
     parser.add_argument("--readme", type=Path, metavar="RESULT", help="fill the table of README.md from a result.json")
+    parser.add_argument(
+        "--propose-defaults", type=Path, metavar="RESULT", help="print entries of secant.defaults from a result.json"
+    )
     args = parser.parse_args(arguments)
+    if args.propose_defaults is not None:
+        for entry in propose(json.loads(args.propose_defaults.read_text()), str(args.propose_defaults)):
+            print(f"    Default({', '.join(map(json.dumps, entry)).replace('null', 'None')}),")
+        return 0
     if args.readme is not None:
         fill_readme(json.loads(args.readme.read_text()), ROOT / "README.md")
         return 0

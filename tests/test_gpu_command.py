@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from secant import defaults
 from secant.benchmarks import lbfgs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,3 +215,82 @@ def test_the_table_of_the_readme(tmp_path):
 def test_the_readme_has_the_markers_once():
     text = (ROOT / "README.md").read_text()
     assert text.count(gpu.BEGIN) == text.count(gpu.END) == 1
+
+
+def measured(family, op, size, by, median, **changes):
+    return {"op": op, "d" if family == "hvp" else "n": size, "by": by, "kind": "backend", "median": median} | changes
+
+
+def a_result(**rows):
+    bench = {family: {"rows": found, "bars": [], "lost": []} for family, found in rows.items()}
+    return RESULT | {"bench": bench, "tests": {"passed": 9, "skipped": 0, "failed": []}}
+
+
+def test_defaults_are_proposed_by_size():
+    """cuda holds the table: triton takes over where it is clearly faster, and only there."""
+    times = {10: (1.0, 0.5), 1000: (1.0, 0.98), 10**5: (1.0, 0.9), 10**6: (1.0, 0.4)}
+    rows = [
+        measured("lbfgs", "two_loop", n, by, time, dtype=dtype)
+        for n, pair in times.items()
+        for by, time in zip(("cuda", "triton"), pair, strict=True)
+        for dtype in ("float32", "float64")
+    ]
+    rows += [measured("lbfgs", "step", 50, "cuda", 2.0), measured("lbfgs", "step", 50, "nvrtc", 1.0)]
+    rows += [measured("lbfgs", "step", 50, "triton", None), measured("lbfgs", "step", 50, "reference", 0.1)]
+    found = gpu.propose(a_result(lbfgs=rows), "a run")
+    assert found[0] == defaults.entries("cuda", "lbfgs")[defaults.ANY][0]
+    two_loop = [entry[3:5] for entry in found if entry.op == "two_loop"]
+    assert two_loop == [(100, "triton"), (10_000, "cuda"), (None, "triton")]
+    assert [entry[3:] for entry in found if entry.op == "update"] == [(None, "nvrtc", "a run")]
+
+
+def test_a_backend_counts_by_the_cases_that_both_have():
+    """Twice as fast on one and four times slower on the other is slower; a case of one alone says nothing."""
+    rows = [
+        measured("blocks", "block_eigh", 3, "cuda", 1.0, dtype="float32"),
+        measured("blocks", "block_eigh", 3, "cuda", 1.0, dtype="float64"),
+        measured("blocks", "block_eigh", 3, "triton", 0.5, dtype="float32"),
+        measured("blocks", "block_eigh", 3, "triton", 4.0, dtype="float64"),
+        measured("blocks", "block_eigh", 3, "nvrtc", 0.1, dtype="bfloat16"),
+        measured("blocks", "block_inv", 3, "triton", 0.5, dtype="float32"),
+    ]
+    found = gpu.propose(a_result(blocks=rows), "a run")
+    of = {entry.op: entry.backend for entry in found[1:]}
+    assert of == {"eigh": "cuda", "abs_inv": "cuda", "inv_root": "cuda", "inv": "triton"}
+
+
+def test_proposed_defaults_are_a_table(tmp_path, capsys, monkeypatch):
+    rows = [measured("hvp", "glm_hvp", d, "triton", 1.0) for d in (8, 256)]
+    rows += [measured("hvp", "glm_hvp", d, "cuda", time) for d, time in ((8, 3.0), (256, 0.5))]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(a_result(hvp=rows)))
+    assert gpu.main(["--propose-defaults", str(path)]) == 0
+    names = {"Default": defaults.Default}
+    table = eval(f"({capsys.readouterr().out})", names)
+    assert [entry[2:5] for entry in table] == [
+        ("*", None, "cuda"), ("glm_hvp", 45, "triton"), ("glm_hvp", None, "cuda")
+    ]  # fmt: skip
+    monkeypatch.setattr(defaults, "TABLE", table)
+    assert defaults.find("cuda", "hvp", "glm_hvp", 45).backend == "triton"
+    assert defaults.find("cuda", "hvp", "glm_hvp", 46).backend == "cuda"
+    assert defaults.find("cuda", "hvp", "softmax_hvp", 8).backend == "cuda"
+
+
+def test_no_defaults_from_a_rehearsal_or_a_run_with_failures():
+    for change in ({"quick": True}, {"machine": {"gpu": None}}):
+        with pytest.raises(ValueError, match="a rehearsal measures nothing"):
+            gpu.propose(a_result() | change, "a run")
+    for tests in (None, {"passed": 1, "skipped": 0, "failed": ["tests.a::test_b"]}):
+        with pytest.raises(ValueError, match="tests failed or did not run"):
+            gpu.propose(a_result() | {"tests": tests}, "a run")
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("", "lbfgs"), ("-blocks", "blocks"), ("-blocks-avx2", "blocks"), ("-hvp", "hvp")]
+)
+def test_recorded_runs_on_a_cpu_propose_what_the_table_has(name, family):
+    data = json.loads((ROOT / f"bench/results/cpu-xeon-2core{name}.json").read_text())
+    found = gpu.propose(a_result() | {"device": "cpu", "bench": {family: data}}, "a run")
+    assert len(found) > 1
+    assert {entry.backend for entry in found} == {"cpu"}
+    assert all(entry.largest is None for entry in found)
