@@ -13,21 +13,20 @@ rounding errors. A general one is inverted in lanes by Gauss-Jordan in place, wh
 conditioned than it can be at that size (Higham, section 14.4), in tiles by LU and substitution. Rows of a tile stay
 where they are: pivots are searched in the rows that are left, and the last store applies the permutation. Solves are
 LU or LDL^T. Eigenvalues: two-sided Jacobi, row by row in lanes, by rounds of a tournament in tiles.
-
-bfloat16 is widened right after each load and rounded by integer arithmetic: Triton's interpreter has no bfloat16
-arithmetic and truncates where the hardware rounds to nearest even.
 """
 
 # ruff: noqa: RUF005 (there is no unpacking in a kernel)
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from secant.kernels import _triton_support
+from secant.kernels._triton_support import load as _load
+from secant.kernels._triton_support import store as _store
 from torch import Tensor
 
 #: Largest n whose matrices are lanes.
@@ -47,40 +46,17 @@ _EIGH, _ABS_INV, _INV_ROOT = 0, 1, 2
 
 def available() -> str | None:
     """Return None when this backend can run here, else the reason why it cannot."""
-    if _INTERPRETED or torch.cuda.is_available():
-        return None
-    return "no CUDA device is present and TRITON_INTERPRET=1 is not set"
+    return _triton_support.available(_INTERPRETED)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return None when blocks of this device and dtype are supported, else the reason why they are not."""
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"blocks are float32, float64, bfloat16 or float16, not {dtype}"
-    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
-        return None
-    return f"Triton kernels run on CUDA devices, and on the CPU with TRITON_INTERPRET=1 only, not on {device}"
+    return _triton_support.supports(device, _INTERPRETED)
 
 
 # --------------------------------------------------------------------------------------------------- parts of kernels
-
-
-@triton.jit
-def _load(ptr, mask, C: tl.constexpr):
-    """Load masked entries (0 elsewhere) in the arithmetic type."""
-    x = tl.load(ptr, mask=mask, other=0)
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(C)
-
-
-@triton.jit
-def _store(ptr, x, mask):
-    """Store, rounding to nearest even."""
-    if ptr.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -938,11 +914,7 @@ def _eigh_tile(
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
-_INTERPRETED = not isinstance(_inv_tile, triton.runtime.JITFunction)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+_INTERPRETED = _triton_support.interpreted(_inv_tile)
 
 
 def _number(x: float | Tensor | None) -> tuple[float, Tensor | None]:
@@ -982,7 +954,7 @@ def inv(a: Tensor, damping: float | Tensor | None, scaled: bool, spd: bool, out:
     batch, n, _ = a.shape
     args = (a, a.stride(0), *_number(damping), out, info, batch)
     modes = {"DAMPING": _mode(damping, scaled), "SPD": spd, "C": _arithmetic(a)}
-    with _on(a.device):
+    with _triton_support.on(a.device):
         if n <= _LANES_INV:
             grid, sizes = _lanes(batch, n)
             _inv_lanes[grid](*args, **modes, **sizes)
@@ -998,7 +970,7 @@ def solve(
     batch, n, k = b.shape
     args = (a, a.stride(0), b, b.stride(0), *_number(damping), out, info, batch)
     modes = {"DAMPING": _mode(damping, scaled), "SPD": spd, "C": _arithmetic(a)}
-    with _on(a.device):
+    with _triton_support.on(a.device):
         if n <= _LANES_SOLVE:
             grid, sizes = _lanes(batch, n)
             columns = min(1 << _levels(k), _LANES_COLUMNS)
@@ -1017,7 +989,7 @@ def _eigen(
     batch, n, _ = a.shape
     args = (a, a.stride(0), *_number(damping), *_number(floor), values, out, info, batch)
     modes = {"KIND": kind, "ROOT": root, "DAMPING": _mode(damping, scaled), "SWEEPS": _SWEEPS, "C": _arithmetic(a)}
-    with _on(a.device):
+    with _triton_support.on(a.device):
         if n <= _LANES_EIGH:
             grid, sizes = _lanes(batch, n)
             _eigh_lanes[grid](*args, VALUE_LEVELS=_levels(n), **modes, **sizes)

@@ -10,22 +10,21 @@ A program holds D columns of X and K <= 4 columns of V. More columns of V are gr
 that they find X in the L2 cache. Where a row of X is too long, or f needs all columns of X V (softmax), `_pass` runs
 twice, for X V and for X^T R with `_between` in the middle, and reads X twice: chunks of rows that the cache could hold
 between the two would cost as much in launches as they save.
-
-bfloat16 is widened right after each load and rounded by integer arithmetic: Triton's interpreter has no bfloat16
-arithmetic and truncates where the hardware rounds to nearest even.
 """
 
 # ruff: noqa: RUF005, SIM102 (there is no unpacking in a kernel, and a compile-time condition has its own if)
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from secant.kernels import _triton_support
+from secant.kernels._triton_support import store as _store
+from secant.kernels._triton_support import widened as _widened
 from torch import Tensor
 
 #: Most columns of X times columns of V that a program has, half as many of float64, and columns of V.
@@ -53,44 +52,23 @@ _LOSSES = {"squared": 0, "logistic": 1, "poisson": 2, "huber": 3}
 
 def available() -> str | None:
     """Return None when this backend can run here, else the reason why it cannot."""
-    if _INTERPRETED or torch.cuda.is_available():
-        return None
-    return "no CUDA device is present and TRITON_INTERPRET=1 is not set"
+    return _triton_support.available(_INTERPRETED)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return None when X (or logits) of this device and dtype are supported, else the reason why they are not."""
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"X is float32, float64, bfloat16 or float16, not {dtype}"
-    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
-        return None
-    return f"Triton kernels run on CUDA devices, and on the CPU with TRITON_INTERPRET=1 only, not on {device}"
+    return _triton_support.supports(device, _INTERPRETED)
 
 
 # --------------------------------------------------------------------------------------------------- parts of kernels
 
 
 @triton.jit
-def _widened(x, C: tl.constexpr):
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(C)
-
-
-@triton.jit
 def _wide(x):
     """A whole number in 64 bits; Triton makes a constant of an argument that is 1."""
     return tl.full((), x, tl.int64)
-
-
-@triton.jit
-def _store(ptr, x, mask):
-    """Store, rounding to nearest even."""
-    if ptr.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -463,7 +441,7 @@ def _product_finish(
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
-_INTERPRETED = not isinstance(_pass, triton.runtime.JITFunction)
+_INTERPRETED = _triton_support.interpreted(_pass)
 
 
 class _Plan(NamedTuple):
@@ -521,10 +499,6 @@ def _each(n: int, splits: int, tile: int) -> int:
     return -(-n // (splits * tile)) * tile
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _function_of_x(
     op: int,
     x: Tensor,
@@ -555,7 +529,7 @@ def _function_of_x(
     z = v.new_empty(slabs * plan.chunk * k) if apart else None
     modes = {"OP": op, "LOSS": _LOSSES[loss], "C": tl.float64 if v.dtype == torch.float64 else tl.float32}
     tile = {"INTERCEPT": length > d, "RUN": _RUN, **plan.sizes}
-    with _on(x.device):
+    with _triton_support.on(x.device):
         for first in range(0, n, plan.chunk):
             last = min(n, first + plan.chunk)
             each = _each(last - first, plan.splits, plan.tile)
@@ -617,7 +591,7 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, lse: Tensor | None, out: Tensor
     whole = vocabulary <= (_ROW // 2 if wide else _ROW)
     block = max(32, _power(vocabulary)) if whole else _ROW_BLOCK // (2 if wide else 1)
     warps = min(16, max(1, block // 512)) if whole else 32
-    with _on(logits.device):
+    with _triton_support.on(logits.device):
         _cross_entropy[(rows,)](
             logits, logits.stride(0), u, u.stride(0), lse, out, vocabulary,
             WHOLE=whole, BLOCK=block, C=tl.float64 if wide else tl.float32, num_warps=warps,
@@ -645,7 +619,7 @@ def paired_matmul(
     target = out if parts == 1 else out.new_empty(parts * m * n)
     sizes = {"BM": side, "BN": side, "C": tl.float64 if wide else tl.float32}
     last = (bias, scale, p, q)
-    with _on(out.device):
+    with _triton_support.on(out.device):
         _product[(tiles, parts)](
             *operands, *last, target, m, n, k1, k2, tiles_n, each1, each2,
             SPLIT=parts > 1, BK=_PRODUCT_K, num_warps=4, **sizes,

@@ -9,19 +9,19 @@ Two regimes, told apart by n alone (`_ONE_PROGRAM`):
   `_panel` makes a `two_loop`, which has no Gram matrices to start from, in 2 ceil(m / 16) + 1.
 
 The second pass goes over the tiles in the reverse order of the first, to start with what the L2 cache still holds.
-bfloat16 is widened right after each load and rounded by integer arithmetic: Triton's interpreter has no bfloat16
-arithmetic and truncates where the hardware rounds to nearest even.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from secant.kernels import _triton_support
+from secant.kernels._triton_support import load as _load
+from secant.kernels._triton_support import rounded_to_bfloat16 as _rounded_to_bfloat16
 from torch import Tensor
 
 #: Longest vector that one program handles alone.
@@ -42,40 +42,24 @@ _REDUCTION_TILE = 2048
 
 def available() -> str | None:
     """Return None when this backend can run here, else the reason why it cannot."""
-    if _INTERPRETED or torch.cuda.is_available():
-        return None
-    return "no CUDA device is present and TRITON_INTERPRET=1 is not set"
+    return _triton_support.available(_INTERPRETED)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return None when vectors of this device and dtype are supported, else the reason why they are not."""
     if dtype not in (torch.float32, torch.float64):
         return f"vectors are float32 or float64, not {dtype}"
-    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
-        return None
-    return f"Triton kernels run on CUDA devices, and on the CPU with TRITON_INTERPRET=1 only, not on {device}"
+    return _triton_support.supports(device, _INTERPRETED)
 
 
 # --------------------------------------------------------------------------------------------------- parts of kernels
 
 
 @triton.jit
-def _load(ptr, mask, DTYPE: tl.constexpr):
-    """Load masked entries (0 elsewhere) as DTYPE."""
-    x = tl.load(ptr, mask=mask, other=0)
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _rounded(x, ring):
     """The value that `ring` will hold for x, in a type that can be computed with."""
     if ring.dtype.element_ty == tl.bfloat16:
-        x = x.to(tl.float32)
-        bits = x.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+        return _rounded_to_bfloat16(x.to(tl.float32))
     else:
         return x.to(ring.dtype.element_ty)
 
@@ -622,7 +606,7 @@ def _two_loop_one(
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
-_INTERPRETED = not isinstance(_combine, triton.runtime.JITFunction)
+_INTERPRETED = _triton_support.interpreted(_combine)
 
 _ticket_cache: dict[tuple[int, int], Tensor] = {}
 
@@ -650,10 +634,6 @@ def _programs(device: torch.device) -> int:
     return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _share(device: torch.device, n: int, block: int, others: int) -> int:
     """Programs among which the columns of one problem are divided, when the grid has `others` in its other axes."""
     return max(1, min(_programs(device) // others, triton.cdiv(n, _BLOCKS_PER_PROGRAM * block)))
@@ -672,7 +652,7 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tenso
     batch, m, n = s.shape
     strides = (s.stride(0), s.stride(1), y.stride(0), y.stride(1))
     auto, gamma = gamma is None, 1.0 if gamma is None else float(gamma)
-    with _on(grad.device):
+    with _triton_support.on(grad.device):
         if n <= _ONE_PROGRAM:
             block = triton.next_power_of_2(n)
             _two_loop_one[(batch,)](
@@ -733,7 +713,7 @@ def update(
     state = (s_ring, y_ring, sy, yy, head, count, stats)
     vectors = (g, s, None if same else y, y_prev)
     slots = max(_FEWEST_SLOTS, triton.next_power_of_2(m))
-    with _on(s_ring.device):
+    with _triton_support.on(s_ring.device):
         if n <= _ONE_PROGRAM:
             # 8 elements of a tile a thread, as above; rows of at least 8, which is a sector of memory in float32.
             warps = max(1 if n <= 32 else 2 if n <= 128 else 4 if n <= 1024 else 8, slots // 32)
