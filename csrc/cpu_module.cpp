@@ -161,27 +161,18 @@ void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a
   isa().blocks->function[arithmetic](c);
 }
 
-void hvp_rows(int type, int op, int64_t n, int64_t d, uintptr_t x, int64_t x_row, int64_t k, bool intercept,
-              uintptr_t v, uintptr_t row, uintptr_t sample_weight, double l2, int loss, double delta, uintptr_t out,
-              uintptr_t value, uintptr_t row_out, int threads) {
+// x: rows x_row apart or, where there is crow, the values of sparse ones.
+void hvp_rows(int type, int op, int64_t n, int64_t d, uintptr_t x, int64_t x_row, uintptr_t crow, uintptr_t col,
+              bool wide_index, int64_t k, bool intercept, uintptr_t v, uintptr_t row, uintptr_t sample_weight,
+              double l2, int loss, double delta, uintptr_t out, uintptr_t value, uintptr_t row_out, int threads) {
   secant::HvpRows c{};
-  c.op = op, c.n = n, c.d = d, c.x = ptr(x), c.x_row = x_row, c.k = k, c.intercept = intercept;
-  c.v = ptr(v), c.row = ptr(row), c.sample_weight = ptr(sample_weight), c.l2 = l2, c.loss = loss, c.delta = delta;
+  c.op = op, c.n = n, c.d = d, c.x = ptr(x), c.x_row = x_row;
+  c.crow = ptr(crow), c.col = ptr(col), c.wide_index = wide_index;
+  c.k = k, c.intercept = intercept, c.v = ptr(v), c.row = ptr(row), c.sample_weight = ptr(sample_weight);
+  c.l2 = l2, c.loss = loss, c.delta = delta;
   c.out = ptr(out), c.value = ptr<double>(value), c.row_out = ptr(row_out), c.threads = threads;
   py::gil_scoped_release release;
-  isa().hvp->rows[type](c);
-}
-
-void hvp_sparse(int type, int op, int64_t n, int64_t d, uintptr_t crow, uintptr_t col, uintptr_t values,
-                bool wide_index, int64_t k, bool intercept, uintptr_t v, uintptr_t row, uintptr_t sample_weight,
-                double l2, int loss, double delta, uintptr_t out, uintptr_t value, uintptr_t row_out, int threads) {
-  secant::HvpRows c{};
-  c.op = op, c.n = n, c.d = d, c.x = ptr(values), c.crow = ptr(crow), c.col = ptr(col), c.wide_index = wide_index;
-  c.k = k, c.intercept = intercept, c.v = ptr(v), c.row = ptr(row), c.sample_weight = ptr(sample_weight), c.l2 = l2;
-  c.loss = loss, c.delta = delta, c.out = ptr(out), c.value = ptr<double>(value), c.row_out = ptr(row_out);
-  c.threads = threads;
-  py::gil_scoped_release release;
-  isa().hvp->sparse[type](c);
+  (c.crow == nullptr ? isa().hvp->rows : isa().hvp->sparse)[type](c);
 }
 
 void hvp_cross_entropy(int type, int64_t rows, int64_t size, uintptr_t logits, int64_t logits_row, uintptr_t u,
@@ -292,7 +283,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("blocks_eigh", &blocks_eigh);
   m.def("blocks_function", &blocks_function);
   m.def("hvp_rows", &hvp_rows);
-  m.def("hvp_sparse", &hvp_sparse);
   m.def("hvp_cross_entropy", &hvp_cross_entropy);
   m.def("read_bandwidth", &read_bandwidth, "Best bytes per second over `repeats` reads of a buffer by all threads.");
 }

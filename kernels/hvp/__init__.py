@@ -12,3 +12,6 @@ BACKENDS = {
     "cpu": "secant.kernels.hvp.cpu",
     "reference": "secant.kernels.hvp.reference",
 }
+
+#: Those of `glm_value_grad`; the kernels know them by their places here.
+LOSSES = ("squared", "logistic", "poisson", "huber")

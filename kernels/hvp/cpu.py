@@ -7,6 +7,7 @@ products of torch, which no kernel of ours would beat here.
 from __future__ import annotations
 
 import torch
+from secant.kernels.hvp import LOSSES
 from torch import Tensor
 
 try:
@@ -16,7 +17,8 @@ except ImportError as error:  # a source tree that was never built, or a SECANT_
     _reason = f"the extension module secant._cpu cannot be imported: {error}"
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_LOSSES = {"squared": 0, "logistic": 1, "poisson": 2, "huber": 3}
+#: Whether x may be a torch.sparse_csr tensor.
+SPARSE_ROWS = True
 _GLM_HVP, _GLM_VALUE_GRAD, _SOFTMAX_HVP, _SOFTMAX_VALUE_GRAD = range(4)
 
 
@@ -36,12 +38,37 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _rows(
+    op: int,
+    x: Tensor,
+    v: Tensor,
+    row: Tensor,
+    sample_weight: Tensor | None,
+    l2: float,
+    out: Tensor,
+    threads: int,
+    value: Tensor | None = None,
+    row_out: Tensor | None = None,
+    loss: str = "squared",
+    delta: float = 1.0,
+) -> None:
+    """A pass over the rows of x, dense or sparse: see struct HvpRows."""
+    n, d = x.shape
+    if x.layout is torch.sparse_csr:
+        crow, col, entries = x.crow_indices().contiguous(), x.col_indices().contiguous(), x.values().contiguous()
+        stride, wide_index = 0, crow.dtype is torch.int64
+    else:
+        crow, col, entries, stride, wide_index = None, None, x, x.stride(0), False
+    _cpu.hvp_rows(
+        _TYPES[x.dtype], op, n, d, entries.data_ptr(), stride, _address(crow), _address(col), wide_index,
+        v.shape[1] if v.dim() == 2 else 1, v.shape[0] > d, v.data_ptr(), row.data_ptr(), _address(sample_weight), l2,
+        LOSSES.index(loss), delta, out.data_ptr(), _address(value), _address(row_out), threads,
+    )  # fmt: skip
+
+
 def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float, out: Tensor, *, threads: int = 0) -> None:
     """See `reference.glm_hvp`."""
-    _cpu.hvp_rows(
-        _TYPES[x.dtype], _GLM_HVP, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), v.shape[1],
-        v.shape[0] > x.shape[1], v.data_ptr(), weight.data_ptr(), 0, l2, 0, 0.0, out.data_ptr(), 0, 0, threads,
-    )  # fmt: skip
+    _rows(_GLM_HVP, x, v, weight, None, l2, out, threads)
 
 
 def glm_value_grad(
@@ -59,11 +86,7 @@ def glm_value_grad(
     threads: int = 0,
 ) -> None:
     """See `reference.glm_value_grad`."""
-    _cpu.hvp_rows(
-        _TYPES[x.dtype], _GLM_VALUE_GRAD, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), 1,
-        coef.shape[0] > x.shape[1], coef.data_ptr(), target.data_ptr(), _address(sample_weight), l2, _LOSSES[loss],
-        delta, grad.data_ptr(), value.data_ptr(), weight.data_ptr(), threads,
-    )  # fmt: skip
+    _rows(_GLM_VALUE_GRAD, x, coef, target, sample_weight, l2, grad, threads, value, weight, loss, delta)
 
 
 def softmax_hvp(
@@ -77,11 +100,7 @@ def softmax_hvp(
     threads: int = 0,
 ) -> None:
     """See `reference.softmax_hvp`."""
-    _cpu.hvp_rows(
-        _TYPES[x.dtype], _SOFTMAX_HVP, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), v.shape[1],
-        v.shape[0] > x.shape[1], v.data_ptr(), probs.data_ptr(), _address(sample_weight), l2, 0, 0.0, out.data_ptr(),
-        0, 0, threads,
-    )  # fmt: skip
+    _rows(_SOFTMAX_HVP, x, v, probs, sample_weight, l2, out, threads)
 
 
 def softmax_value_grad(
@@ -97,11 +116,7 @@ def softmax_value_grad(
     threads: int = 0,
 ) -> None:
     """See `reference.softmax_value_grad`."""
-    _cpu.hvp_rows(
-        _TYPES[x.dtype], _SOFTMAX_VALUE_GRAD, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), coef.shape[1],
-        coef.shape[0] > x.shape[1], coef.data_ptr(), target.data_ptr(), _address(sample_weight), l2, 0, 0.0,
-        grad.data_ptr(), value.data_ptr(), probs.data_ptr(), threads,
-    )  # fmt: skip
+    _rows(_SOFTMAX_VALUE_GRAD, x, coef, target, sample_weight, l2, grad, threads, value, probs)
 
 
 def cross_entropy_hvp(logits: Tensor, u: Tensor, lse: Tensor | None, out: Tensor, *, threads: int = 0) -> None:
@@ -134,48 +149,3 @@ def paired_matmul(
         out.mul_(scale)
     if p is not None and q is not None:
         out.addcmul_(p, q)
-
-
-def csr_glm_hvp(
-    crow: Tensor,
-    col: Tensor,
-    values: Tensor,
-    d: int,
-    v: Tensor,
-    weight: Tensor,
-    l2: float,
-    out: Tensor,
-    *,
-    threads: int = 0,
-) -> None:
-    """See `reference.csr_glm_hvp`."""
-    _cpu.hvp_sparse(
-        _TYPES[values.dtype], _GLM_HVP, len(crow) - 1, d, crow.data_ptr(), col.data_ptr(), values.data_ptr(),
-        crow.dtype is torch.int64, v.shape[1], v.shape[0] > d, v.data_ptr(), weight.data_ptr(), 0, l2, 0, 0.0,
-        out.data_ptr(), 0, 0, threads,
-    )  # fmt: skip
-
-
-def csr_glm_value_grad(
-    crow: Tensor,
-    col: Tensor,
-    values: Tensor,
-    d: int,
-    target: Tensor,
-    coef: Tensor,
-    loss: str,
-    delta: float,
-    sample_weight: Tensor | None,
-    l2: float,
-    value: Tensor,
-    grad: Tensor,
-    weight: Tensor,
-    *,
-    threads: int = 0,
-) -> None:
-    """See `reference.csr_glm_value_grad`."""
-    _cpu.hvp_sparse(
-        _TYPES[values.dtype], _GLM_VALUE_GRAD, len(crow) - 1, d, crow.data_ptr(), col.data_ptr(), values.data_ptr(),
-        crow.dtype is torch.int64, 1, coef.shape[0] > d, coef.data_ptr(), target.data_ptr(), _address(sample_weight),
-        l2, _LOSSES[loss], delta, grad.data_ptr(), value.data_ptr(), weight.data_ptr(), threads,
-    )  # fmt: skip

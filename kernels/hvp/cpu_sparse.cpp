@@ -8,6 +8,55 @@ namespace SECANT_ISA {
 namespace hvp {
 namespace {
 
+// The entries of a row.
+template <class T, class I>
+struct Entries {
+  const T* values;
+  const I* col;
+  int64_t count;
+};
+
+// z = sum of values[e] v[col[e]] for one vector, in four partial sums.
+template <class T, class I>
+T dot(const Entries<T, I>& x, const T* v) {
+  T s[4] = {};
+  int64_t e = 0;
+  for (; e + 4 <= x.count; e += 4) {
+    for (int l = 0; l < 4; ++l) s[l] += x.values[e + l] * v[x.col[e + l]];
+  }
+  for (; e < x.count; ++e) s[0] += x.values[e] * v[x.col[e]];
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// The same for k vectors side by side, a register of them at a time, in two partial sums.
+template <class T, class I>
+void dots(const Entries<T, I>& x, const T* v, int64_t k, T* z) {
+  for (int64_t j = 0; j < k; j += kLanes<T>) {
+    const int64_t lanes = k - j;
+    vec<T> even = {}, odd = {};
+    int64_t e = 0;
+    for (; e + 2 <= x.count; e += 2) {
+      even += x.values[e] * load_some(v + x.col[e] * k + j, lanes);
+      odd += x.values[e + 1] * load_some(v + x.col[e + 1] * k + j, lanes);
+    }
+    if (e < x.count) even += x.values[e] * load_some(v + x.col[e] * k + j, lanes);
+    store_some(z + j, even + odd, lanes);
+  }
+}
+
+// g[col[e]] += values[e] z for k vectors side by side; z may be read a register beyond its end.
+template <class T, class I>
+void add_outer(const Entries<T, I>& x, const T* z, int64_t k, double* g) {
+  for (int64_t j = 0; j < k; j += kDoubles) {
+    const int64_t lanes = k - j;
+    const vd factor = load_d(z + j);
+    for (int64_t e = 0; e < x.count; ++e) {
+      double* const to = g + x.col[e] * k + j;
+      store_some<double>(to, load_some<double>(to, lanes) + static_cast<double>(x.values[e]) * factor, lanes);
+    }
+  }
+}
+
 template <class T, class I>
 void sparse_rows(const HvpRows& c) {
   const Layout layout{c.d, c.k, c.k, c.k == 1};  // vectors interleaved: an entry meets all of its own at once
@@ -15,6 +64,9 @@ void sparse_rows(const HvpRows& c) {
   const T* const values = static_cast<const T*>(c.x);
   const I* const crow = static_cast<const I*>(c.crow);
   const I* const col = static_cast<const I*>(c.col);
+  const auto entries_of = [=](int64_t i) {
+    return Entries<T, I>{values + crow[i], col + crow[i], static_cast<int64_t>(crow[i + 1]) - crow[i]};
+  };
   const int64_t entries = static_cast<int64_t>(crow[c.n]) - crow[0];
   const double work = static_cast<double>(entries + c.n) * static_cast<double>(c.k);
   int threads = c.threads > 0 ? c.threads : work < 32768 ? 1 : secant::max_threads();
@@ -41,28 +93,19 @@ void sparse_rows(const HvpRows& c) {
       for (int64_t r = 0; r < count; ++r) {
         T* const row = z.get() + r * c.k;
         if (c.k == 1) {
-          T s[4] = {};
-          int64_t e = crow[i + r];
-          const int64_t end = crow[i + r + 1];
-          for (; e + 4 <= end; e += 4) {
-            for (int l = 0; l < 4; ++l) s[l] += values[e + l] * v[col[e + l]];
-          }
-          for (; e < end; ++e) s[0] += values[e] * v[col[e]];
-          row[0] = (s[0] + s[2]) + (s[1] + s[3]);
+          *row = dot(entries_of(i + r), v);
         } else {
-          std::fill_n(row, c.k, T(0));
-          for (int64_t e = crow[i + r]; e < crow[i + r + 1]; ++e) {
-            const T* const of_column = v + col[e] * c.k;
-            for (int64_t k = 0; k < c.k; ++k) row[k] += values[e] * of_column[k];
-          }
+          dots(entries_of(i + r), v, c.k, row);
         }
       }
       of_bias[c.k] += function(i, count, z.get());
       for (int64_t r = 0; r < count; ++r) {
         const T* const row = z.get() + r * c.k;
-        for (int64_t e = crow[i + r]; e < crow[i + r + 1]; ++e) {
-          double* const of_column = total + col[e] * c.k;
-          for (int64_t k = 0; k < c.k; ++k) of_column[k] += static_cast<double>(values[e] * row[k]);
+        if (c.k == 1) {
+          const auto x = entries_of(i + r);
+          for (int64_t e = 0; e < x.count; ++e) total[x.col[e]] += static_cast<double>(x.values[e]) * *row;
+        } else {
+          add_outer(entries_of(i + r), row, c.k, total);
         }
         for (int64_t k = 0; c.intercept && k < c.k; ++k) of_bias[k] += static_cast<double>(row[k]);
       }

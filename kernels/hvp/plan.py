@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from secant.kernels._cuda_driver import Device, Driver, Launch
+from secant.kernels.hvp import LOSSES
 from torch import Tensor
 
 #: struct OfX, CrossEntropy and Product of cuda.cu.
@@ -46,7 +47,6 @@ WORKSPACE = 64 << 20  # most bytes of sums, and of X V
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 VALUE_BLOCKS = 4  # of hvp_between, a multiprocessor
 GLM, GLM_VALUE, SOFTMAX, SOFTMAX_VALUE = range(4)
-LOSSES = {"squared": 0, "logistic": 1, "poisson": 2, "huber": 3}
 #: Threads of a row of logits, and what of a product a block computes: rows, columns, terms at a time.
 ROW_THREADS = {4: 1024, 8: 512}
 TILES = {4: (128, 64), 8: (64, 64)}
@@ -249,7 +249,7 @@ class Launcher:
                 k,
                 type_,
                 op,
-                LOSSES[loss],
+                LOSSES.index(loss),
                 dots,
                 gather,
                 first > 0,

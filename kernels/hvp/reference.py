@@ -1,11 +1,11 @@
 """Products with the Hessians of linear models, of cross entropy and of layers, in plain PyTorch: the definition.
 
-Every backend module of this family has `available`, `supports` and the functions below, with these signatures (those
-of sparse rows only where they are written). The public functions of `secant.ops.hvp` check and allocate; what arrives
-here is valid:
+Every backend module of this family has `available`, `supports` and the functions below, with these signatures. The
+public functions of `secant.ops.hvp` check and allocate; what arrives here is valid:
 
 * `x` is (N, d), N >= 1, d >= 1, of dtype T in {float32, float64, bfloat16, float16}, its inner stride 1 and the stride
-  between rows free. C is float64 for T = float64, else float32; it is the dtype of the arithmetic and of every other
+  between rows free; for a backend with `SPARSE_ROWS = True` also torch.sparse_csr of float32 or float64, its indices
+  int32 or int64. C is float64 for T = float64, else float32; it is the dtype of the arithmetic and of every other
   real tensor but `value`. All but `x`, `logits`, `u` and the factors of `paired_matmul` are contiguous. Indices are
   64-bit.
 * `v`, `coef`, `grad` and `out` have d rows, or d + 1: then the last belongs to an implicit column of ones in `x`, the
@@ -37,7 +37,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-LOSSES = ("squared", "logistic", "poisson", "huber")
+#: Whether x may be a torch.sparse_csr tensor.
+SPARSE_ROWS = True
 _CHUNK = 1 << 22  # elements of x that are widened at a time
 
 
@@ -52,6 +53,9 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _chunks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    if x.layout is torch.sparse_csr:
+        yield slice(None), x.double()
+        return
     step = max(1, _CHUNK // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
@@ -129,7 +133,7 @@ def glm_value_grad(
     |r| <= delta, else delta (|r| - delta / 2), r = z - t. "logistic" is finite for every finite z.
 
     Args:
-        x: (N, d). target: (N,). coef: (d,). loss: one of `LOSSES`. delta: number > 0. sample_weight: (N,) or None.
+        x: (N, d). target: (N,). coef: (d,). loss: of `LOSSES`. delta: number > 0. sample_weight: (N,) or None.
         l2: number. value: scalar of float64. grad: as coef. weight: (N,), receives c_i loss''(z_i, t_i).
     """
     wide = coef.double()
@@ -237,46 +241,3 @@ def paired_matmul(
     if p is not None and q is not None:
         total += p.double() * q.double()
     out.copy_(total)
-
-
-def _sparse(crow: Tensor, col: Tensor, values: Tensor, d: int) -> Tensor:
-    # The checks of the indices would read them back; the public functions take tensors that torch has checked.
-    return torch.sparse_csr_tensor(crow, col, values.double(), (len(crow) - 1, d), check_invariants=False)
-
-
-def csr_glm_hvp(
-    crow: Tensor, col: Tensor, values: Tensor, d: int, v: Tensor, weight: Tensor, l2: float, out: Tensor
-) -> None:
-    """`glm_hvp` for X of N sparse rows: crow (N + 1,), col and values (nnz,), indices int32 or int64."""
-    x, wide = _sparse(crow, col, values, d), v.double()
-    total = _penalized(wide, d, l2)
-    _add_gradient(total, x, weight[:, None].double() * _logits(x, wide))
-    out.copy_(total)
-
-
-def csr_glm_value_grad(
-    crow: Tensor,
-    col: Tensor,
-    values: Tensor,
-    d: int,
-    target: Tensor,
-    coef: Tensor,
-    loss: str,
-    delta: float,
-    sample_weight: Tensor | None,
-    l2: float,
-    value: Tensor,
-    grad: Tensor,
-    weight: Tensor,
-) -> None:
-    """`glm_value_grad` for X of N sparse rows."""
-    x, wide = _sparse(crow, col, values, d), coef.double()
-    total = _penalized(wide, d, l2)
-    parts = losses(_logits(x, wide[:, None])[:, 0], target.double(), loss, delta)
-    if sample_weight is not None:
-        parts = tuple(sample_weight.double() * p for p in parts)
-    value.copy_((total * wide).sum() / 2 + parts[0].sum())
-    total = total[:, None]
-    _add_gradient(total, x, parts[1][:, None])
-    grad.copy_(total[:, 0])
-    weight.copy_(parts[2])

@@ -25,6 +25,7 @@ import triton.language as tl
 from secant.kernels import _triton_support
 from secant.kernels._triton_support import store as _store
 from secant.kernels._triton_support import widened as _widened
+from secant.kernels.hvp import LOSSES
 from torch import Tensor
 
 #: Most columns of X times columns of V that a program has, half as many of float64, and columns of V.
@@ -47,7 +48,6 @@ _ROW, _ROW_BLOCK = 16384, 8192
 _PRODUCT_SIDE, _PRODUCT_K, _PRODUCT_TERMS = 64, 32, 512
 
 _GLM_HVP, _GLM_VALUE_GRAD, _SOFTMAX_HVP, _SOFTMAX_VALUE_GRAD = 0, 1, 2, 3
-_LOSSES = {"squared": 0, "logistic": 1, "poisson": 2, "huber": 3}
 
 
 def available() -> str | None:
@@ -527,7 +527,7 @@ def _function_of_x(
     values = None if value is None else doubles(-(-n // plan.chunk) * each_value)
     parts = 0
     z = v.new_empty(slabs * plan.chunk * k) if apart else None
-    modes = {"OP": op, "LOSS": _LOSSES[loss], "C": tl.float64 if v.dtype == torch.float64 else tl.float32}
+    modes = {"OP": op, "LOSS": LOSSES.index(loss), "C": tl.float64 if v.dtype == torch.float64 else tl.float32}
     tile = {"INTERCEPT": length > d, "RUN": _RUN, **plan.sizes}
     with _triton_support.on(x.device):
         for first in range(0, n, plan.chunk):

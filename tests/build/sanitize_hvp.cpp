@@ -40,6 +40,13 @@ std::vector<S> numbers(int64_t size) {
   return x;
 }
 
+// Classes of n rows, all of them in turn.
+std::vector<int64_t> labels(int64_t n, int64_t k) {
+  std::vector<int64_t> x(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) x[static_cast<size_t>(i)] = i % k;
+  return x;
+}
+
 template <class S, class T>
 void dense(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool intercept, int threads) {
   const int64_t row = d + 3;
@@ -47,8 +54,7 @@ void dense(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool i
   const auto v = numbers<T>((d + intercept) * k), w = numbers<T>(n), weights = numbers<T>(n);
   std::vector<T> out(v.size()), row_out(static_cast<size_t>(n * k));
   const auto probs = numbers<T>(n * k);
-  std::vector<int64_t> classes(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) classes[static_cast<size_t>(i)] = i % k;
+  const auto classes = labels(n, k);
   double value = 0;
   HvpRows c{};
   c.n = n, c.d = d, c.x = x.data(), c.x_row = row, c.k = k, c.intercept = intercept, c.v = v.data(), c.l2 = 0.5;
@@ -74,16 +80,23 @@ void sparse(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool 
     crow.push_back(static_cast<I>(col.size()));
   }
   const auto values = numbers<T>(static_cast<int64_t>(col.size()));
-  const auto v = numbers<T>((d + intercept) * k), w = numbers<T>(n);
-  std::vector<T> out(v.size()), row_out(static_cast<size_t>(n));
+  const auto v = numbers<T>((d + intercept) * k), w = numbers<T>(n), probs = numbers<T>(n * k);
+  std::vector<T> out(v.size()), row_out(static_cast<size_t>(n * k));
+  const auto classes = labels(n, k);
   double value = 0;
   HvpRows c{};
   c.n = n, c.d = d, c.x = values.data(), c.crow = crow.data(), c.col = col.data(), c.wide_index = sizeof(I) == 8;
   c.k = k, c.intercept = intercept, c.v = v.data(), c.row = w.data(), c.out = out.data(), c.threads = threads;
   c.op = secant::kGlmHvp;
   rows(c);
+  c.sample_weight = w.data();
+  c.op = secant::kSoftmaxHvp, c.row = probs.data();
+  rows(c);
+  c.value = &value, c.row_out = row_out.data();
+  c.op = secant::kSoftmaxValueGrad, c.row = classes.data();
+  rows(c);
   if (k > 1) return;
-  c.op = secant::kGlmValueGrad, c.value = &value, c.row_out = row_out.data(), c.delta = 1;
+  c.op = secant::kGlmValueGrad, c.row = w.data(), c.delta = 1;
   for (c.loss = 0; c.loss < 4; ++c.loss) rows(c);
 }
 

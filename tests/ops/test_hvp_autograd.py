@@ -89,6 +89,35 @@ def test_softmax():
     torch.testing.assert_close(torch.vmap(product)(batch), torch.stack([product(v) for v in batch]))
 
 
+def test_sparse_rows():
+    """By the vectors, in both modes; torch has no forward mode for products of sparse matrices."""
+    x, w, c, y = real(9, 4, grad=False), rows(9), rows(9, grad=False), torch.randint(3, (9,))
+    x = torch.where(x > 0, x, 0).to_sparse_csr()
+    v, coef, fixed_w = real(5, 3), real(5), w.detach()
+    assert gradcheck(lambda v: glm_hvp(x, v, fixed_w, l2=0.3, intercept=True), v, check_forward_ad=True)
+    assert gradcheck(lambda v, w: glm_hvp(x, v, w, l2=0.3, intercept=True), (v, w))
+
+    def value_grad(coef):
+        return glm_value_grad(x, fixed_w, coef, loss="logistic", sample_weight=c, l2=0.3, intercept=True)
+
+    def softmax_of(v):
+        return softmax_value_grad(x, y, v, sample_weight=c, l2=0.3, intercept=True)
+
+    for f, at in ((value_grad, coef), (softmax_of, v)):
+        assert gradcheck(lambda at, f=f: f(at)[:2], at)
+        assert gradgradcheck(lambda at, f=f: f(at)[0], at)
+    fixed_probs = softmax_of(v.detach())[2]
+    probs = fixed_probs.clone().requires_grad_()
+
+    def product(v, probs=fixed_probs):
+        return softmax_hvp(x, v, probs, sample_weight=c, l2=0.3, intercept=True)
+
+    assert gradcheck(product, v, check_forward_ad=True)
+    assert gradcheck(product, (v, probs))
+    batch = torch.randn(4, 5, 3, dtype=F64)
+    torch.testing.assert_close(torch.vmap(product)(batch), torch.stack([product(v) for v in batch]))
+
+
 def test_cross_entropy_hvp():
     logits, u = real(3, 5), real(3, 5)
     assert gradcheck(cross_entropy_hvp, (logits, u), check_forward_ad=True)
@@ -153,6 +182,17 @@ def test_compiles_in_one_graph(name, turned):
     compiled = torch.compile(g, fullgraph=True, backend="aot_eager")
     for x, y in zip(compiled(v), g(v), strict=True):
         assert torch.equal(x, y)
+
+
+def test_sparse_rows_stay_outside_of_compiled_graphs():
+    x = torch.where(X > 0, X, 0).to_sparse_csr()
+
+    def f(v):
+        return softmax_value_grad(x, Y, v * 2)[1] + glm_hvp(x, v, W)
+
+    v = torch.randn(4, 3)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager")(v), f(v))
 
 
 def test_the_backward_pass_compiles():

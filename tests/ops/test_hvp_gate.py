@@ -20,6 +20,7 @@ from secant.ops import (
 x, v, w = torch.randn(6, 4), torch.randn(4), torch.rand(6)
 coef, classes, probs = torch.randn(4, 3), torch.randint(3, (6,)), torch.softmax(torch.randn(6, 3), -1)
 a, b, full = torch.randn(5, 4), torch.randn(4, 2), torch.empty(5, 2)
+sparse = x.to_sparse_csr()
 tracked = torch.ones(2, requires_grad=True)
 
 
@@ -45,7 +46,6 @@ WRONG = [
     (hvp(x=x[:, :0], v=v[:0]), ValueError, r"x: expected shape \(N, d\), d >= 1"),
     (hvp(x=x.to(torch.complex64)), TypeError, r"x: expected dtype .*complex is not supported"),
     (hvp(x=x.to_sparse_coo()), ValueError, "x: expected a dense"),
-    (hvp(x=x.half().to_sparse_csr()), TypeError, "x: expected float32 or float64 for sparse rows"),
     (hvp(v=v[:3]), ValueError, r"v: expected shape \(4,\) or \(4, k\), got shape \(3,\)"),
     (hvp(intercept=True), ValueError, r"v: expected shape \(5,\) or \(5, k\), got shape \(4,\)"),
     (hvp(v=v.double()), TypeError, "v: expected dtype float32, got torch.float64"),
@@ -55,6 +55,7 @@ WRONG = [
     (hvp(l2=float("nan")), ValueError, "l2: expected a finite number"),
     (hvp(out=v), ValueError, "out: expected no overlap with v, got overlapping memory"),
     (hvp(out=w[:4]), ValueError, "out: expected no overlap with weight"),
+    (hvp(x=sparse, out=sparse.values()[:4]), ValueError, "out: expected no overlap with x"),
     (hvp(out=torch.empty(5)), ValueError, r"out: expected shape \(4,\), got shape \(5,\)"),
     (value_grad(target=classes), TypeError, "glm_value_grad: target: expected dtype float32, got torch.int64"),
     (value_grad(coef=coef), ValueError, r"coef: expected shape \(4,\), got shape \(4, 3\)"),
@@ -176,20 +177,37 @@ def test_dtypes_of_the_results():
         assert cross_entropy_hvp(z, z).dtype == dtype
 
 
-def test_sparse_rows_are_those_of_the_dense_matrix():
+#: The functions of x.
+OF_X = {
+    "glm_hvp": lambda x: glm_hvp(x, v, w, l2=0.1),
+    "glm_value_grad": lambda x: glm_value_grad(x, w, v, loss="logistic", sample_weight=w, l2=0.1),
+    "softmax_hvp": lambda x: softmax_hvp(x, coef, probs, sample_weight=w, l2=0.1),
+    "softmax_value_grad": lambda x: softmax_value_grad(x, classes, coef, sample_weight=w, l2=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OF_X)
+def test_sparse_rows_are_those_of_the_dense_matrix(name):
     sparse = torch.where(x > 0, x, 0).to_sparse_csr()
-    dense = sparse.to_dense()
-    torch.testing.assert_close(glm_hvp(sparse, v, w, l2=0.1), glm_hvp(dense, v, w, l2=0.1))
-    ours, theirs = (glm_value_grad(y, w, v, loss="logistic", sample_weight=w, l2=0.1) for y in (sparse, dense))
-    for result, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(OF_X[name](sparse), OF_X[name](sparse.to_dense()))
 
 
-def test_a_backend_without_sparse_rows_says_so(monkeypatch):
+@pytest.mark.parametrize("name", OF_X)
+def test_a_backend_without_sparse_rows_says_so(monkeypatch, name):
     backend = backends.load("hvp", "reference")
-    monkeypatch.delattr(backend, "csr_glm_hvp")
-    with secant.use_backend("reference"), pytest.raises(BackendError, match="'reference' has no sparse glm_hvp"):
-        glm_hvp(x.to_sparse_csr(), v, w)
+    monkeypatch.delattr(backend, "SPARSE_ROWS")
+    with secant.use_backend("reference"), pytest.raises(BackendError, match=f"'reference' has no sparse {name}: pass"):
+        OF_X[name](x.to_sparse_csr())
+
+
+@pytest.mark.parametrize("name", OF_X)
+def test_sparse_rows_are_refused_on_other_devices_and_in_half_precision(name):
+    with pytest.raises(
+        ValueError, match=rf"{name}: x: expected sparse rows on the CPU \(pass x.to_dense\(\).*got meta"
+    ):
+        OF_X[name](x.to_sparse_csr().to("meta"))
+    with pytest.raises(TypeError, match=f"{name}: x: expected float32 or float64 for sparse rows"):
+        OF_X[name](x.half().to_sparse_csr())
 
 
 def test_a_batch_of_logits():

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from secant.glm.objective import Objective
-from secant.ops import _gate
+from secant.ops import _gate, hvp
 
 OP = "glm.fit"
-LOSSES = ("squared", "logistic", "poisson", "huber", "multinomial")
+LOSSES = (*hvp.LOSSES, "multinomial")
 SOLVERS = ("auto", "newton-cg", "newton-cholesky", "lbfgs")
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secant.glm import sparse_softmax
 from secant.glm.gram import softmax_gram, weighted_gram, weighted_moments
 from secant.ops import hvp as ops
 
@@ -73,7 +72,7 @@ class Objective:
         """One pass over X, one transfer to the host."""
         common: dict[str, Any] = {"sample_weight": self.sample_weight, "l2": self.l2, "intercept": self.intercept}
         if self.classes:
-            value, grad, curvature = self._softmax.softmax_value_grad(self.x, self.target, theta, **common)
+            value, grad, curvature = ops.softmax_value_grad(self.x, self.target, theta, **common)
         else:
             value, grad, curvature = ops.glm_value_grad(
                 self.x, self.target, theta, loss=self.loss, delta=self.delta, **common
@@ -84,7 +83,7 @@ class Objective:
     def hvp(self, point: Point, v: Tensor) -> Tensor:
         """Hessian at the point times v; one pass over X."""
         if self.classes:
-            return self._softmax.softmax_hvp(
+            return ops.softmax_hvp(
                 self.x, v, point.curvature, sample_weight=self.sample_weight, l2=self.l2, intercept=self.intercept
             )
         return ops.glm_hvp(self.x, v, point.curvature, l2=self.l2, intercept=self.intercept)
@@ -94,10 +93,6 @@ class Objective:
         d = self.x.shape[1]
         z = self.x @ theta[:d]
         return z + theta[d] if self.intercept else z
-
-    @property
-    def _softmax(self) -> Any:
-        return ops if self.x.layout is torch.strided else sparse_softmax
 
     @property
     def majorised(self) -> bool:

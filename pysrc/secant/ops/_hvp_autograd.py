@@ -26,7 +26,9 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     if transformed and any(x is not None and is_wrapped(x) for x in tensors):
         return True
     forward = torch.autograd.forward_ad._current_level >= 0
-    return forward and any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+    # Sparse rows have no tangents.
+    dense = (x for x in tensors if x is not None and x.layout is torch.strided)
+    return forward and any(unpack_dual(x).tangent is not None for x in dense)
 
 
 def is_wrapped(x: Tensor) -> bool:
@@ -121,4 +123,3 @@ def value_grad_of(value: Callable[[Tensor], Tensor], coef: Tensor) -> tuple[Tens
     """(value, gradient) of a formula, both differentiable to any order and by everything that it closes over."""
     grad, result = torch.func.grad_and_value(value)(coef)
     return result, grad
-

@@ -37,8 +37,8 @@ NAMES = ("glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad", "cros
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix with contiguous rows and any stride between them; a copy only if need be."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """A matrix with contiguous rows and any stride between them, or sparse rows; a copy only if need be."""
+    return x if x.layout is torch.sparse_csr or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _line(x: Tensor) -> Tensor:
@@ -83,18 +83,8 @@ def call(name: str, *args: Any) -> None:
     first = args[0]
     if torch.compiler.is_compiling() or not _gate.is_plain(first):
         getattr(torch.ops.secant, name)(*args)
-    else:
-        getattr(backends.resolve("hvp", first.device, first.dtype), name)(*_arguments(name, args))
-
-
-def call_sparse(name: str, x: Tensor, *args: Any) -> None:
-    """Launch the variant for sparse rows of X, for backends that have it."""
-    values = x.values()
-    backend = backends.resolve("hvp", x.device, x.dtype)
-    kernel = getattr(backend, f"csr_{name}", None)
-    if kernel is None:
+        return
+    backend = backends.resolve("hvp", first.device, first.dtype)
+    if first.layout is torch.sparse_csr and not getattr(backend, "SPARSE_ROWS", False):
         raise BackendError(f"backend {backend.__name__.rpartition('.')[2]!r} has no sparse {name}: pass x.to_dense()")
-    kernel(
-        x.crow_indices().contiguous(), x.col_indices().contiguous(), values.contiguous(), x.shape[1],
-        *(_line(y) if isinstance(y, Tensor) else y for y in args),
-    )  # fmt: skip
+    getattr(backend, name)(*_arguments(name, args))

@@ -5,8 +5,7 @@ the kernels is in `kernels/hvp/reference.py`.
 
 `x` holds one row per observation: (N, d), float32, float64, bfloat16 or float16. Everything else is of the dtype of
 the arithmetic, float64 for float64 and else float32. A matrix whose rows are contiguous is read where it is, whatever
-the stride between them; another is copied. On a CPU `x` of the two `glm_` functions may be a torch.sparse_csr tensor
-of float32 or float64.
+the stride between them; another is copied. On a CPU `x` may be a torch.sparse_csr tensor of float32 or float64.
 
 With `intercept=True` the coefficients have d + 1 rows, the last of which belongs to a column of ones that `x` need not
 have, and to which `l2` does not apply.
@@ -23,20 +22,20 @@ import math
 import torch
 from torch import Tensor
 
+from secant.kernels.hvp import LOSSES
 from secant.ops import _gate
 from secant.ops import _hvp_autograd as autograd
 from secant.ops import _hvp_dispatch as dispatch
 from secant.ops import _hvp_formulas as formulas
 
 DTYPES = _gate.REAL + _gate.HALF
-LOSSES = ("squared", "logistic", "poisson", "huber")
 #: Vectors that a kernel takes at once; more are taken in turns.
 MAX_VECTORS = 64
 
 
-def _check_x(op: str, x: Tensor, sparse: bool = False) -> torch.dtype:
+def _check_x(op: str, x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic."""
-    if sparse and isinstance(x, Tensor) and x.layout is torch.sparse_csr:
+    if isinstance(x, Tensor) and x.layout is torch.sparse_csr:
         if x.dtype not in _gate.REAL:
             raise TypeError(f"{op}: x: expected float32 or float64 for sparse rows, got {x.dtype}")
         if x.device.type != "cpu":
@@ -75,25 +74,18 @@ def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
     return out
 
 
-def _launch_glm_hvp(x: Tensor, sparse: bool, v: Tensor, weight: Tensor, l2: float, out: Tensor) -> None:
-    if sparse:
-        dispatch.call_sparse("glm_hvp", x, v, weight, l2, out)
-    else:
-        dispatch.call("glm_hvp", x, v, weight, l2, out)
-
-
-def _glm_product(x: Tensor, sparse: bool, v: Tensor, weight: Tensor, l2: float) -> Tensor:
+def _glm_product(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
     """The product for columns v (d, k), at most MAX_VECTORS of them at a time."""
     if not x.shape[0] or not v.numel():
         return _only_penalty(x, v, l2)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if v.shape[1] <= MAX_VECTORS:
-        _launch_glm_hvp(x, sparse, v, weight, l2, out)
+        dispatch.call("glm_hvp", x, v, weight, l2, out)
         return out
     for start in range(0, v.shape[1], MAX_VECTORS):
         part = v[:, start : start + MAX_VECTORS].contiguous()
         result = torch.empty_like(part)
-        _launch_glm_hvp(x, sparse, part, weight, l2, result)
+        dispatch.call("glm_hvp", x, part, weight, l2, result)
         out[:, start : start + MAX_VECTORS] = result
     return out
 
@@ -126,26 +118,26 @@ def glm_hvp(
         >>> hd = secant.ops.glm_hvp(x, direction, weight, l2=1.0)
     """
     op = "glm_hvp"
-    dtype = _check_x(op, x, sparse=True)
+    dtype = _check_x(op, x)
     columns = _check_columns(op, "v", v, x, dtype, intercept, both=True)
     _gate.shaped(op, "weight", weight, (x.shape[0],), dtype, x.device)
     l2 = _check_number(op, "l2", l2)
-    sparse = x.layout is torch.sparse_csr
     if out is not None:
         _gate.shaped(op, "out", out, tuple(v.shape), dtype, x.device)
-        for name, other in (("v", v), ("weight", weight), *(() if sparse else (("x", x),))):
+        stored = x.values() if x.layout is torch.sparse_csr else x
+        for name, other in (("v", v), ("weight", weight), ("x", stored)):
             if _gate.overlaps(out, other):
                 raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
 
     def product(part: Tensor) -> Tensor:
-        return _glm_product(x, sparse, part, weight, l2)
+        return _glm_product(x, part, weight, l2)
 
     if autograd.is_differentiated(x, weight):
         result = formulas.glm_hvp(x, columns, weight, l2)
     elif autograd.is_differentiated(v):
         result = autograd.apply(columns, product, True)
     elif out is not None and out.is_contiguous() and len(x) and 0 < columns.shape[1] <= MAX_VECTORS:
-        _launch_glm_hvp(x, sparse, columns, weight, l2, out.view(columns.shape))
+        dispatch.call("glm_hvp", x, columns, weight, l2, out.view(columns.shape))
         return out
     else:
         result = product(columns)
@@ -196,14 +188,13 @@ def glm_value_grad(
         35(1), 1964.
     """
     op = "glm_value_grad"
-    dtype = _check_x(op, x, sparse=True)
+    dtype = _check_x(op, x)
     _gate.shaped(op, "target", target, (x.shape[0],), dtype, x.device)
     _gate.shaped(op, "coef", coef, (x.shape[1] + bool(intercept),), dtype, x.device)
     _check_row_values(op, "sample_weight", sample_weight, x, dtype)
     if loss not in LOSSES:
         raise _gate.fail(op, "loss", f"one of {LOSSES}", repr(loss))
     l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
-    sparse = x.layout is torch.sparse_csr
 
     def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -211,8 +202,7 @@ def glm_value_grad(
         if not len(x):
             grad = _only_penalty(x, coef, l2)
             return value + (grad * coef).double().sum() / 2, grad, weight
-        call = dispatch.call_sparse if sparse else dispatch.call
-        call("glm_value_grad", x, target, coef, loss, delta, sample_weight, l2, value, grad, weight)
+        dispatch.call("glm_value_grad", x, target, coef, loss, delta, sample_weight, l2, value, grad, weight)
         return value, grad, weight
 
     def formula(coef: Tensor) -> Tensor:
@@ -224,7 +214,7 @@ def glm_value_grad(
         return value, grad, formulas.glm_weight(x, target, coef, loss, delta, sample_weight)
     if autograd.is_differentiated(coef):
         return autograd.ValueGrad.apply(
-            coef, kernel, formula, lambda g, weight: _glm_product(x, sparse, g[:, None], weight, l2)[:, 0]
+            coef, kernel, formula, lambda g, weight: _glm_product(x, g[:, None], weight, l2)[:, 0]
         )
     return kernel(coef)
 
@@ -251,7 +241,7 @@ def softmax_hvp(
     Z = X V, R_ij = c_i p_ij (Z_ij - sum_l p_il Z_il), result X^T R + l2 V.
 
     Args:
-        x: (N, d), any real dtype.
+        x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
         v: (d, K), or (d + 1, K) with an intercept. float64 for x of float64, else float32.
         probs: (N, K), the probabilities of the classes, as `softmax_value_grad` returns them.
         sample_weight: (N,), the c_i, or None for ones. l2: number >= 0.
@@ -296,7 +286,7 @@ def softmax_value_grad(
     value = sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2, Z = X coef.
 
     Args:
-        x: (N, d), any real dtype.
+        x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
         target: (N,), int64, the class of each row. Its values are not checked on a GPU, which would synchronise.
         coef: (d, K), K >= 1, or (d + 1, K) with an intercept. float64 for x of float64, else float32.
         sample_weight: (N,), the c_i, or None for ones. l2: number >= 0.

@@ -21,7 +21,7 @@ from hvp_oracle import (
     unit,
     value_grad_bounds,
 )
-from secant.kernels.hvp import reference
+from secant.kernels.hvp import LOSSES, reference
 from torch import Tensor
 
 
@@ -185,7 +185,7 @@ def not_a_number(backend: Any, device: Any = "cpu") -> None:
     problem.x[3, 2] = math.nan
     (out,) = run(backend, "glm_hvp", (problem.x, problem.v, problem.weight, 0.0), [((6, 1), F32)], device)
     assert out.isnan().all()
-    for loss in reference.LOSSES:
+    for loss in LOSSES:
         args = (problem.x, problem.binary, problem.v[:, 0].contiguous(), loss, 0.5, None, 0.0)
         value, grad, _ = run(backend, "glm_value_grad", args, [((), F64), ((6,), F32), ((20,), F32)], device)
         assert value.isnan()

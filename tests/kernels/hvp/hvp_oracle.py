@@ -8,11 +8,12 @@ sums, d/2 additions each; a sum over rows in runs of at most 512 rows, then in f
 from __future__ import annotations
 
 import torch
+from secant.kernels import hvp
 from secant.kernels.hvp import reference
 from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-LOSSES = reference.LOSSES
+LOSSES = hvp.LOSSES
 RUN = 512
 #: Roundings of an exponential, a logarithm, a quotient and what is done with them.
 FUNCTION = 12
@@ -50,6 +51,13 @@ class Problem:
     def target(self, loss: str) -> Tensor:
         """A target that suits the loss."""
         return {"logistic": self.binary, "poisson": self.counts}.get(loss, self.counts - 2)
+
+
+def csr(x: Tensor, index: torch.dtype = torch.int64) -> Tensor:
+    """The entries of a dense matrix that are not zero, with indices of this dtype."""
+    sparse = x.to_sparse_csr()
+    crow, col = sparse.crow_indices().to(index), sparse.col_indices().to(index)
+    return torch.sparse_csr_tensor(crow, col, sparse.values(), x.shape, check_invariants=True)
 
 
 def _with_ones(x: Tensor, rows: int) -> Tensor:

@@ -18,6 +18,7 @@ from hvp_oracle import (
     LOSSES,
     Problem,
     cross_entropy_bound,
+    csr,
     product_bound,
     softmax_bound,
     softmax_value_grad_bounds,
@@ -31,6 +32,8 @@ from secant import _cpu
 DTYPES = [F32, F64, BF16, F16]
 SHAPES = [(1, 1), (2, 3), (7, 1), (9, 16), (33, 31), (64, 100), (777, 17), (260, 1030)]
 COLUMNS = [1, 2, 3, 4, 5, 8, 9, 16, 23, 64]
+#: Classes, whether there is an intercept, whether there are weights.
+CLASSES = [(1, False, True), (2, True, False), (3, False, True), (10, True, True), (70, False, False)]
 
 
 def poison(*shape, dtype):
@@ -82,33 +85,32 @@ def test_glm_value_grad(n, d, loss, dtype):
             close(result, right, bound)
 
 
+def check_softmax(x, dense, problem, c, threads):
+    """Both functions of rows that `dense` has too, against the reference."""
+    dtype, v = x.dtype, problem.v
+    args = (v, problem.probs, c, 0.3)
+    out = torch.full_like(v, math.nan)
+    cpu.softmax_hvp(x, *args, out, threads=threads)
+    close(out, answer(reference.softmax_hvp, dense, *args, shape=v.shape), softmax_bound(dense, *args, dtype))
+
+    args = (problem.classes, v, c, 0.3)
+    results, expected = (
+        (poison(dtype=F64), poison(*v.shape, dtype=t), poison(*problem.probs.shape, dtype=t))
+        for t in (problem.compute, F64)
+    )
+    cpu.softmax_value_grad(x, *args, *results, threads=threads)
+    reference.softmax_value_grad(dense, *args, *expected)
+    bounds = softmax_value_grad_bounds(dense, v, c, 0.3, dtype)
+    for result, right, bound in zip(results, expected, bounds, strict=True):
+        close(result, right, bound)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 def test_softmax(n, d, dtype):
-    for k, intercept, weighted in (
-        (1, False, True),
-        (2, True, False),
-        (3, False, True),
-        (10, True, True),
-        (70, False, False),
-    ):
+    for k, intercept, weighted in CLASSES:
         problem = Problem(n, d, dtype, k, intercept=intercept)
-        c = problem.sample_weight if weighted else None
-        args = (problem.x, problem.v, problem.probs, c, 0.3)
-        out = torch.full_like(problem.v, math.nan)
-        cpu.softmax_hvp(*args, out, threads=1 + k % 2)
-        close(out, answer(reference.softmax_hvp, *args, shape=out.shape), softmax_bound(*args, dtype))
-
-        args = (problem.x, problem.classes, problem.v, c, 0.3)
-        results, expected = (
-            (poison(dtype=F64), poison(*problem.v.shape, dtype=t), poison(n, k, dtype=t))
-            for t in (problem.compute, F64)
-        )
-        cpu.softmax_value_grad(*args, *results, threads=1 + k % 2)
-        reference.softmax_value_grad(*args, *expected)
-        bounds = softmax_value_grad_bounds(problem.x, problem.v, c, 0.3, dtype)
-        for result, right, bound in zip(results, expected, bounds, strict=True):
-            close(result, right, bound)
+        check_softmax(problem.x, problem.x, problem, problem.sample_weight if weighted else None, 1 + k % 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,21 +232,31 @@ def test_the_error_does_not_grow_with_the_rows():
     assert abs(float(out) / expected - 1) < 600 * unit(F32)
 
 
+def some_entries(x, density):
+    """Zeros in the place of most entries, in whole rows and in whole columns."""
+    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < density
+    if density < 1:
+        kept[len(x) // 2 :: 7] = False
+        kept[:, x.shape[1] // 2 :: 5] = False
+    return torch.where(kept, x, 0)
+
+
+SPARSE = [(torch.int32, 0.3), (torch.int64, 1.0), (torch.int64, 0.0)]
+
+
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("index", "density"), SPARSE)
 @pytest.mark.parametrize(("n", "d"), SHAPES)
-def test_sparse_rows(n, d, index, dtype):
-    for k, intercept in ((1, True), (1, False), (3, True)):
+def test_sparse_rows(n, d, index, density, dtype):
+    for k, intercept in ((1, True), (1, False), (3, True), (20, False)):
         problem = Problem(n, d, dtype, k, intercept=intercept)
-        dense = torch.where(torch.rand(n, d) < 0.3, problem.x, 0)
-        dense[n // 2 :: 7] = 0  # rows without an entry
-        sparse = dense.to_sparse_csr()
-        parts = (sparse.crow_indices().to(index), sparse.col_indices().to(index), sparse.values(), d)
+        dense = some_entries(problem.x, density)
+        sparse = csr(dense, index)
         args = (problem.v, problem.weight, 0.4)
         expected = answer(reference.glm_hvp, dense, *args, shape=problem.v.shape)
         for threads in (1, 2):
             out = torch.full_like(problem.v, math.nan)
-            cpu.csr_glm_hvp(*parts, *args, out, threads=threads)
+            cpu.glm_hvp(sparse, *args, out, threads=threads)
             close(out, expected, product_bound(dense, *args, dtype))
         if k > 1:
             continue
@@ -253,10 +265,54 @@ def test_sparse_rows(n, d, index, dtype):
             results, right = (
                 (poison(dtype=F64), poison(len(problem.v), dtype=t), poison(n, dtype=t)) for t in (dtype, F64)
             )
-            cpu.csr_glm_value_grad(*parts, *args, *results, threads=2)
+            cpu.glm_value_grad(sparse, *args, *results, threads=2)
             reference.glm_value_grad(dense, *args, *right)
             for result, y, bound in zip(results, right, value_grad_bounds(dense, *args, dtype), strict=True):
                 close(result, y, bound)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("index", "density"), SPARSE)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_softmax_of_sparse_rows(n, d, index, density, dtype):
+    for k, intercept, weighted in CLASSES:
+        problem = Problem(n, d, dtype, k, intercept=intercept)
+        dense = some_entries(problem.x, density)
+        check_softmax(csr(dense, index), dense, problem, problem.sample_weight if weighted else None, 1 + (n + k) % 3)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_sparse_rows_of_large_logits(dtype):
+    x = csr(torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0]], dtype=dtype))
+    coef = torch.tensor([[5.0, 5.0, 5.0], [1e4, 0.0, -1e4]], dtype=dtype)
+    value, grad, probs = poison(dtype=F64), poison(2, 3, dtype=dtype), poison(3, 3, dtype=dtype)
+    cpu.softmax_value_grad(x, torch.tensor([2, 2, 1]), coef, None, 0.0, value, grad, probs)
+    torch.testing.assert_close(float(value), 2e4 + math.log(3))
+    assert probs[:2].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert grad.tolist() == [[0.0, 0.0, 0.0], [1.0, 0.0, -1.0]]
+    out = poison(2, 3, dtype=dtype)
+    cpu.softmax_hvp(x, coef, probs, None, 0.5, out)
+    assert torch.equal(out, 0.5 * coef)  # a certain class has no curvature, and the last row has no entry
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sparse_rows_give_the_same_bits(k, threads):
+    """Wherever the entries lie, on every call."""
+    problem = Problem(3000, 61, F32, k)
+    sparse = csr(some_entries(problem.x, 0.2), torch.int32)
+    parts = (sparse.crow_indices(), sparse.col_indices(), sparse.values())
+    moved = [torch.cat((y[:3], y))[3:] for y in parts]
+    apart = [torch.stack((y, y), 1)[:, 0] for y in parts]
+    results = []
+    for form in (parts, moved, apart, parts, parts):
+        x = torch.sparse_csr_tensor(*form, sparse.shape, check_invariants=False)
+        out, grad, probs = (torch.full_like(y, math.nan) for y in (problem.v, problem.v, problem.probs))
+        value = poison(dtype=F64)
+        cpu.softmax_hvp(x, problem.v, problem.probs, None, 0.1, out, threads=threads)
+        cpu.softmax_value_grad(x, problem.classes, problem.v, None, 0.1, value, grad, probs, threads=threads)
+        results.append((out, value, grad, probs))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

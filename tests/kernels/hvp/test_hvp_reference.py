@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hvp_oracle import F64, LOSSES, Problem
+from hvp_oracle import F64, LOSSES, Problem, csr
 from secant.kernels.hvp import reference
 
 CASES = [(40, 5, False), (40, 5, True), (1, 1, False), (3, 9, True)]
@@ -75,6 +75,29 @@ def test_softmax(n, d, intercept):
     out = torch.empty_like(v)
     reference.softmax_hvp(problem.x, v, probs, problem.sample_weight, 0.2, out)
     torch.testing.assert_close(out, torch.func.jvp(torch.func.grad(f), (problem.v,), (v,))[1])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("intercept", [False, True])
+def test_sparse_rows_are_those_of_the_dense_matrix(intercept, index):
+    problem = Problem(40, 6, F64, 3, intercept=intercept)
+    dense = torch.where(torch.arange(240).view(40, 6) % 7 < 3, problem.x, 0)
+    dense[3], dense[:, 4] = 0, 0
+    v, c, one = problem.v, problem.sample_weight, problem.v[:, 0].contiguous()
+    calls = [
+        (reference.glm_hvp, (v, problem.weight, 0.2), (v.shape,)),
+        (reference.softmax_hvp, (v, problem.probs, c, 0.2), (v.shape,)),
+        (reference.softmax_value_grad, (problem.classes, v, c, 0.2), ((), v.shape, (40, 3))),
+    ] + [
+        (reference.glm_value_grad, (problem.target(loss), one, loss, 0.8, c, 0.2), ((), one.shape, (40,)))
+        for loss in LOSSES
+    ]
+    for function, args, shapes in calls:
+        results, expected = ([torch.full(shape, math.nan, dtype=F64) for shape in shapes] for _ in range(2))
+        function(csr(dense, index), *args, *results)
+        function(dense, *args, *expected)
+        for result, right in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, right)
 
 
 @pytest.mark.parametrize("given", [True, False])
