@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,25 +65,55 @@ class Run(NamedTuple):
     quick: bool
     deadlines: dict[str, float]
 
-    def call(self, stage: str, *command: str, log: str, env: dict[str, str] | None = None) -> Outcome:
-        """Run a command to its end or to that of its stage, the output going to a log."""
+    def left(self, stage: str) -> float:
+        """Seconds that a stage has left; they run from when it is first asked."""
+        now = time.perf_counter()
+        return self.deadlines.setdefault(stage, now + LIMITS[stage]) - now
+
+    def call(
+        self, stage: str, *command: str, log: str, env: dict[str, str] | None = None, share: float = 1.0
+    ) -> Outcome:
+        """Run a command to its end or to that of its stage, or of a share of what is left; its output goes to a log."""
+        [found] = self.together(stage, {log: command}, env=env, share=share)
+        return found
+
+    def together(
+        self,
+        stage: str,
+        commands: dict[str, Sequence[str]],
+        *,
+        env: dict[str, str] | None = None,
+        each: dict[str, dict[str, str]] | None = None,
+        share: float = 1.0,
+    ) -> list[Outcome]:
+        """Run commands side by side, by the name of their log; `each`: what is added to the environment of one."""
         start = time.perf_counter()
-        left = max(1.0, self.deadlines.setdefault(stage, start + LIMITS[stage]) - start)
-        status: int | str
-        with (self.out / log).open("a") as file:
-            try:
-                done = subprocess.run(
-                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left,
-                    env={**os.environ, **(env or {})},
-                )  # fmt: skip
-                status = done.returncode
-            except subprocess.TimeoutExpired:
-                status = "time"
-            except OSError as error:
-                file.write(f"{error}\n")
-                status = 127
-        name = " ".join((Path(command[0]).name, *command[1:]))
-        return Outcome(name, status, time.perf_counter() - start)
+        deadline = start + max(1.0, share * self.left(stage))
+        running: dict[str, subprocess.Popen[bytes] | None] = {}
+        for log, command in commands.items():
+            with (self.out / log).open("a") as file:
+                added = {**(env or {}), **(each or {}).get(log, {})}
+                try:
+                    running[log] = subprocess.Popen(
+                        command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **added}
+                    )
+                except OSError as error:
+                    file.write(f"{error}\n")
+                    running[log] = None
+        found = []
+        for log, process in running.items():
+            status: int | str = 127
+            if process is not None:
+                try:
+                    status = process.wait(max(0.1, deadline - time.perf_counter()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    status = "time"
+            command = commands[log]
+            name = " ".join((Path(command[0]).name, *command[1:]))
+            found.append(Outcome(name, status, time.perf_counter() - start))
+        return found
 
 
 def build(run: Run) -> list[Outcome]:
@@ -93,48 +124,96 @@ def build(run: Run) -> list[Outcome]:
     return [run.call("build", *pip, log="build.log", env={"SECANT_CUDA": "1"})]
 
 
-def _test_paths(families: Sequence[str]) -> list[str]:
-    """The folders and files of tests that touch these families; everything when all are asked for."""
-    if set(families) == set(FAMILIES):
-        return ["tests"]
-    paths = ["tests/gpu", *(f"tests/kernels/{family}" for family in families)]
-    words = {"lbfgs": ("two_loop", "history", "lbfgs"), "blocks": ("blocks",), "hvp": ("hvp", "curvature", "glm")}
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        relative = path.relative_to(ROOT)
-        if relative.parts[1] in ("kernels", "gpu"):
-            continue
-        if any(word in path.stem or word in relative.parts for family in families for word in words[family]):
-            paths.append(str(relative))
-    return paths
+#: What the name or the folder of a test of a family has in it.
+WORDS = {"lbfgs": ("two_loop", "history", "lbfgs"), "blocks": ("blocks",), "hvp": ("hvp", "curvature", "glm")}
 
 
-def test(run: Run) -> list[Outcome]:
-    """The tests marked `gpu` (a rehearsal: those of the command itself), then compute-sanitizer where it is found."""
-    if run.device == "cpu":
-        selected = ["-m", "not gpu and not slow", "tests/test_backends.py"]
-    else:
-        selected = ["-m", "gpu", *_test_paths(run.families)]
-    junit = f"--junitxml={run.out.resolve() / 'tests.xml'}"
-    found = [run.call("test", sys.executable, "-m", "pytest", "-q", junit, *selected, log="tests.log")]
-    sanitizer = shutil.which("compute-sanitizer")
-    if run.device == "cuda" and sanitizer is not None:
-        for tool in ("memcheck", "racecheck"):
-            command = (sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SMALLEST))
-            found.append(run.call("test", *command, log=f"{tool}.log")._replace(command=f"compute-sanitizer {tool}"))
+def _test_files(folder: str) -> list[str]:
+    """The files below a folder with tests for a GPU; others are not even imported: they need packages of their own."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("test_*.py")):
+        text = path.read_text()
+        if "pytest.mark.gpu" in text or "triton_runner.make_tests" in text:
+            found.append(str(path.relative_to(ROOT)))
     return found
 
 
-def bench(run: Run) -> list[Outcome]:
-    """The benchmarks of each family, one process each, and the demo."""
+def _other_files(families: Sequence[str]) -> list[str]:
+    """Those outside of `tests/kernels` that touch these families; what is of no family touches all."""
     found = []
+    for path in _test_files("tests"):
+        parts = Path(path).with_suffix("").parts[1:]
+        of = [family for family, words in WORDS.items() if any(word in part for word in words for part in parts)]
+        if parts[0] != "kernels" and (not of or set(of) & set(families)):
+            found.append(path)
+    return found
+
+
+#: Processes that share the tests of a family on a backend: those that compile every kernel as they go are many.
+PARTS = {("blocks", "nvrtc"): 4, ("blocks", "triton"): 4}
+#: Seconds that the last tests to begin, and the writing of the results, may take beyond the deadline for beginning.
+GRACE = 25
+
+
+def _pytest_runs(run: Run) -> dict[str, tuple[list[str], str]]:
+    """Name -> (arguments of pytest, part of the tests): the backends of each family apart, and everything else."""
+    if run.device == "cpu":
+        return {"rehearsal": (["-m", "not gpu and not slow", "tests/test_backends.py", "tests/gpu"], "0/1")}
+    chosen = {"cuda": "not nvrtc and not triton", "nvrtc": "nvrtc", "triton": "triton"}
+    runs = {}
+    for family in run.families:
+        for backend, words in chosen.items():
+            parts = PARTS.get((family, backend), 1)
+            for part in range(parts):
+                arguments = ["-m", "gpu", "-k", words, *_test_files(f"tests/kernels/{family}")]
+                runs[f"{family}-{backend}" + (f"-{part}" if parts > 1 else "")] = (arguments, f"{part}/{parts}")
+    return runs | {"rest": (["-m", "gpu", *_other_files(run.families)], "0/1")}
+
+
+def test(run: Run) -> list[Outcome]:
+    """The tests marked `gpu` (a rehearsal: some that need none), and compute-sanitizer where it is found, together."""
+    deadline = time.time() + run.left("test") - GRACE
+    path = os.pathsep.join(x for x in (str(SMALLEST.parent), os.environ.get("PYTHONPATH", "")) if x)
+    common = {"PYTHONPATH": path, "SECANT_TEST_DEADLINE": str(deadline), "OMP_NUM_THREADS": "1"}
+    commands: dict[str, Sequence[str]] = {}
+    each: dict[str, dict[str, str]] = {}
+    for name, (selected, part) in _pytest_runs(run).items():
+        junit = f"--junitxml={run.out.resolve() / f'tests-{name}.xml'}"
+        options = ("-q", "-p", "gpu_pytest", "-p", "no:cacheprovider", "-o", f"junit_suite_name={name}", junit)
+        commands[f"tests-{name}.log"] = (sys.executable, "-m", "pytest", *options, *selected)
+        each[f"tests-{name}.log"] = {"SECANT_TEST_PART": part}
+    sanitizer = shutil.which("compute-sanitizer")
+    if run.device == "cuda" and sanitizer is not None:
+        for tool in ("memcheck", "racecheck"):
+            for backend in ("cuda", "triton", "nvrtc"):
+                words = (sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SMALLEST), backend)
+                commands[f"{tool}-{backend}.log"] = words
+    found = run.together("test", commands, env=common, each=each)
+    names = [log.removesuffix(".log") for log in commands]
+    # Where a family has no test for what was asked, pytest exits with 5.
+    return [
+        x._replace(command=name, status=0 if x.status == 5 else x.status) for name, x in zip(names, found, strict=True)
+    ]
+
+
+def bench(run: Run) -> list[Outcome]:
+    """The benchmarks of each family, one process after the other, and the demo.
+
+    Each gets an equal share of what the stage has left, begins no case near its end, and writes what it has.
+    """
+    commands = []
     for family in run.families:
         files = (f"--json={run.out.resolve() / family}.json", f"--plot={run.out.resolve() / family}.png")
-        command = [sys.executable, "-m", "secant", "bench", "--device", run.device, "--family", family, *files]
-        found.append(run.call("bench", *command, *(["--quick"] if run.quick else []), log=f"{family}.log"))
+        commands.append((family, ["bench", "--device", run.device, "--family", family, *files]))
     if "lbfgs" in run.families:
-        picture = f"--output={run.out.resolve() / 'demo.png'}"
-        command = [sys.executable, "-m", "secant", "demo", "--device", run.device, picture]
-        found.append(run.call("bench", *command, *(["--quick"] if run.quick else []), log="demo.log"))
+        commands.append(("demo", ["demo", "--device", run.device, f"--output={run.out.resolve() / 'demo.png'}"]))
+    found = []
+    for number, (name, words) in enumerate(commands):
+        share = 1 / (len(commands) - number)
+        limit = [] if name == "demo" else ["--seconds", f"{0.75 * share * run.left('bench'):.0f}"]
+        quick = ["--quick"] if run.quick else []
+        command = (sys.executable, "-m", "secant", *words, *limit, *quick)
+        found.append(run.call("bench", *command, log=f"{name}.log", share=share))
     return found
 
 
@@ -212,20 +291,26 @@ def machine_facts() -> dict[str, Any]:
     return facts
 
 
-def tests_of(path: Path) -> dict[str, Any] | None:
-    """Counts and failures of a JUnit file, or None when there is none."""
-    try:
-        root = ET.parse(path).getroot()
-    except (OSError, ET.ParseError):
+def tests_of(folder: Path) -> dict[str, Any] | None:
+    """Counts, failures and reasons of the skips of all JUnit files of a folder, or None when there is none."""
+    cases, read = [], 0
+    for path in sorted(folder.glob("tests-*.xml")):
+        try:
+            cases += list(ET.parse(path).getroot().iter("testcase"))
+        except (OSError, ET.ParseError):
+            continue
+        read += 1
+    if not read:
         return None
-    cases = list(root.iter("testcase"))
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in cases
         if case.find("failure") is not None or case.find("error") is not None
     ]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+    reasons = Counter((skip.get("message") or "")[:150] for case in cases if (skip := case.find("skipped")) is not None)
+    skipped = sum(reasons.values())
+    passed = len(cases) - len(failed) - skipped
+    return {"passed": passed, "skipped": skipped, "failed": failed, "reasons": dict(reasons.most_common())}
 
 
 def _json(path: Path) -> Any:
@@ -365,8 +450,13 @@ def report(result: dict[str, Any]) -> str:
     if tests is not None:
         parts += [f"## Tests: {tests['passed']} passed, {tests['skipped']} skipped, {len(tests['failed'])} failed", ""]
         parts += [f"* {name}" for name in tests["failed"]] + [""]
+        if tests.get("reasons"):
+            parts += [_table(("skipped because", "tests"), list(tests["reasons"].items())), ""]
     if result["bars"]:
         parts += ["## Bars", "", _table(("measure", "bar", "measured", ""), result["bars"]), ""]
+    late = [line for f in FAMILIES for line in (result["bench"].get(f) or {}).get("left_out", [])]
+    if late:
+        parts += ["## Not measured, for time", ""] + [f"* {line}" for line in late] + [""]
     parts += occupancy_tables(result)
     for path in sorted(PUBLISHED.glob("*.json")):
         parts += ["## Published by others", "", published(result, json.loads(path.read_text())), ""]
@@ -400,7 +490,7 @@ def collect(run: Run, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
         "rates": _last_line(run.out / "rates.log"),
         "occupancy": _last_line(run.out / "occupancy.log"),
         "ncu": counters(run.out / "ncu.csv"),
-        "tests": tests_of(run.out / "tests.xml"),
+        "tests": tests_of(run.out),
         "bench": {family: _json(run.out / f"{family}.json") for family in run.families},
     }
     result["bars"] = bars_of(result)
@@ -538,7 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(args.out, args.stage, args.family, args.device, args.quick, {})
-    for log in (*args.out.glob("*.log"), *args.out.glob("tests.xml"), *args.out.glob("ncu.csv")):
+    for log in (*args.out.glob("*.log"), *args.out.glob("tests-*.xml"), *args.out.glob("ncu.csv")):
         log.unlink()  # of an earlier run
     work = {"build": build, "test": test, "bench": bench, "profile": profile}
     outcomes: dict[str, list[Outcome]] = {}

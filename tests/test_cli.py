@@ -188,7 +188,9 @@ def test_bench(tmp_path, capsys):
     path, picture = tmp_path / "x.json", tmp_path / "x.png"
     assert main(["bench", "--quick", "--json", str(path), "--plot", str(picture)]) == 0
     data = json.loads(path.read_text())
-    assert data.keys() == {"machine", "rates", "rows", "outside_closure", "bars", "lost", "blocks", "hvp"}
+    names = {"machine", "rates", "rows", "outside_closure", "bars", "lost", "blocks", "hvp", "left_out"}
+    assert data.keys() == names
+    assert data["left_out"] == []
     assert data["machine"]["bandwidth"] > 1e8
     every = [*data["rows"], *data["blocks"]["rows"], *data["hvp"]["rows"]]
     assert all(row["flops"] > 0 and row["bytes"] > 0 for row in every)
@@ -209,3 +211,17 @@ def test_bench(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Bars" in out
     assert "NOT MET" in out or "met" in out
+
+
+def test_bench_begins_nothing_when_its_time_is_over(tmp_path, capsys):
+    """One case of each family is measured whatever the time, and written; what was left out is said."""
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "x.json", tmp_path / "x.png"
+    assert main(["bench", "--quick", "--seconds", "0", "--json", str(path), "--plot", str(picture)]) == 0
+    data = json.loads(path.read_text())
+    for rows in (data["rows"], data["blocks"]["rows"], data["hvp"]["rows"]):
+        assert len({(row["op"], row["n"], row["dtype"]) for row in rows}) == 1
+    assert data["outside_closure"] == []
+    assert "two_loop 10,000" in data["left_out"]
+    assert "block_eigh, n = 9, float32" in data["left_out"]
+    assert "Left out, for time:" in capsys.readouterr().out

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -14,10 +18,17 @@ from secant import defaults
 from secant.benchmarks import lbfgs
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("gpu_command", ROOT / "bench" / "gpu.py")
-gpu = importlib.util.module_from_spec(spec)
-sys.modules["gpu_command"] = gpu  # its classes look their module up
-spec.loader.exec_module(gpu)
+
+
+def load(name, file):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its classes look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = load("gpu_command", "gpu")
 
 
 def a_run(tmp_path, **changes):
@@ -100,23 +111,104 @@ def test_stages_and_families_are_chosen(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tests_of_a_family():
-    assert gpu._test_paths(gpu.FAMILIES) == ["tests"]
-    blocks = gpu._test_paths(("blocks",))
-    assert "tests/kernels/blocks" in blocks
-    assert "tests/ops/test_blocks_gate.py" in blocks
-    assert not any("two_loop" in path or "hvp" in path for path in blocks)
+    assert gpu._test_files("tests/kernels/blocks") == [
+        "tests/kernels/blocks/test_blocks_gpu.py", "tests/kernels/blocks/test_blocks_triton.py"
+    ]  # fmt: skip
+    everything = gpu._other_files(gpu.FAMILIES)
+    assert "tests/gpu/test_whole_iterations.py" in everything
+    assert "tests/glm/test_glm_gpu.py" in everything
+    assert not any(path.startswith("tests/kernels") for path in everything)
+    assert [path for path in everything if path not in gpu._other_files(("blocks",))] == ["tests/glm/test_glm_gpu.py"]
 
 
 def test_junit_files_are_counted(tmp_path):
-    path = tmp_path / "tests.xml"
-    assert gpu.tests_of(path) is None
-    path.write_text(
+    assert gpu.tests_of(tmp_path) is None
+    (tmp_path / "tests-a.xml").write_text(
         "<testsuites><testsuite><testcase classname='a' name='good'/>"
         "<testcase classname='a' name='bad'><failure/></testcase>"
-        "<testcase classname='a' name='broken'><error/></testcase>"
-        "<testcase classname='a' name='left'><skipped/></testcase></testsuite></testsuites>"
+        "<testcase classname='a' name='left'><skipped message='no cupy'/></testcase></testsuite></testsuites>"
     )
-    assert gpu.tests_of(path) == {"passed": 1, "skipped": 1, "failed": ["a::bad", "a::broken"]}
+    (tmp_path / "tests-b.xml").write_text(
+        "<testsuites><testsuite><testcase classname='a' name='broken'><error/></testcase>"
+        "<testcase classname='b' name='left'><skipped message='no cupy'/></testcase></testsuite></testsuites>"
+    )
+    (tmp_path / "tests-cut.xml").write_text("<testsuites><testsuite>")
+    counted = {"passed": 1, "skipped": 2, "failed": ["a::bad", "a::broken"], "reasons": {"no cupy": 2}}
+    assert gpu.tests_of(tmp_path) == counted
+    assert "| no cupy | 2 |" in gpu.report(RESULT | {"bars": [], "tests": counted})
+
+
+def test_every_test_on_a_gpu_is_in_one_of_the_runs(tmp_path):
+    runs = gpu._pytest_runs(a_run(tmp_path, device="cuda"))
+    for family in gpu.FAMILIES:
+        for backend in ("cuda", "nvrtc", "triton"):
+            parts = [part for name, (_, part) in runs.items() if name.startswith(f"{family}-{backend}")]
+            count = gpu.PARTS.get((family, backend), 1)
+            assert parts == [f"{i}/{count}" for i in range(count)]
+    assert runs["rest"][0] == ["-m", "gpu", *gpu._other_files(gpu.FAMILIES)]
+    alone = gpu._pytest_runs(a_run(tmp_path, device="cuda", families=("hvp",)))
+    assert set(alone) == {"hvp-cuda", "hvp-nvrtc", "hvp-triton", "rest"}
+    assert all("tests/kernels/hvp/" in path for path in alone["hvp-cuda"][0][4:])
+
+
+def test_parts_of_the_tests_and_their_deadline(tmp_path):
+    """Two parts have each test once, in an order of their own; after the deadline the rest is skipped and says why."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(40))\ndef test_it(i):\n    pass\n"
+    )
+
+    def run(name, **environment):
+        junit = tmp_path / f"tests-{name}.xml"
+        command = [sys.executable, "-m", "pytest", "-p", "gpu_pytest", "-q", f"--junitxml={junit}", str(tmp_path)]
+        path = {"PYTHONPATH": str(ROOT / "bench")}
+        done = subprocess.run(
+            command, env=os.environ | path | environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+        found = ET.parse(junit).getroot().iter("testcase")
+        return [(case.get("name"), case.find("skipped") is not None) for case in found]
+
+    first, second = (run(f"{i}", SECANT_TEST_PART=f"{i}/2") for i in range(2))
+    assert len(first) + len(second) == len({*first, *second}) == 40
+    assert min(len(first), len(second)) > 8
+    names = [int(name[8:-1]) for name, _ in first]
+    assert names != sorted(names)
+    assert all(skipped for _, skipped in run("late", SECANT_TEST_PART="0/2", SECANT_TEST_DEADLINE="1"))
+    assert "out of time" in next(iter(gpu.tests_of(tmp_path)["reasons"]))
+
+
+def test_commands_side_by_side(tmp_path):
+    """Each has its log, its environment and its status, and none waits for another."""
+    code = "import os, sys, time; print(os.environ['A']); time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))"
+    commands = {f"{name}.log": (sys.executable, "-c", code, wait, status) for name, wait, status in (
+        ("a", "0", "0"), ("b", "0", "3"), ("c", "60", "0")
+    )}  # fmt: skip
+    run = a_run(tmp_path)
+    run.deadlines["test"] = time.perf_counter() + 8
+    found = run.together("test", commands | {"d.log": ("no such program",)}, env={"A": "x"}, each={"b.log": {"A": "y"}})
+    assert [one.status for one in found] == [0, 3, "time", 127]
+    assert [(tmp_path / f"{name}.log").read_text().strip() for name in "abc"] == ["x", "y", "x"]
+
+
+def test_the_smallest_calls_launch_every_kernel(monkeypatch):
+    """By the planners alone, for the multiprocessors and the memory of three GPUs."""
+    smallest, occupancy = (load(f"{name}_command", name) for name in ("gpu_smallest", "occupancy"))
+    from secant import backends
+    from secant.ops import lbfgs as ops
+
+    planners = {
+        "lbfgs": occupancy.lbfgs_plan.Launcher, "blocks": occupancy.blocks_plan.Launcher,
+        "hvp": occupancy.hvp_plan.Launcher,
+    }  # fmt: skip
+    for device in (occupancy.H100_DEVICE, occupancy.Device(108, 163 << 10), occupancy.Device(148, 227 << 10)):
+        recorder = occupancy.Recorder(device)
+        launchers = {family: planner(recorder) for family, planner in planners.items()}
+        monkeypatch.setattr(backends, "resolve", lambda family, *_, launchers=launchers: launchers[family])
+        monkeypatch.setattr(ops, "_plans", {})
+        monkeypatch.setattr(ops, "_plain", lambda: None)
+        for calls in smallest.FAMILIES.values():
+            calls(torch.device("cpu"), every=True)
+        assert {item.kernel for item in recorder.found} == set(smallest.kernels())
 
 
 def test_the_report_has_bars_failures_and_losses():

@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--family", choices=("lbfgs", "blocks", "hvp"), help="one family of kernels (default: all)")
     bench.add_argument("--full", action="store_true", help="the blocks of every n from 1 to 64")
+    bench.add_argument(
+        "--seconds", type=float, default=float("inf"), metavar="N", help="begin no further case after so long"
+    )
     bench.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=_file, metavar="FILE", help="draw the results (PNG)")
 
@@ -117,7 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         families = (args.family,) if args.family else bench.FAMILIES
         bench.run(
-            args.device, json_path=args.json, plot_path=args.plot, quick=args.quick, families=families, full=args.full
+            args.device,
+            json_path=args.json,
+            plot_path=args.plot,
+            quick=args.quick,
+            families=families,
+            full=args.full,
+            seconds=args.seconds,
         )
     return 0
 

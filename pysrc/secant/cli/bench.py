@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,22 @@ OVERHEADS = (
 )
 
 
-def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
+class Budget:
+    """Time to begin cases in, and what was left out when it was over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
+        self.left_out: list[str] = []
+
+    def allows(self, label: str, *, first: bool) -> bool:
+        """Whether to begin a case; the first of a list always, so that there is something to show."""
+        if first or time.perf_counter() < self._end:
+            return True
+        self.left_out.append(label)
+        return False
+
+
+def measure_rows(device: torch.device, budget: Budget, *, quick: bool) -> list[Row]:
     """Every group of cases; on a GPU the short ones also as graph replays."""
     rows: list[Row] = []
 
@@ -41,6 +58,8 @@ def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
             if not lbfgs.fits(cases, device):
                 print(f"Left out, for memory: {cases[0].op} {cases[0].shape}.")
                 continue
+            if not budget.allows(f"{cases[0].op} {cases[0].shape}", first=not rows):
+                continue
             seconds = 0.02 if quick else GROUP_SECONDS
             limit = cases[0].op == "two_loop" and not cases[0].batch
             rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, limit=limit)
@@ -50,12 +69,14 @@ def measure_rows(device: torch.device, *, quick: bool) -> list[Row]:
     return rows
 
 
-def measure_overheads(device: torch.device, *, quick: bool) -> list[Overhead]:
+def measure_overheads(device: torch.device, budget: Budget, *, quick: bool) -> list[Overhead]:
     """Both optimizers, outside the closure."""
     cases = OVERHEADS[:1] if quick else OVERHEADS
     found = []
     with console.progress("optimizers") as advance:
         for i, (n, history, search) in enumerate(cases):
+            if not budget.allows(f"optimizers, n = {n:,}, history {history}", first=False):
+                continue
             timings = outside_per_iteration(n, history, device, seconds=0.1 if quick else 2.0, line_search_fn=search)
             found.append(Overhead(n, history, search, timings))
             advance((i + 1) / len(cases), f"n = {n:,}, history {history}")
@@ -106,10 +127,12 @@ def draw(path: Path, rows: Sequence[Row], bandwidth: machine.Bandwidth, about: d
     )
 
 
-def _run_lbfgs(device: torch.device, about: dict[str, Any], plot_path: Path | None, *, quick: bool) -> dict[str, Any]:
+def _run_lbfgs(
+    device: torch.device, about: dict[str, Any], plot_path: Path | None, budget: Budget, *, quick: bool
+) -> dict[str, Any]:
     first = machine.bandwidth(device)
-    rows = measure_rows(device, quick=quick)
-    overheads = measure_overheads(device, quick=quick)
+    rows = measure_rows(device, budget, quick=quick)
+    overheads = measure_overheads(device, budget, quick=quick)
     bandwidth = max(first, machine.bandwidth(device))  # the better of before and after: a disturbance only takes
     about |= {"bandwidth": bandwidth.bytes_per_second, "bandwidth_method": bandwidth.method}
     if device.type == "cuda":
@@ -129,11 +152,15 @@ def _run_lbfgs(device: torch.device, about: dict[str, Any], plot_path: Path | No
     return report.as_json(about, rows, overheads, bars, bandwidth.bytes_per_second)
 
 
-def measure_blocks(cases: Sequence[blocks.Case], device: torch.device, *, quick: bool) -> list[blocks.Row]:
+def measure_blocks(
+    cases: Sequence[blocks.Case], device: torch.device, budget: Budget, *, quick: bool
+) -> list[blocks.Row]:
     """Every case of the `blocks` family."""
     rows: list[blocks.Row] = []
     with console.progress("blocks") as advance:
         for i, case in enumerate(cases):
+            if not budget.allows(f"{case.label}, n = {case.n}, {report.dtype_name(case.dtype)}", first=not rows):
+                continue
             rows += blocks.measure(case, device, seconds=0.0 if quick else BLOCK_SECONDS)
             advance((i + 1) / len(cases), f"{case.label}, n = {case.n}")
     return rows
@@ -146,6 +173,8 @@ def draw_blocks(path: Path, rows: Sequence[blocks.Row], about: dict[str, Any]) -
     columns = []
     for op, assume in blocks.KINDS:
         chosen = [row for row in rows if row.case[:2] == (op, assume) and row.case.dtype is torch.float32]
+        if not chosen:
+            continue
         seconds: dict[str, dict[int, float]] = {}
         shares: dict[str, dict[int, float]] = {}
         for row in chosen:
@@ -166,9 +195,10 @@ def draw_blocks(path: Path, rows: Sequence[blocks.Row], about: dict[str, Any]) -
 
 
 def _run_blocks(
-    device: torch.device, about: dict[str, Any], plot_path: Path | None, *, quick: bool, full: bool
+    device: torch.device, about: dict[str, Any], plot_path: Path | None, budget: Budget, *, quick: bool, full: bool
 ) -> dict[str, Any]:
-    rows = measure_blocks(blocks.small_cases() if quick else blocks.cases(device, full=full), device, quick=quick)
+    cases = blocks.small_cases() if quick else blocks.cases(device, full=full)
+    rows = measure_blocks(cases, device, budget, quick=quick)
     console.show(blocks_report.rows_table(rows, device))
     if found := blocks_report.verdicts(rows, device):
         console.show(blocks_report.bars_table(found))
@@ -206,13 +236,15 @@ def draw_products(path: Path, rows: Sequence[hvp.Row], bandwidth: float, about: 
 
 
 def _run_products(
-    device: torch.device, about: dict[str, Any], plot_path: Path | None, *, quick: bool
+    device: torch.device, about: dict[str, Any], plot_path: Path | None, budget: Budget, *, quick: bool
 ) -> dict[str, Any]:
     first = machine.bandwidth(device)
     rows: list[hvp.Row] = []
     cases = hvp.small_cases() if quick else hvp.cases(device)
     with console.progress("products") as advance:
         for i, case in enumerate(cases):
+            if not budget.allows(f"{case.label}, {report.dtype_name(case.dtype)}", first=not rows):
+                continue
             seconds = 0.02 if quick else PRODUCT_SECONDS
             rows += hvp.measure(case, device, seconds=seconds, compiled=not quick)
             advance((i + 1) / len(cases), case.label)
@@ -235,6 +267,7 @@ def run(
     quick: bool = False,
     families: Sequence[str] = FAMILIES,
     full: bool = False,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Run the benchmarks, print the tables, and write what is asked for.
 
@@ -242,12 +275,13 @@ def run(
         device: where. json_path, plot_path: files to write; with several families, the first has the picture
             of this name and each other one goes to *-family; the roofline of all goes to *-roofline.
         quick: small inputs, short samples, no torch.compile. families: of `FAMILIES`. full: every n of the blocks.
+        seconds: no case begins later than this after the start; what is left out is printed, and in the data.
 
     Returns:
         The plain data: "machine", "rates", what `report.as_json` returns, and as "blocks" and "hvp" what the `as_json`
         of each returns.
     """
-    about = machine.describe(device)
+    about, budget = machine.describe(device), Budget(seconds)
     result: dict[str, Any] = {"machine": about, "rates": machine.rates(device, small=quick)}
     lost: list[str] = []
 
@@ -256,14 +290,17 @@ def run(
         return plot_path if alone or plot_path is None else plot_path.with_stem(f"{plot_path.stem}-{family}")
 
     if "lbfgs" in families:
-        result |= _run_lbfgs(device, about, picture("lbfgs"), quick=quick)
+        result |= _run_lbfgs(device, about, picture("lbfgs"), budget, quick=quick)
         lost += result["lost"]
     if "blocks" in families:
-        result["blocks"] = _run_blocks(device, about, picture("blocks"), quick=quick, full=full)
+        result["blocks"] = _run_blocks(device, about, picture("blocks"), budget, quick=quick, full=full)
         lost += result["blocks"]["lost"]
     if "hvp" in families:
-        result["hvp"] = _run_products(device, about, picture("hvp"), quick=quick)
+        result["hvp"] = _run_products(device, about, picture("hvp"), budget, quick=quick)
         lost += result["hvp"]["lost"]
+    result["left_out"] = budget.left_out
+    if budget.left_out:
+        print("\n  ".join(["Left out, for time:", *budget.left_out]))
     console.show(
         report.Table("Machine", ("", ""), [(key.replace("_", " "), str(value)) for key, value in about.items()])
     )
