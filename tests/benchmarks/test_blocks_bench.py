@@ -12,7 +12,7 @@ import torch
 
 from secant import backends
 from secant.__main__ import main
-from secant.benchmarks import blocks, blocks_report
+from secant.benchmarks import blocks, blocks_report, report
 from secant.benchmarks.blocks import COPY, THRESHOLD, Case, Problem, Row, contenders, measure
 from secant.benchmarks.timing import HostClock
 
@@ -121,7 +121,7 @@ def test_a_wrong_answer_has_no_speed(monkeypatch, value):
 
     monkeypatch.setattr(auto, "inv", wrong)
     rows = measure(case, CPU, seconds=0.0)
-    own = blocks_report.own(rows, case)
+    own = report.find(rows, case)
     assert (own.name, own.seconds, own.best, own.bytes_per_second, own.correct) == (first, None, None, None, False)
     assert own.note == "wrong answer"
     assert all(row.seconds for row in rows if row is not own)

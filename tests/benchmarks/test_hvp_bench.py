@@ -10,7 +10,7 @@ import torch
 
 from secant import backends
 from secant.__main__ import main
-from secant.benchmarks import hvp
+from secant.benchmarks import hvp, report
 from secant.benchmarks.hvp import READ, Case, Problem, Row, contenders, measure
 
 CPU = torch.device("cpu")
@@ -59,9 +59,9 @@ def test_a_wrong_answer_has_no_speed(monkeypatch, value):
 
     monkeypatch.setattr(backend, "glm_hvp", wrong)
     rows = measure(case, CPU, seconds=0.0, compiled=False)
-    ours = hvp.own(rows, case)
+    ours = report.find(rows, case)
     assert (ours.name, ours.seconds, ours.bytes_per_second, ours.note) == (first, None, None, "wrong answer")
-    assert hvp.named(rows, case, "eager").seconds > 0
+    assert report.find(rows, case, "eager").seconds > 0
     assert any("wrong answer" in line for line in hvp.losses(rows))
 
 
@@ -71,8 +71,8 @@ def test_a_peer_that_fails_fails_alone(monkeypatch):
 
     monkeypatch.setattr(hvp, "_softmax_hvp", broken)
     rows = measure(CASES[3], CPU, seconds=0.0, compiled=False)
-    assert hvp.named(rows, CASES[3], "eager").note == "failed: RuntimeError"
-    assert hvp.own(rows, CASES[3]).seconds > 0
+    assert report.find(rows, CASES[3], "eager").note == "failed: RuntimeError"
+    assert report.find(rows, CASES[3]).seconds > 0
 
 
 def test_the_bars_are_those_of_the_full_cases():
@@ -84,7 +84,7 @@ def test_the_bars_are_those_of_the_full_cases():
         rows += [row(case, "cpu", "backend", 1.0), row(case, "eager", "peer", 5.0), row(case, READ, "limit", 1.0)]
     bars = {bar.measure: bar for bar in hvp.cpu_bars(rows)}
     assert len(bars) == 9
-    assert bars["glm_hvp 200,000 x 784, k = 8 against eager, times faster"] == hvp.Bar(
+    assert bars["glm_hvp 200,000 x 784, k = 8 against eager, times faster"] == report.Bar(
         "glm_hvp 200,000 x 784, k = 8 against eager, times faster", 8.0, True, 5.0
     )
     assert [bar.met for bar in bars.values()].count(False) == 2

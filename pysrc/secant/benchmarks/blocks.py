@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import secant
-from secant import backends
+from secant.benchmarks import choice
 from secant.benchmarks.timing import Clock, Timed, clock_for, interleaved
 
 #: Elements of a batch: n^2 times the number of blocks. On a GPU more than its cache holds.
@@ -236,9 +236,7 @@ def peers(case: Case, device: torch.device) -> dict[str, Compute]:
 
 def serving(case: Case, device: torch.device) -> list[str]:
     """The backends that can serve a case, the one that `auto` takes first."""
-    names = backends.preferences("blocks", device, case.function, case.n)
-    loaded = ((name, backends.load("blocks", name)) for name in names)
-    return [name for name, x in loaded if not isinstance(x, str) and x.supports(device, case.dtype) is None]
+    return choice.serving("blocks", device, case.dtype, case.function, case.n)
 
 
 def _ours(case: Case, out: Tensor) -> Compute:
@@ -298,12 +296,7 @@ def contenders(problem: Problem, wanted: Wanted = everything) -> list[Contender]
     """Every backend that serves the case, what `auto` takes first, then every peer."""
     case, names = problem.case, serving(problem.case, problem.device)
     compute = _ours(case, torch.empty_like(problem.b if case.op == "block_solve" else problem.a))
-    found = []
-    for name in names:
-        # What `auto` serves is timed as a user calls it. An explicit choice is entered outside the time.
-        auto = name == names[0] and secant.current_backend() == "auto"
-        around = contextlib.nullcontext if auto else functools.partial(secant.use_backend, name)
-        found.append(Contender(name, "backend", compute, name != "reference", around))
+    found = [Contender(name, "backend", compute, name != "reference", choice.around(name, names)) for name in names]
     found += [Contender(name, "peer", function, False) for name, function in peers(case, problem.device).items()]
     return [one for one in found if wanted(case, one.name)]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from secant.benchmarks.blocks import COPY, THRESHOLD, Case, Row, batch_of
-from secant.benchmarks.report import Table, dtype_name, times
+from secant.benchmarks.report import Table, dtype_name, find, ratio, times
 
 
 class Goal(NamedTuple):
@@ -102,16 +102,6 @@ class Verdict(NamedTuple):
         return f"{self.goal.text(self.case.dtype)}: {word}"
 
 
-def named(rows: Iterable[Row], case: Case, name: str) -> Row | None:
-    """The row of a case with this name."""
-    return next((row for row in rows if row.case == case and row.name == name), None)
-
-
-def own(rows: Iterable[Row], case: Case) -> Row | None:
-    """The row of what `auto` takes."""
-    return next((row for row in rows if row.case == case and row.kind == "backend"), None)
-
-
 def fastest(rows: Iterable[Row], case: Case, names: Sequence[str] | None = None) -> Row | None:
     """The row of the fastest peer, of those named if any are."""
     found = [
@@ -122,16 +112,9 @@ def fastest(rows: Iterable[Row], case: Case, names: Sequence[str] | None = None)
     return min(found, key=lambda row: row.seconds or 0.0, default=None)
 
 
-def ratio(slow: Row | None, fast: Row | None) -> float | None:
-    """How many times longer `slow` takes; None when either was not measured or was wrong."""
-    if slow is None or fast is None or slow.seconds is None or fast.seconds is None:
-        return None
-    return slow.seconds / fast.seconds
-
-
 def of_copy(rows: Iterable[Row], row: Row) -> float | None:
     """Share of the bandwidth of the copy of the same run."""
-    copy = named(rows, row.case, COPY)
+    copy = find(rows, row.case, COPY)
     if copy is None or row.bytes_per_second is None or copy.bytes_per_second is None:
         return None
     return row.bytes_per_second / copy.bytes_per_second
@@ -142,11 +125,11 @@ def verdicts(rows: Sequence[Row], device: torch.device) -> list[Verdict]:
     found = []
     for case in dict.fromkeys(row.case for row in rows):
         for goal in goals(case, device):
-            ours = own(rows, case)
+            ours = find(rows, case)
             if goal.at_least:
                 measured = ratio(fastest(rows, case, goal.against), ours)
             else:
-                measured = ratio(ours, named(rows, case, COPY))
+                measured = ratio(ours, find(rows, case, COPY))
             found.append(Verdict(case, goal, measured))
     return found
 
@@ -175,10 +158,10 @@ def rows_table(rows: Sequence[Row], device: torch.device) -> Table:
     lines = []
     for row in rows:
         case = row.case
-        if row.kind != "backend" or (row.name == "reference" and row is not own(rows, case)):
+        if row.kind != "backend" or (row.name == "reference" and row is not find(rows, case)):
             continue
         peer, share, rate = fastest(rows, case), of_copy(rows, row), row.bytes_per_second
-        bars = [verdict.text for verdict in found if verdict.case == case] if row is own(rows, case) else []
+        bars = [verdict.text for verdict in found if verdict.case == case] if row is find(rows, case) else []
         lines.append(
             (
                 case.label,
@@ -229,7 +212,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
         label = f"{row.case.label}, n = {row.case.n}, {dtype_name(row.case.dtype)}"
         if row.kind == "backend" and not row.correct:
             lost.append(f"{label}: {row.name} gives a wrong answer (ratio {row.error:.1e})")
-        ours = own(rows, row.case)
+        ours = find(rows, row.case)
         value = ratio(row, ours) if row.kind == "peer" else None
         if ours is not None and value is not None and value < 1:
             lost.append(f"{label}: {ours.name} takes {times(1 / value)} the time of {row.name}")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import secant
 from secant import backends
-from secant.benchmarks import machine
-from secant.benchmarks.report import Table, dtype_name, duration, times
+from secant.benchmarks import choice, machine
+from secant.benchmarks.report import Bar, Table, dtype_name, duration, find, ratio, times
 from secant.benchmarks.timing import Timed, clock_for, interleaved
 
 #: Name of the row that says how long reading X once takes.
@@ -224,9 +224,7 @@ class Row(NamedTuple):
 
 def serving(case: Case, device: torch.device) -> list[str]:
     """The backends that can serve a case, the one that `auto` takes first."""
-    names = backends.preferences("hvp", device, case.op, case.d)
-    loaded = ((name, backends.load("hvp", name)) for name in names)
-    return [name for name, x in loaded if not isinstance(x, str) and x.supports(device, case.dtype) is None]
+    return choice.serving("hvp", device, case.dtype, case.op, case.d)
 
 
 class Contender(NamedTuple):
@@ -245,9 +243,7 @@ def contenders(problem: Problem, *, compiled: bool = True, reference: bool = Fal
     for name in names:
         if name == "reference" and not reference and name != names[0]:
             continue
-        auto = name == names[0] and secant.current_backend() == "auto"
-        around = contextlib.nullcontext if auto else functools.partial(secant.use_backend, name)
-        found.append(Contender(name, "backend", _ours(problem), around))
+        found.append(Contender(name, "backend", _ours(problem), choice.around(name, names)))
     for name, call in peers(problem).items():
         if compiled or name != "compiled":
             found.append(Contender(name, "peer", call))
@@ -284,7 +280,7 @@ def measure(
         if error < limit:
             timed[one.name] = Timed([one.call], one.around)
     if device.type == "cpu" and machine.can_read() and case.op != "cross_entropy_hvp":
-        timed[READ] = Timed([functools.partial(machine.read_once, problem.x)])
+        timed[READ] = Timed([functools.partial(machine.read, 1, problem.x)])
     timings = interleaved(timed, clock_for(device), seconds=seconds)
 
     def row(name: str, kind: str) -> Row:
@@ -323,44 +319,11 @@ def small_cases() -> list[Case]:
 # --------------------------------------------------------------------------------------------------------- the report
 
 
-def own(rows: Sequence[Row], case: Case) -> Row | None:
-    """The row of what `auto` takes."""
-    return next((row for row in rows if row.case == case and row.kind == "backend"), None)
-
-
-def named(rows: Sequence[Row], case: Case, name: str) -> Row | None:
-    """The row of a case with this name."""
-    return next((row for row in rows if row.case == case and row.name == name), None)
-
-
-def ratio(slow: Row | None, fast: Row | None) -> float | None:
-    """How many times longer `slow` takes; None when either was not measured or was wrong."""
-    if slow is None or fast is None or slow.seconds is None or fast.seconds is None:
-        return None
-    return slow.seconds / fast.seconds
-
-
-class Bar(NamedTuple):
-    """A target; measured None: this run cannot tell."""
-
-    measure: str
-    target: float
-    at_least: bool
-    measured: float | None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether it is reached."""
-        if self.measured is None:
-            return None
-        return self.measured >= self.target if self.at_least else self.measured <= self.target
-
-
 def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
     """The targets for two cores with AVX2."""
     found = []
     for case in dict.fromkeys(row.case for row in rows):
-        ours, eager = own(rows, case), named(rows, case, "eager")
+        ours, eager = find(rows, case), find(rows, case, "eager")
         target = {
             ("glm_hvp", 1): 2.5, ("glm_hvp", 8): 8.0, ("glm_value_grad", 1): 3.0, ("softmax_hvp", 10): 3.0
         }.get((case.op, case.k))  # fmt: skip
@@ -368,7 +331,7 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
             continue
         found.append(Bar(f"{case.label} against eager, times faster", target, True, ratio(eager, ours)))
         if case[:4] == ("glm_hvp", 200_000, 784, 1):
-            read = named(rows, case, READ)
+            read = find(rows, case, READ)
             found.append(Bar(f"{case.label} against {READ}, times longer", 1.5, False, ratio(ours, read)))
     return found
 
@@ -377,7 +340,7 @@ def gpu_bars(rows: Sequence[Row], bandwidth: float) -> list[Bar]:
     """The targets for an H100: shares of the copy bandwidth."""
     found = []
     for case in dict.fromkeys(row.case for row in rows):
-        ours = own(rows, case)
+        ours = find(rows, case)
         rate = ours.bytes_per_second if ours is not None else None
         share = None if rate is None else rate / bandwidth
         if case.op == "glm_hvp" and case.k == 1 and case.matrix_bytes > 1 << 28:
@@ -391,7 +354,7 @@ def rows_table(rows: Sequence[Row], bandwidth: float) -> Table:
     """A line per row."""
     lines = []
     for row in rows:
-        rate, ours = row.bytes_per_second, own(rows, row.case)
+        rate, ours = row.bytes_per_second, find(rows, row.case)
         faster = times(ratio(row, ours)) if row.kind == "peer" else "-"
         lines.append(
             (
@@ -410,26 +373,11 @@ def rows_table(rows: Sequence[Row], bandwidth: float) -> Table:
     return Table("Products", columns, lines, ("GB/s counts the bytes that must be moved, X once.",))
 
 
-def bars_table(bars: Sequence[Bar]) -> Table:
-    """The targets and what was measured."""
-    word = {None: "not measured", True: "met", False: "NOT MET"}
-    lines = [
-        (
-            x.measure,
-            f"{'≥' if x.at_least else '≤'} {x.target:g}",
-            "-" if x.measured is None else f"{x.measured:.3g}",
-            word[x.met],
-        )
-        for x in bars
-    ]
-    return Table("Bars of the products", ("measure", "bar", "measured", ""), lines)
-
-
 def losses(rows: Sequence[Row]) -> list[str]:
     """Every comparison that we lose, in words, and any wrong answer of ours."""
     lost = []
     for row in rows:
-        ours = own(rows, row.case)
+        ours = find(rows, row.case)
         label = f"{row.case.label}, {dtype_name(row.case.dtype)}"
         if row.kind == "backend" and row.seconds is None:
             lost.append(f"{label}: {row.name} gives a wrong answer (error {row.error:.1e})")

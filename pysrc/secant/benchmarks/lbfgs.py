@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 import secant
-from secant import backends
-from secant.benchmarks import machine, peers
+from secant.benchmarks import choice, machine, peers
 from secant.benchmarks.timing import Timed, clock_for, interleaved, replayed
 
 #: Largest history that the reference, which widens all of it to float64 several times over, is asked to handle.
@@ -169,20 +167,13 @@ class Contender(NamedTuple):
 
 def serving(case: Case, device: torch.device) -> list[str]:
     """The backends that can serve a case, the one that `auto` takes first."""
-    names = []
-    for name in backends.preferences("lbfgs", device, case.function, case.n):
-        found = backends.load("lbfgs", name)
-        usable = not isinstance(found, str) and found.supports(device, case.dtype) is None
-        elements = case.history_bytes // case.storage.itemsize
-        if usable and not (name == "reference" and elements > REFERENCE_ELEMENTS):
-            names.append(name)
-    return names
+    names = choice.serving("lbfgs", device, case.dtype, case.function, case.n)
+    large = case.history_bytes // case.storage.itemsize > REFERENCE_ELEMENTS
+    return [name for name in names if not (large and name == "reference")]
 
 
-def _backend(case: Case, problem: Problem, name: str, *, first: bool) -> Contender:
-    # What `auto` serves is timed as a user calls it. An explicit choice is entered outside the time.
-    auto = first and secant.current_backend() == "auto"
-    around = contextlib.nullcontext if auto else functools.partial(secant.use_backend, name)
+def _backend(case: Case, problem: Problem, name: str, names: Sequence[str]) -> Contender:
+    around = choice.around(name, names)
     with around():
         calls, probe = _two_loop_calls(case, problem) if case.op == "two_loop" else _history_calls(case, problem)
     return Contender(case, name, "backend", Timed(calls, around), probe)
@@ -278,7 +269,7 @@ def everything(case: Case, name: str) -> bool:
 def contenders(case: Case, problem: Problem, wanted: Wanted = everything) -> list[Contender]:
     """Every backend that serves the case, what `auto` takes first, then every peer, on one input."""
     names = serving(case, problem.device)
-    own = [_backend(case, problem, name, first=name == names[0]) for name in names if wanted(case, name)]
+    own = [_backend(case, problem, name, names) for name in names if wanted(case, name)]
     return own + [_peer(case, problem, name) for name in peer_names(case) if wanted(case, name)]
 
 
@@ -347,7 +338,7 @@ def measure(
             turn = Timed([call for one in group for call in one.timed.calls], first.timed.around)
             timed[first.case, first.name] = replayed(turn, device) if graph and first.capturable else turn
     if limit and device.type == "cpu" and machine.can_read():
-        timed[cases[0], LIMIT] = Timed([functools.partial(machine.read_twice, problems[0].s, problems[0].y)])
+        timed[cases[0], LIMIT] = Timed([functools.partial(machine.read, 2, problems[0].s, problems[0].y)])
     timings = interleaved(timed, clock_for(device), seconds=seconds)
     rows = []
     for (first, *_), check in zip(groups, checks, strict=True):

@@ -74,20 +74,14 @@ def rates(device: torch.device, *, small: bool = False) -> dict[str, float]:
     return found
 
 
-def read_twice(*tensors: torch.Tensor) -> None:
-    """Read each tensor twice with every thread: the memory limit of the direction, as a contender on a CPU."""
+def read(times: int, *tensors: torch.Tensor) -> None:
+    """Read each tensor so many times with every thread: the memory limit of what must, as a contender on a CPU."""
     for x in tensors:
-        _cpu.read_bandwidth(x.data_ptr(), x.numel() * x.element_size(), 2)
-
-
-def read_once(*tensors: torch.Tensor) -> None:
-    """Read each tensor once with every thread: the memory limit of a pass over X, as a contender on a CPU."""
-    for x in tensors:
-        _cpu.read_bandwidth(x.data_ptr(), x.numel() * x.element_size(), 1)
+        _cpu.read_bandwidth(x.data_ptr(), x.numel() * x.element_size(), times)
 
 
 def can_read() -> bool:
-    """Whether `read_once` and `read_twice` work here."""
+    """Whether `read` works here."""
     return _cpu is not None
 
 

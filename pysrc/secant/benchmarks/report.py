@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -40,7 +40,34 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def ratio(slow: Row | None, fast: Row | None) -> float | None:
+class Measured(Protocol):
+    """A row of any family."""
+
+    @property
+    def case(self) -> Any:
+        """What was computed."""
+
+    @property
+    def name(self) -> str:
+        """By whom."""
+
+    @property
+    def kind(self) -> str:
+        """Is it a backend, a peer or a limit."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Median time; None when it was not measured or was wrong."""
+
+    @property
+    def note(self) -> str:
+        """What is to be said of it."""
+
+
+R = TypeVar("R", bound=Measured)
+
+
+def ratio(slow: Measured | None, fast: Measured | None) -> float | None:
     """How many times longer `slow` took; None when either was not measured or was wrong."""
     if slow is None or fast is None or slow.seconds is None or fast.seconds is None:
         return None
@@ -85,7 +112,7 @@ class Bar(NamedTuple):
         return self.measured >= self.target if self.at_least else self.measured <= self.target
 
 
-def find(rows: Sequence[Row], case: Case, name: str | None = None, *, note: str | None = None) -> Row | None:
+def find(rows: Iterable[R], case: object, name: str | None = None, *, note: str | None = None) -> R | None:
     """The first row of a case: by name, or of what `auto` takes; and with this note, when one is given."""
     for row in rows:
         if row.case == case and (row.name == name if name else row.kind == "backend") and note in (None, row.note):
@@ -201,7 +228,7 @@ def overheads_table(overheads: Sequence[Overhead]) -> Table:
     return Table("Outside the closure, per iteration", columns, rows)
 
 
-def bars_table(bars: Sequence[Bar]) -> Table:
+def bars_table(bars: Sequence[Bar], title: str = "Bars") -> Table:
     """Bar, measured, met or not."""
     rows = []
     for bar in bars:
@@ -210,7 +237,7 @@ def bars_table(bars: Sequence[Bar]) -> Table:
         rows.append(
             (bar.measure, f"{sign} {bar.target:g}", "-" if bar.measured is None else f"{bar.measured:.3g}", verdict)
         )
-    return Table("Bars", ("measure", "bar", "measured", ""), rows)
+    return Table(title, ("measure", "bar", "measured", ""), rows)
 
 
 def losses(rows: Sequence[Row], overheads: Iterable[Overhead]) -> list[str]:

@@ -184,7 +184,7 @@ def draw_blocks(path: Path, rows: Sequence[blocks.Row], about: dict[str, Any]) -
             if share is not None and row.name != "reference":  # which is far below everything
                 shares.setdefault(row.name, {})[row.case.n] = share
         slower = (
-            blocks_report.ratio(blocks_report.fastest(rows, case), blocks_report.own(rows, case))
+            report.ratio(blocks_report.fastest(rows, case), report.find(rows, case))
             for case in dict.fromkeys(row.case for row in chosen)
         )
         found = [x for x in slower if x is not None]
@@ -214,12 +214,12 @@ def draw_products(path: Path, rows: Sequence[hvp.Row], bandwidth: float, about: 
 
     shares, compared = [], []
     for case in dict.fromkeys(row.case for row in rows):
-        ours = hvp.own(rows, case)
+        ours = report.find(rows, case)
         if ours is None or ours.bytes_per_second is None:
             continue
         label = f"{case.label}, {report.dtype_name(case.dtype)}"
         shares.append((label, ours.bytes_per_second / bandwidth))
-        peers = {row.name: hvp.ratio(row, ours) for row in rows if row.case == case and row.kind == "peer"}
+        peers = {row.name: report.ratio(row, ours) for row in rows if row.case == case and row.kind == "peer"}
         compared.append((label, {name: value for name, value in peers.items() if value is not None}))
     found = [value for _, values in compared for value in values.values()]
     plot.save_products(
@@ -252,7 +252,7 @@ def _run_products(
     bars = hvp.gpu_bars(rows, rate) if device.type == "cuda" else hvp.cpu_bars(rows)
     console.show(hvp.rows_table(rows, rate))
     if bars:
-        console.show(hvp.bars_table(bars))
+        console.show(report.bars_table(bars, "Bars of the products"))
     if plot_path is not None:
         draw_products(plot_path, rows, rate, about)
         print(f"Wrote {plot_path}.")
