@@ -15,7 +15,7 @@ import os
 import pytest
 import torch
 
-from secant.benchmarks import blocks, blocks_report
+from secant.benchmarks import blocks, blocks_report, report
 from secant.benchmarks.blocks import Case, Problem
 
 DEVICE = torch.device(os.environ.get("SECANT_BENCH_DEVICE", "cpu"))
@@ -27,7 +27,7 @@ CASES = blocks.small_cases() if QUICK else blocks.cases(DEVICE, full=True)
 
 
 def _label(case: Case) -> str:
-    return f"{case.label.replace(', ', ' ')} n={case.n:02} {blocks_report.dtype_name(case.dtype)}"
+    return f"{case.label.replace(', ', ' ')} n={case.n:02} {report.dtype_name(case.dtype)}"
 
 
 #: By case, so that one batch is in memory at a time.
@@ -38,7 +38,7 @@ PARAMETERS = [
 ]
 
 
-class _Group:
+class Group:
     """The rows taken in turns, and one problem with its contenders."""
 
     def __init__(self, case: Case) -> None:
@@ -47,41 +47,20 @@ class _Group:
         self.contenders = {one.name: one for one in blocks.contenders(self.problem)}
 
 
-@pytest.fixture(scope="session")
-def group_of():
-    held: dict[Case, _Group] = {}
-
-    def get(case: Case) -> _Group:
-        if case not in held:
-            held.clear()
-            held[case] = _Group(case)
-        return held[case]
-
-    return get
-
-
-def _synchronised(call):
-    def run():
-        call()
-        torch.cuda.synchronize(DEVICE)
-
-    return run
-
-
 @pytest.mark.parametrize(("case", "name"), PARAMETERS)
-def test_block(benchmark, group_of, case, name):
+def test_block(benchmark, group_of, to_the_end, case, name):
     group = group_of(case)
-    row, contender = blocks_report.named(group.rows, case, name), group.contenders[name]
+    row, contender = report.find(group.rows, case, name), group.contenders[name]
     assert row.correct, f"{row.note}: test ratio {row.error:.1e}: a wrong answer has no speed"
     call = contender.on(group.problem, row.blocks)
     benchmark.group = _label(case)
     with contender.around():
-        benchmark.pedantic(call if DEVICE.type == "cpu" else _synchronised(call), rounds=ROUNDS, warmup_rounds=WARM_UP)
+        benchmark.pedantic(to_the_end(call, DEVICE), rounds=ROUNDS, warmup_rounds=WARM_UP)
     benchmark.extra_info.update(
         blocks=row.blocks,
         ns_per_block=row.seconds * 1e9,
         GB_per_s=row.bytes_per_second / 1e9,
         of_copy_bandwidth=blocks_report.of_copy(group.rows, row),
-        times_slower_fastest_peer=blocks_report.ratio(blocks_report.fastest(group.rows, case), row),
+        times_slower_fastest_peer=report.ratio(blocks_report.fastest(group.rows, case), row),
         error=row.error,
     )

@@ -45,7 +45,7 @@ SHAPES = ((4000, 20), (2000, 60)) if QUICK else ((150_000, 200), (30_000, 900))
 CASES = [Case(*shape, smallest) for shape in SHAPES for smallest in (1.0, 1e-2)]
 
 
-class Problem:
+class Group:
     """Features and labels of a case, and the objective at any coefficients."""
 
     def __init__(self, case: Case) -> None:
@@ -68,36 +68,23 @@ class Problem:
         return float((np.logaddexp(0.0, z) - self.y * z).sum() + 0.5 * coef @ coef)
 
 
-def _secant(problem: Problem, solver: str):
+def _secant(problem: Group, solver: str):
     result = secant.glm.fit(problem.x, problem.y, l2=1.0, solver=solver)
     return result.coef.numpy(), float(result.intercept), result.n_iter
 
 
-def _scikit_learn(problem: Problem, solver: str):
+def _scikit_learn(problem: Group, solver: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = linear_model.LogisticRegression(solver=solver, tol=1e-4, max_iter=300).fit(problem.x, problem.y)
     return model.coef_[0], float(model.intercept_[0]), int(model.n_iter_[0])
 
 
-@pytest.fixture(scope="module")
-def problem_of():
-    held: dict[Case, Problem] = {}
-
-    def get(case: Case) -> Problem:
-        if case not in held:
-            held.clear()
-            held[case] = Problem(case)
-        return held[case]
-
-    return get
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("library", ["secant", "scikit-learn"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_glm_fit(benchmark, problem_of, case, library, solver):
-    problem = problem_of(case)
+def test_glm_fit(benchmark, group_of, case, library, solver):
+    problem = group_of(case)
     fit, rounds = (_secant, 3) if library == "secant" else (_scikit_learn, 1)
     benchmark.group = case.label
     coef, intercept, iterations = benchmark.pedantic(fit, args=(problem, solver), rounds=rounds, warmup_rounds=0)

@@ -15,7 +15,7 @@ import os
 import pytest
 import torch
 
-from secant.benchmarks import hvp
+from secant.benchmarks import hvp, report
 from secant.benchmarks.hvp import Case, Problem
 
 DEVICE = torch.device(os.environ.get("SECANT_BENCH_DEVICE", "cpu"))
@@ -24,25 +24,12 @@ SECONDS, ROUNDS, WARM_UP = (0.0, 3, 1) if QUICK else (1.0, 5, 1)
 CASES = hvp.small_cases() if QUICK else hvp.cases(DEVICE)
 
 
-class _Group:
+class Group:
     """The rows taken in turns, and one problem with its contenders."""
 
     def __init__(self, case: Case) -> None:
         self.rows = hvp.measure(case, DEVICE, seconds=SECONDS, compiled=not QUICK)
         self.contenders = {one.name: one for one in hvp.contenders(Problem(case, DEVICE), compiled=not QUICK)}
-
-
-@pytest.fixture(scope="session")
-def group_of():
-    held: dict[Case, _Group] = {}
-
-    def get(case: Case) -> _Group:
-        if case not in held:
-            held.clear()
-            held[case] = _Group(case)
-        return held[case]
-
-    return get
 
 
 def _names(case: Case) -> list[str]:
@@ -51,34 +38,28 @@ def _names(case: Case) -> list[str]:
 
 
 PARAMETERS = [
-    pytest.param(case, name, id=f"{case.label} {hvp.dtype_name(case.dtype)} {name}")
+    pytest.param(case, name, id=f"{case.label} {report.dtype_name(case.dtype)} {name}")
     for case in CASES
     for name in _names(case)
 ]
 
 
 @pytest.mark.parametrize(("case", "name"), PARAMETERS)
-def test_hvp(benchmark, group_of, case, name):
+def test_hvp(benchmark, group_of, to_the_end, case, name):
     group = group_of(case)
-    row = hvp.named(group.rows, case, name)
+    row = report.find(group.rows, case, name)
     assert row is not None
     assert row.note == "" or row.kind == "peer", f"{name}: {row.note}"
     if row.seconds is None:
         pytest.skip(row.note)
-    benchmark.group = f"{case.label}, {hvp.dtype_name(case.dtype)}"
+    benchmark.group = f"{case.label}, {report.dtype_name(case.dtype)}"
     benchmark.extra_info.update(
         {
             "GB/s": row.bytes_per_second / 1e9,
             "error": row.error,
-            "times longer than ours": hvp.ratio(row, hvp.own(group.rows, case)),
+            "times longer than ours": report.ratio(row, report.find(group.rows, case)),
         }
     )
     one = group.contenders[name]
-
-    def run():
-        one.call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
-
     with one.around():
-        benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARM_UP)
+        benchmark.pedantic(to_the_end(one.call, DEVICE), rounds=ROUNDS, warmup_rounds=WARM_UP)

@@ -90,7 +90,7 @@ def _flat(result: object) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-class _Group:
+class Group:
     """The products of one batch, checked, and their times in turns."""
 
     def __init__(self, batch: int) -> None:
@@ -106,34 +106,14 @@ class _Group:
         self.timings = interleaved(timed, clock_for(DEVICE), seconds=SECONDS)
 
 
-@pytest.fixture(scope="session")
-def group_of():
-    held: dict[int, _Group] = {}
-
-    def get(batch: int) -> _Group:
-        if batch not in held:
-            held.clear()
-            held[batch] = _Group(batch)
-        return held[batch]
-
-    return get
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_mlp_product(benchmark, group_of, batch, name):
+def test_mlp_product(benchmark, group_of, to_the_end, batch, name):
     group = group_of(batch)
     # Products of a few hundred terms each, through three layers: a wrong answer has no speed.
     assert group.errors.get(name, 0.0) < 100 * torch.finfo(torch.float32).eps
-    call = group.calls[name]
-
-    def run():
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
-
     benchmark.group = f"Hessian product, MLP 64-256-256-10, batch {batch:,}"
-    benchmark.pedantic(run, rounds=3 if QUICK else 50, warmup_rounds=3)
+    benchmark.pedantic(to_the_end(group.calls[name], DEVICE), rounds=3 if QUICK else 50, warmup_rounds=3)
     ours = group.timings["secant"]
     benchmark.extra_info.update(
         milliseconds_in_turns=group.timings[name].median * 1e3,

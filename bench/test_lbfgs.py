@@ -51,7 +51,7 @@ def bandwidth() -> machine.Bandwidth:
     return machine.bandwidth(DEVICE)
 
 
-class _Group:
+class Group:
     """The rows taken in turns, and one problem with its contenders."""
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
@@ -61,29 +61,8 @@ class _Group:
         self.contenders = {(c.case, c.name): c for c in found}
 
 
-@pytest.fixture(scope="session")
-def group_of():
-    held: dict[tuple[Case, ...], _Group] = {}
-
-    def get(cases: tuple[Case, ...]) -> _Group:
-        if cases not in held:
-            held.clear()
-            held[cases] = _Group(cases)
-        return held[cases]
-
-    return get
-
-
-def _synchronised(call):
-    def run():
-        call()
-        torch.cuda.synchronize(DEVICE)
-
-    return run
-
-
 @pytest.mark.parametrize(("cases", "case", "name"), PARAMETERS)
-def test_direction(benchmark, group_of, bandwidth, cases, case, name):
+def test_direction(benchmark, group_of, to_the_end, bandwidth, cases, case, name):
     group = group_of(cases)
     row, contender = report.find(group.rows, case, name), group.contenders[case, name]
     assert row.correct, f"error {row.error:.1e} over {row.tolerance:.1e}: a wrong answer has no speed"
@@ -95,7 +74,7 @@ def test_direction(benchmark, group_of, bandwidth, cases, case, name):
 
     benchmark.group = _label(case)
     with contender.timed.around():
-        benchmark(call if DEVICE.type == "cpu" else _synchronised(call))
+        benchmark(to_the_end(call, DEVICE))
     benchmark.extra_info.update(
         calls=len(turn),
         GB_per_s=row.bytes_per_second / 1e9,
