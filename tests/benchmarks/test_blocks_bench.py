@@ -288,7 +288,7 @@ def run(tmp_path_factory):
 
 def test_command_writes_every_field(run):
     data, _ = run
-    assert data.keys() == {"machine", "blocks"}
+    assert data.keys() == {"machine", "rates", "blocks", "left_out"}
     assert data["blocks"].keys() == {"rows", "bars", "lost"}
     rows = data["blocks"]["rows"]
     assert {(row["op"], row["assume"]) for row in rows} == set(blocks.KINDS)
