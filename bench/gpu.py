@@ -156,18 +156,25 @@ GRACE = 25
 
 
 def _pytest_runs(run: Run) -> dict[str, tuple[list[str], str]]:
-    """Name -> (arguments of pytest, part of the tests): the backends of each family apart, and everything else."""
+    """Name -> (arguments of pytest, part of the tests): the backends of each family apart, and those of no family.
+
+    The tests that fill the memory run one after the other, in a process of their own.
+    """
     if run.device == "cpu":
-        return {"rehearsal": (["-m", "not gpu and not slow", "tests/test_backends.py", "tests/gpu"], "0/1")}
+        selected = ["tests/test_backends.py", "tests/gpu/test_whole_iterations.py"]
+        return {"rehearsal": (["-m", "not gpu and not slow", *selected], "0/1")}
+    large = "2_to_the_31"
     chosen = {"cuda": "not nvrtc and not triton", "nvrtc": "nvrtc", "triton": "triton"}
+    files = {family: _test_files(f"tests/kernels/{family}") for family in run.families}
+    files["rest"] = _other_files(run.families)
     runs = {}
-    for family in run.families:
+    for family, paths in files.items():
         for backend, words in chosen.items():
             parts = PARTS.get((family, backend), 1)
             for part in range(parts):
-                arguments = ["-m", "gpu", "-k", words, *_test_files(f"tests/kernels/{family}")]
+                arguments = ["-m", "gpu", "-k", f"{words} and not {large}", *paths]
                 runs[f"{family}-{backend}" + (f"-{part}" if parts > 1 else "")] = (arguments, f"{part}/{parts}")
-    return runs | {"rest": (["-m", "gpu", *_other_files(run.families)], "0/1")}
+    return runs | {"large": (["-m", "gpu", "-k", large, *(path for paths in files.values() for path in paths)], "0/1")}
 
 
 def test(run: Run) -> list[Outcome]:

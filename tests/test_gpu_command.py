@@ -140,15 +140,33 @@ def test_junit_files_are_counted(tmp_path):
 
 def test_every_test_on_a_gpu_is_in_one_of_the_runs(tmp_path):
     runs = gpu._pytest_runs(a_run(tmp_path, device="cuda"))
-    for family in gpu.FAMILIES:
+    for family in (*gpu.FAMILIES, "rest"):
         for backend in ("cuda", "nvrtc", "triton"):
             parts = [part for name, (_, part) in runs.items() if name.startswith(f"{family}-{backend}")]
             count = gpu.PARTS.get((family, backend), 1)
             assert parts == [f"{i}/{count}" for i in range(count)]
-    assert runs["rest"][0] == ["-m", "gpu", *gpu._other_files(gpu.FAMILIES)]
+    every = set(gpu._test_files("tests"))
+    assert set(runs["large"][0][4:]) == every
+    assert {path for name, (words, _) in runs.items() if name.endswith("-cuda") for path in words[4:]} == every
     alone = gpu._pytest_runs(a_run(tmp_path, device="cuda", families=("hvp",)))
-    assert set(alone) == {"hvp-cuda", "hvp-nvrtc", "hvp-triton", "rest"}
+    assert set(alone) == {*(f"{x}-{y}" for x in ("hvp", "rest") for y in ("cuda", "nvrtc", "triton")), "large"}
     assert all("tests/kernels/hvp/" in path for path in alone["hvp-cuda"][0][4:])
+
+
+@pytest.mark.slow
+def test_the_runs_have_each_test_once(tmp_path):
+    """What pytest collects for them together is what it collects for all: nothing is lost between the words."""
+
+    def collected(arguments):
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    runs = gpu._pytest_runs(a_run(tmp_path, device="cuda", families=("lbfgs",)))
+    files = sorted({path for words, _ in runs.values() for path in words[4:]})
+    found = [name for words, _ in runs.values() for name in collected(words)]
+    assert len(found) == len(set(found)) > 100
+    assert set(found) == set(collected(["-m", "gpu", *files]))
 
 
 def test_parts_of_the_tests_and_their_deadline(tmp_path):
@@ -184,7 +202,7 @@ def test_commands_side_by_side(tmp_path):
         ("a", "0", "0"), ("b", "0", "3"), ("c", "60", "0")
     )}  # fmt: skip
     run = a_run(tmp_path)
-    run.deadlines["test"] = time.perf_counter() + 8
+    run.deadlines["test"] = time.perf_counter() + 6
     found = run.together("test", commands | {"d.log": ("no such program",)}, env={"A": "x"}, each={"b.log": {"A": "y"}})
     assert [one.status for one in found] == [0, 3, "time", 127]
     assert [(tmp_path / f"{name}.log").read_text().strip() for name in "abc"] == ["x", "y", "x"]
