@@ -347,3 +347,19 @@ def test_pytest_benchmark_face():
     solves = [case for case in KINDS if case.op == "block_solve"]
     expected = sum(len([*blocks.serving(case, CPU), *blocks.peers(case, CPU)]) for case in solves)
     assert f"{expected} passed" in done.stdout
+
+
+def test_backends_are_timed_by_graph_replay_too(monkeypatch):
+    case = blocks.Case("block_inv", "spd", 3, 20)
+    monkeypatch.setattr(blocks, "has_graphs", lambda device: True)
+    for graph in (None, "not captured: RuntimeError"):
+        monkeypatch.setattr(blocks, "captured", lambda timed, device, graph=graph: graph or timed)
+        rows = blocks.measure(case, CPU, seconds=0.0)
+        first = blocks.serving(case, CPU)[0]
+        [replay] = [row for row in rows if row.name == first and row.note]
+        assert (replay.kind, replay.note) == ("backend", graph or blocks.REPLAY)
+        assert (replay.seconds is None) == (graph is not None)
+        assert blocks_report.find(rows, case).note == ""
+        lines = [line for line in blocks_report.rows_table(rows, CPU).rows if line[3].startswith(first)]
+        assert [line[3] for line in lines] == [first, first if graph else f"{first}, {blocks.REPLAY}"]
+        assert not any("wrong answer" in line for line in blocks_report.losses(rows))

@@ -100,3 +100,35 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert all(row["median"] > 0 for row in found["rows"])
     assert picture.stat().st_size > 10_000
     assert "Products" in capsys.readouterr().out
+
+
+def test_copies_outgrow_the_cache_of_a_gpu(monkeypatch):
+    case = hvp.Case("glm_hvp", 1_000_000, 8)
+    assert hvp._copies(case, CPU) == 1
+    monkeypatch.setattr(hvp.machine, "cache_bytes", lambda device: 50 * 10**6)
+    assert hvp._copies(case, CPU) == 3
+    assert hvp._copies(hvp.Case("glm_hvp", 200_000, 784), CPU) == 1
+    assert hvp._copies(hvp.Case("glm_hvp", 10, 8), CPU) == hvp.MAX_COPIES
+
+
+def test_backends_are_timed_by_graph_replay_too(monkeypatch):
+    """Where there are graphs: a row more for each backend, behind the calls; what cannot be captured says so."""
+    case = hvp.Case("glm_hvp", 50, 8)
+    turns = []
+
+    def captured(timed, device):
+        turns.append(len(timed.calls))
+        return timed if len(turns) == 1 else "not captured: RuntimeError"
+
+    monkeypatch.setattr(hvp, "has_graphs", lambda device: True)
+    monkeypatch.setattr(hvp, "captured", captured)
+    monkeypatch.setattr(hvp, "_copies", lambda case, device: 2)
+    rows = hvp.measure(case, CPU, seconds=0.0, compiled=False, reference=True)
+    assert turns == [2, 2]
+    found = [(row.name, row.note, row.seconds is not None) for row in rows if row.kind == "backend"]
+    first, second = hvp.serving(case, CPU)[:2]
+    assert found == [
+        (first, "", True), (second, "", True), (first, hvp.REPLAY, True), (second, "not captured: RuntimeError", False)
+    ]  # fmt: skip
+    assert hvp.find(rows, case).note == ""
+    assert not any("wrong answer" in line for line in hvp.losses(rows))

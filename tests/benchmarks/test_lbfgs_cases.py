@@ -171,3 +171,11 @@ def test_bandwidth_without_the_extension(monkeypatch):
     assert 1e8 < found.bytes_per_second < 1e13
     assert found.method == "read by torch.sum"
     assert not machine.can_read()
+
+
+def test_what_cannot_be_captured_fails_alone(monkeypatch):
+    case = Case("two_loop", 50)
+    monkeypatch.setattr(lbfgs, "captured", lambda timed, device: "not captured: RuntimeError")
+    rows = measure([case], CPU, seconds=0.0, wanted=lambda case, name: name in ("cpu", "eager"), graph=True)
+    assert [(row.name, row.note) for row in rows] == [("cpu", "not captured: RuntimeError"), ("eager", "")]
+    assert report.losses(rows, []) == []

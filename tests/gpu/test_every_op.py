@@ -1,7 +1,7 @@
 """Every op on every backend: fresh inputs against float64, graphs, compiled programs, more elements than 31 bits count.
 
-On a GPU inputs are drawn anew in each run; SECANT_SEED repeats one. What is not about a GPU is checked on a CPU too, where
-the seed is fixed.
+On a GPU inputs are drawn anew in each run; SECANT_SEED repeats one. What is not about a GPU is checked on a CPU too,
+where the seed is fixed.
 """
 
 from __future__ import annotations

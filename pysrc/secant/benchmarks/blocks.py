@@ -24,7 +24,7 @@ from torch import Tensor
 
 import secant
 from secant.benchmarks import choice
-from secant.benchmarks.timing import Clock, Timed, clock_for, interleaved
+from secant.benchmarks.timing import REPLAY, Clock, Timed, captured, clock_for, has_graphs, interleaved
 
 #: Elements of a batch: n^2 times the number of blocks. On a GPU more than its cache holds.
 ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -367,23 +367,32 @@ def measure(case: Case, device: torch.device, *, seconds: float, wanted: Wanted 
         wanted: which contenders, by name.
 
     Returns:
-        A row per contender, the backends first, and one of the copy.
+        A row per contender, the backends first; on a GPU one of each backend that was replayed from a graph; and one
+        of the copy.
     """
     problem = Problem(case, device)
     checked = [check(one, problem) for one in contenders(problem, wanted)]
     target = torch.empty_like(problem.a)
     timed = {COPY: Timed([functools.partial(target.copy_, problem.a)])}
+    replays: list[tuple[Checked, str]] = []
     for one in checked:
         if one.right:
-            timed[one.contender.name] = Timed([one.contender.on(problem, one.blocks)], one.contender.around)
+            name = one.contender.name
+            timed[name] = Timed([one.contender.on(problem, one.blocks)], one.contender.around)
+            if has_graphs(device) and one.contender.kind == "backend" and one.contender.whole:
+                graph = captured(timed[name], device)
+                replays.append((one, graph if isinstance(graph, str) else REPLAY))
+                if isinstance(graph, Timed):
+                    timed[f"{name}, {REPLAY}"] = graph
     timings = interleaved(timed, clock_for(device), seconds=seconds)
 
-    def row(name: str, kind: str, blocks: int, error: float, note: str) -> Row:
-        timing = timings.get(name)
+    def row(name: str, kind: str, blocks: int, error: float, note: str, way: str = "") -> Row:
+        timing = timings.get(name + way)
         median, best = (timing.median / blocks, timing.best / blocks) if timing else (None, None)
         return Row(case, name, kind, blocks, median, best, error, note)
 
     rows = [row(x.contender.name, x.contender.kind, x.blocks, x.error, x.note) for x in checked]
+    rows += [row(x.contender.name, "backend", x.blocks, x.error, note, f", {REPLAY}") for x, note in replays]
     return [*rows, row(COPY, "limit", case.batch, 0.0, "")]
 
 

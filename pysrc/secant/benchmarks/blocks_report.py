@@ -9,6 +9,7 @@ import torch
 
 from secant.benchmarks.blocks import COPY, THRESHOLD, Case, Row, batch_of
 from secant.benchmarks.report import Table, dtype_name, find, ratio, times
+from secant.benchmarks.timing import REPLAY
 
 
 class Goal(NamedTuple):
@@ -167,7 +168,7 @@ def rows_table(rows: Sequence[Row], device: torch.device) -> Table:
                 case.label,
                 str(case.n),
                 dtype_name(case.dtype),
-                row.name,
+                f"{row.name}, {REPLAY}" if row.note == REPLAY else row.name,
                 _nanoseconds(row.seconds),
                 "-" if rate is None else f"{rate / 1e9:.3g}",
                 "-" if share is None else f"{share:.0%}",

@@ -21,10 +21,12 @@ import secant
 from secant import backends
 from secant.benchmarks import choice, machine
 from secant.benchmarks.report import Bar, Table, dtype_name, duration, find, ratio, times
-from secant.benchmarks.timing import Timed, clock_for, interleaved
+from secant.benchmarks.timing import REPLAY, Timed, captured, clock_for, has_graphs, interleaved
 
 #: Name of the row that says how long reading X once takes.
 READ = "one read of X"
+#: Copies of the input that take turns on a GPU, at most.
+MAX_COPIES = 16
 #: In units of the machine epsilon. Peers sum rows in an order of their own, with errors that grow with N.
 TOLERANCE = 2000.0
 
@@ -250,6 +252,11 @@ def contenders(problem: Problem, *, compiled: bool = True, reference: bool = Fal
     return found
 
 
+def _copies(case: Case, device: torch.device) -> int:
+    """Inputs that take turns so that none is found in the cache of a GPU."""
+    return max(1, min(MAX_COPIES, math.ceil(2 * machine.cache_bytes(device) / case.bytes)))
+
+
 def measure(
     case: Case, device: torch.device, *, seconds: float, compiled: bool = True, reference: bool = False
 ) -> list[Row]:
@@ -260,35 +267,47 @@ def measure(
         compiled: whether to compile the peers. reference: whether to time the reference too.
 
     Returns:
-        A row per contender, the backends first, and on a CPU that of the read.
+        A row per contender, the backends first; on a CPU that of the read; on a GPU one of each backend that was
+        replayed from a graph.
     """
-    problem = Problem(case, device)
+    problems = [Problem(case, device, seed) for seed in range(_copies(case, device))]
     limit = TOLERANCE * torch.finfo(case.compute).eps
     if case.op == "cross_entropy_hvp":
         limit = max(limit, 8 * torch.finfo(case.dtype).eps)
-    found, timed, checked = contenders(problem, compiled=compiled, reference=reference), {}, {}
-    for one in found:
+    built = [contenders(problem, compiled=compiled, reference=reference) for problem in problems]
+    timed: dict[tuple[str, str], Timed] = {}
+    checked: dict[tuple[str, str], tuple[float, str]] = {}
+    for group in zip(*built, strict=True):
+        one = group[0]
         try:
             with one.around():
-                error = problem.error(one.call())
+                errors = [problem.error(x.call()) for problem, x in zip(problems, group, strict=True)]
         except Exception as failure:
             if one.kind == "backend":
                 raise
-            checked[one.name] = (math.nan, f"failed: {type(failure).__name__}")
+            checked[one.name, ""] = (math.nan, f"failed: {type(failure).__name__}")
             continue
-        checked[one.name] = (error, "" if error < limit else "wrong answer")
+        error = math.nan if any(math.isnan(x) for x in errors) else max(errors)
+        checked[one.name, ""] = (error, "" if error < limit else "wrong answer")
         if error < limit:
-            timed[one.name] = Timed([one.call], one.around)
+            turn = timed[one.name, ""] = Timed([x.call for x in group], one.around)
+            if has_graphs(device) and one.kind == "backend":
+                graph = captured(turn, device)
+                checked[one.name, REPLAY] = (error, graph if isinstance(graph, str) else REPLAY)
+                if isinstance(graph, Timed):
+                    timed[one.name, REPLAY] = graph
     if device.type == "cpu" and machine.can_read() and case.op != "cross_entropy_hvp":
-        timed[READ] = Timed([functools.partial(machine.read, 1, problem.x)])
+        timed[READ, ""] = Timed([functools.partial(machine.read, 1, problems[0].x)])
     timings = interleaved(timed, clock_for(device), seconds=seconds)
 
-    def row(name: str, kind: str) -> Row:
-        timing = timings.get(name)
+    def row(name: str, kind: str, way: str = "") -> Row:
+        timing = timings.get((name, way))
         median, best = (timing.median, timing.best) if timing else (None, None)
-        return Row(case, name, kind, median, best, *checked.get(name, (0.0, "")))
+        return Row(case, name, kind, median, best, *checked.get((name, way), (0.0, "")))
 
-    return [*(row(one.name, one.kind) for one in found), *([row(READ, "limit")] if READ in timed else [])]
+    rows = [row(one.name, one.kind) for one in built[0]]
+    rows += [row(name, "backend", way) for name, way in checked if way]
+    return [*rows, *([row(READ, "limit")] if (READ, "") in timed else [])]
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -379,7 +398,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         ours = find(rows, row.case)
         label = f"{row.case.label}, {dtype_name(row.case.dtype)}"
-        if row.kind == "backend" and row.seconds is None:
+        if row.kind == "backend" and row.note == "wrong answer":
             lost.append(f"{label}: {row.name} gives a wrong answer (error {row.error:.1e})")
         value = ratio(row, ours) if row.kind == "peer" else None
         if ours is not None and value is not None and value < 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import secant
 from secant.benchmarks import choice, machine, peers
-from secant.benchmarks.timing import Timed, clock_for, interleaved, replayed
+from secant.benchmarks.timing import REPLAY, Timed, captured, clock_for, interleaved
 
 #: Largest history that the reference, which widens all of it to float64 several times over, is asked to handle.
 REFERENCE_ELEMENTS = 1 << 25
@@ -22,8 +22,6 @@ PERIOD = 1 << 20
 MAX_COPIES = 128
 #: Name of the row that says how long reading the history twice takes.
 LIMIT = "two reads of the history"
-#: Note of a row whose calls were replayed from a CUDA graph.
-REPLAY = "graph replay"
 #: Unknowns and pairs of the problems of which other projects publish figures (`bench/published`): 3 an atom.
 PUBLISHED, PUBLISHED_PAIRS = (3 * 10**4, 3 * 10**5, 3 * 10**6), 6
 
@@ -329,14 +327,18 @@ def measure(
     problems = [Problem(cases[0], device, seed) for seed in range(_copies(cases[0], device))]
     built = [[c for case in cases for c in contenders(case, problem, wanted)] for problem in problems]
     groups = list(zip(*built, strict=True))
-    checks = []
+    checks, notes = [], dict[tuple[Case, str], str]()
     timed: dict[tuple[Case, str], Timed] = {}
     for group in groups:
         first = group[0]
         checks.append(max((c.check(p) for c, p in zip(group, problems, strict=True)), key=lambda check: check.excess))
         if checks[-1].excess <= 1:
             turn = Timed([call for one in group for call in one.timed.calls], first.timed.around)
-            timed[first.case, first.name] = replayed(turn, device) if graph and first.capturable else turn
+            found = captured(turn, device) if graph and first.capturable else turn
+            if isinstance(found, str):
+                notes[first.case, first.name] = found
+            else:
+                timed[first.case, first.name] = found
     if limit and device.type == "cpu" and machine.can_read():
         timed[cases[0], LIMIT] = Timed([functools.partial(machine.read, 2, problems[0].s, problems[0].y)])
     timings = interleaved(timed, clock_for(device), seconds=seconds)
@@ -345,7 +347,7 @@ def measure(
         timing = timings.get((first.case, first.name))
         median, best = (timing.median, timing.best) if timing else (None, None)
         note = REPLAY if graph and first.capturable else ""
-        note = note if timing else check.failure or "wrong answer"
+        note = note if timing else notes.get((first.case, first.name)) or check.failure or "wrong answer"
         rows.append(Row(first.case, first.name, first.kind, median, best, check.error, check.bound, note))
     if (cases[0], LIMIT) in timings:
         timing = timings[cases[0], LIMIT]

@@ -17,6 +17,9 @@ SAMPLE_SECONDS = 2e-3
 MAX_REPEATS = 10_000
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
+#: Note of a row whose calls were replayed from a CUDA graph.
+REPLAY = "graph replay"
+
 K = TypeVar("K")
 
 
@@ -160,6 +163,20 @@ def replayed(timed: Timed, device: torch.device) -> Timed:
             call()
     # One replay stands for all calls of a turn: the others are empty, so that a turn keeps its length.
     return Timed([graph.replay, *[_nothing] * (len(timed.calls) - 1)])
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether calls there can be replayed from a CUDA graph."""
+    return device.type == "cuda"
+
+
+def captured(timed: Timed, device: torch.device) -> Timed | str:
+    """As `replayed`, or why the calls cannot be captured; what a library may not do in a graph is its own affair."""
+    try:
+        return replayed(timed, device)
+    except Exception as failure:
+        torch.cuda.synchronize(device)
+        return f"not captured: {type(failure).__name__}"
 
 
 def _nothing() -> None:

@@ -15,6 +15,7 @@ from secant.benchmarks import blocks, blocks_report, digits, hvp, lbfgs, machine
 from secant.benchmarks.lbfgs import Case, Row
 from secant.benchmarks.optimizers import outside_per_iteration
 from secant.benchmarks.report import Overhead
+from secant.benchmarks.timing import REPLAY
 from secant.cli import console
 
 #: Seconds of timing per group of cases, and the longest vector of those that GPU users would replay from a graph.
@@ -178,6 +179,8 @@ def draw_blocks(path: Path, rows: Sequence[blocks.Row], about: dict[str, Any]) -
         seconds: dict[str, dict[int, float]] = {}
         shares: dict[str, dict[int, float]] = {}
         for row in chosen:
+            if row.note == REPLAY:
+                continue
             share = blocks_report.of_copy(rows, row)
             if row.seconds is not None:
                 seconds.setdefault(row.name, {})[row.case.n] = row.seconds
