@@ -92,6 +92,14 @@ def _lead(size: int, in_dims: tuple[Any, ...], *tensors: Tensor | None) -> tuple
     )
 
 
+def _save(ctx: Any, info: Tensor, *tensors: Tensor | None) -> None:
+    """What both derivatives find in `ctx.saved_tensors`; `info` has none, and no gradient is made of zeros."""
+    ctx.mark_non_differentiable(info)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
 class Inv(Function):
     """X = M^-1, M = A + damping: dX = -X dM X. The inverse itself is all that the derivatives need."""
 
@@ -104,10 +112,7 @@ class Inv(Function):
         a, lam, *ctx.options = inputs
         x, info = output
         a = _kept(a, lam, ctx.options[1])
-        ctx.mark_non_differentiable(info)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, lam, x)
-        ctx.save_for_forward(a, lam, x)
+        _save(ctx, info, a, lam, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -146,10 +151,7 @@ class Solve(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         a, _, lam, *ctx.options = inputs
         x, info = output
-        ctx.mark_non_differentiable(info)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, lam, x)
-        ctx.save_for_forward(a, lam, x)
+        _save(ctx, info, a, lam, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -202,10 +204,7 @@ class Eigh(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
         w, v, info = output
-        ctx.mark_non_differentiable(info)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(w, v)
-        ctx.save_for_forward(w, v)
+        _save(ctx, info, w, v)
 
     @staticmethod
     def backward(ctx: Any, w_grad: Tensor | None, v_grad: Tensor | None, _: Any) -> Tensor | None:
@@ -280,10 +279,7 @@ class InvRoot(Function):
         a, lam, ctx.value, ctx.scaled, ctx.p = inputs
         x, info = output
         a = _kept(a, lam, ctx.scaled)
-        ctx.mark_non_differentiable(info)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, lam, x)
-        ctx.save_for_forward(a, lam, x)
+        _save(ctx, info, a, lam, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -409,10 +405,7 @@ class AbsInv(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         a, floor, ctx.value = inputs
         x, info = output
-        ctx.mark_non_differentiable(info)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, floor, x)
-        ctx.save_for_forward(a, floor, x)
+        _save(ctx, info, a, floor, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
