@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "test", "bench", "profile")
 FAMILIES = ("lbfgs", "blocks", "hvp")
-#: Seconds that a stage may take, its commands together; less than nine minutes in all.
+#: Seconds that a stage may take, its commands together; less than nine minutes in all, which fewer stages share.
 LIMITS = {"build": 180, "test": 170, "bench": 140, "profile": 50}
 SMALLEST, OCCUPANCY = (Path(__file__).with_name(name) for name in ("gpu_smallest.py", "occupancy.py"))
 #: What others say of their own software on their own machines: cited, never measured here, never asserted.
@@ -68,7 +69,8 @@ class Run(NamedTuple):
     def left(self, stage: str) -> float:
         """Seconds that a stage has left; they run from when it is first asked."""
         now = time.perf_counter()
-        return self.deadlines.setdefault(stage, now + LIMITS[stage]) - now
+        scale = sum(LIMITS.values()) / sum(LIMITS[each] for each in self.stages)
+        return self.deadlines.setdefault(stage, now + scale * LIMITS[stage]) - now
 
     def call(
         self, stage: str, *command: str, log: str, env: dict[str, str] | None = None, share: float = 1.0
@@ -206,21 +208,33 @@ def test(run: Run) -> list[Outcome]:
 def bench(run: Run) -> list[Outcome]:
     """The benchmarks of each family, one process after the other, and the demo.
 
-    Each gets an equal share of what the stage has left, begins no case near its end, and writes what it has.
+    Each family gets an equal share of what the stage has left, begins no case near its end, and writes what it has; the
+    demo gets a fifth of such a share.
     """
     commands = []
+    missing = [name for name in ("matplotlib", "sklearn", "rich") if importlib.util.find_spec(name) is None]
     for family in run.families:
-        files = (f"--json={run.out.resolve() / family}.json", f"--plot={run.out.resolve() / family}.png")
+        files = [f"--json={run.out.resolve() / family}.json"]
+        if "matplotlib" not in missing:
+            files.append(f"--plot={run.out.resolve() / family}.png")
         commands.append((family, ["bench", "--device", run.device, "--family", family, *files]))
-    if "lbfgs" in run.families:
+    if "lbfgs" in run.families and not missing:
         commands.append(("demo", ["demo", "--device", run.device, f"--output={run.out.resolve() / 'demo.png'}"]))
     found = []
+    weights = [0.2 if name == "demo" else 1.0 for name, _ in commands]
     for number, (name, words) in enumerate(commands):
-        share = 1 / (len(commands) - number)
+        share = weights[number] / sum(weights[number:])
         limit = [] if name == "demo" else ["--seconds", f"{0.75 * share * run.left('bench'):.0f}"]
         quick = ["--quick"] if run.quick else []
         command = (sys.executable, "-m", "secant", *words, *limit, *quick)
-        found.append(run.call("bench", *command, log=f"{name}.log", share=share))
+        done = run.call("bench", *command, log=f"{name}.log", share=share)
+        found.append(done._replace(command=" ".join([name, *limit, *quick])))
+    if missing:
+        found.append(
+            Outcome(
+                f"no {'picture' if 'matplotlib' in missing else 'demo'}: {', '.join(missing)} not installed", 0, 0.0
+            )
+        )
     return found
 
 

@@ -222,6 +222,14 @@ def test_bench_begins_nothing_when_its_time_is_over(tmp_path, capsys):
     for rows in (data["rows"], data["blocks"]["rows"], data["hvp"]["rows"]):
         assert len({(row["op"], row["n"], row["dtype"]) for row in rows}) == 1
     assert data["outside_closure"] == []
-    assert "two_loop 10,000" in data["left_out"]
+    assert {"two_loop 10,000", "direction 10,000", "two_loop 100 x 64"} <= set(data["left_out"])
     assert "block_eigh, n = 9, float32" in data["left_out"]
     assert "Left out, for time:" in capsys.readouterr().out
+
+
+def test_where_time_may_run_out_every_kind_comes_first():
+    from secant.cli import bench
+
+    cases = ["a1", "a2", "a3", "b1", "b2", "c1"]
+    assert bench.Budget(float("inf")).order(cases, lambda case: case[0]) == cases
+    assert bench.Budget(9.0).order(cases, lambda case: case[0]) == ["a1", "b1", "c1", "a2", "b2", "a3"]

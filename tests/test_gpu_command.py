@@ -77,15 +77,18 @@ def test_a_command_that_fails_or_hangs_leaves_the_next_alone(tmp_path, monkeypat
     assert run.call("test", sys.executable, "-c", "raise SystemExit(3)", log="a.log").status == 3
     assert run.call("test", str(tmp_path / "no such program"), log="a.log").status == 127
     assert "hello" in (tmp_path / "a.log").read_text()
-    monkeypatch.setitem(gpu.LIMITS, "bench", 1.0)
+    run.deadlines["bench"] = time.perf_counter() + 1
     hangs = run.call("bench", sys.executable, "-c", "import time; time.sleep(60)", log="b.log")
     assert (hangs.status, hangs.good) == ("time", False)
     assert hangs.seconds < 30
 
 
-def test_the_limits_are_nine_minutes_together():
+def test_the_limits_are_nine_minutes_together(tmp_path):
     assert sum(gpu.LIMITS.values()) <= 9 * 60
     assert tuple(gpu.LIMITS) == gpu.STAGES
+    for stages in (gpu.STAGES, ("bench",), ("test", "profile")):
+        run = a_run(tmp_path, stages=stages, deadlines={})
+        assert sum(run.left(stage) for stage in stages) == pytest.approx(sum(gpu.LIMITS.values()), abs=1)
 
 
 def test_stages_and_families_are_chosen(tmp_path, monkeypatch, capsys):
@@ -238,6 +241,29 @@ def test_the_report_has_bars_failures_and_losses():
     assert "* tests.a::test_b" in text
     assert "* two_loop: cuda takes 2x the time of compiled" in text
     assert "FAILED (1)" in text
+
+
+def test_packages_that_are_missing_cost_the_pictures_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def call(self, stage, *command, log, env=None, share=1.0):
+        seen.append(command[3:])
+        return gpu.Outcome("x", 0, 1.0)
+
+    monkeypatch.setattr(gpu.Run, "call", call)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    found = gpu.bench(a_run(tmp_path))
+    assert [one.command for one in found[:3]] == [
+        f"{f} --seconds {w[-2]} --quick" for f, w in zip(gpu.FAMILIES, seen, strict=True)
+    ]
+    assert found[3] == ("no picture: matplotlib, sklearn, rich not installed", 0, 0.0)
+    assert [words[0] for words in seen] == ["bench"] * 3
+    assert not any("--plot" in word for words in seen for word in words)
+    shares = [float(words[-2]) for words in seen]
+    assert shares[0] <= shares[1] <= shares[2] <= 0.75 * gpu.LIMITS["bench"]
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
+    assert [one.command.split()[0] for one in gpu.bench(a_run(tmp_path))] == [*gpu.FAMILIES, "demo"]
+    assert any("--plot" in word for word in seen[3])
 
 
 def test_published_figures_stand_beside_ours_and_are_never_taken_for_them():

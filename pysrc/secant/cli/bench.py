@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +23,10 @@ from secant.cli import console
 GROUP_SECONDS, GRAPH_N = 2.0, 10**5
 #: Seconds of timing per case of the blocks, and of the products.
 BLOCK_SECONDS, PRODUCT_SECONDS = 0.4, 1.5
+#: Of these seconds, what a GPU is timed for: nothing else runs there, and its calls are short.
+GPU_SHARE = 0.25
 FAMILIES = ("lbfgs", "blocks", "hvp")
+C = TypeVar("C")
 #: n, history and line search of the optimizers that are compared.
 OVERHEADS = (
     *((n, history, None) for n in (10**3, 10**6) for history in (10, 100)),
@@ -38,12 +42,27 @@ class Budget:
         self._end = time.perf_counter() + seconds
         self.left_out: list[str] = []
 
+    def order(self, cases: Sequence[C], kind: Callable[[C], object]) -> list[C]:
+        """The cases as they are; where time may run out, the first of every kind, then the second of every kind."""
+        if math.isinf(self._end):
+            return list(cases)
+        seen: Counter[object] = Counter()
+        ranked = []
+        for case in cases:
+            ranked.append((seen[kind(case)], case))
+            seen[kind(case)] += 1
+        return [case for _, case in sorted(ranked, key=lambda item: item[0])]
+
     def allows(self, label: str, *, first: bool) -> bool:
         """Whether to begin a case; the first of a list always, so that there is something to show."""
         if first or time.perf_counter() < self._end:
             return True
         self.left_out.append(label)
         return False
+
+
+def _seconds(device: torch.device, seconds: float, *, quick: bool) -> float:
+    return 0.02 if quick else seconds * (GPU_SHARE if device.type == "cuda" else 1.0)
 
 
 def measure_rows(device: torch.device, budget: Budget, *, quick: bool) -> list[Row]:
@@ -53,7 +72,9 @@ def measure_rows(device: torch.device, budget: Budget, *, quick: bool) -> list[R
     def wanted(case: Case, name: str) -> bool:
         return not (quick and name == "compiled")  # compiling takes longer than all the rest
 
-    groups = lbfgs.groups(device, quick=quick)
+    groups = budget.order(
+        lbfgs.groups(device, quick=quick), lambda cases: (cases[0].op, cases[0].batch, cases[0].dtype)
+    )
     with console.progress("directions") as advance:
         for i, cases in enumerate(groups):
             if not lbfgs.fits(cases, device):
@@ -61,7 +82,7 @@ def measure_rows(device: torch.device, budget: Budget, *, quick: bool) -> list[R
                 continue
             if not budget.allows(f"{cases[0].op} {cases[0].shape}", first=not rows):
                 continue
-            seconds = 0.02 if quick else GROUP_SECONDS
+            seconds = _seconds(device, GROUP_SECONDS, quick=quick)
             limit = cases[0].op == "two_loop" and not cases[0].batch
             rows += lbfgs.measure(cases, device, seconds=seconds, wanted=wanted, limit=limit)
             if device.type == "cuda" and (cases[0].n <= GRAPH_N or cases[0] in lbfgs.published()):
@@ -72,13 +93,13 @@ def measure_rows(device: torch.device, budget: Budget, *, quick: bool) -> list[R
 
 def measure_overheads(device: torch.device, budget: Budget, *, quick: bool) -> list[Overhead]:
     """Both optimizers, outside the closure."""
-    cases = OVERHEADS[:1] if quick else OVERHEADS
+    cases, seconds = OVERHEADS[:1] if quick else OVERHEADS, 0.1 if quick else _seconds(device, 2.0, quick=False)
     found = []
     with console.progress("optimizers") as advance:
         for i, (n, history, search) in enumerate(cases):
             if not budget.allows(f"optimizers, n = {n:,}, history {history}", first=False):
                 continue
-            timings = outside_per_iteration(n, history, device, seconds=0.1 if quick else 2.0, line_search_fn=search)
+            timings = outside_per_iteration(n, history, device, seconds=seconds, line_search_fn=search)
             found.append(Overhead(n, history, search, timings))
             advance((i + 1) / len(cases), f"n = {n:,}, history {history}")
     return found
@@ -162,7 +183,7 @@ def measure_blocks(
         for i, case in enumerate(cases):
             if not budget.allows(f"{case.label}, n = {case.n}, {report.dtype_name(case.dtype)}", first=not rows):
                 continue
-            rows += blocks.measure(case, device, seconds=0.0 if quick else BLOCK_SECONDS)
+            rows += blocks.measure(case, device, seconds=_seconds(device, BLOCK_SECONDS, quick=quick))
             advance((i + 1) / len(cases), f"{case.label}, n = {case.n}")
     return rows
 
@@ -201,7 +222,8 @@ def _run_blocks(
     device: torch.device, about: dict[str, Any], plot_path: Path | None, budget: Budget, *, quick: bool, full: bool
 ) -> dict[str, Any]:
     cases = blocks.small_cases() if quick else blocks.cases(device, full=full)
-    rows = measure_blocks(cases, device, budget, quick=quick)
+    ordered = budget.order(cases, lambda case: (case.op, case.assume))
+    rows = measure_blocks(ordered, device, budget, quick=quick)
     console.show(blocks_report.rows_table(rows, device))
     if found := blocks_report.verdicts(rows, device):
         console.show(blocks_report.bars_table(found))
@@ -243,12 +265,12 @@ def _run_products(
 ) -> dict[str, Any]:
     first = machine.bandwidth(device)
     rows: list[hvp.Row] = []
-    cases = hvp.small_cases() if quick else hvp.cases(device)
+    cases = budget.order(hvp.small_cases() if quick else hvp.cases(device), lambda case: case.op)
     with console.progress("products") as advance:
         for i, case in enumerate(cases):
             if not budget.allows(f"{case.label}, {report.dtype_name(case.dtype)}", first=not rows):
                 continue
-            seconds = 0.02 if quick else PRODUCT_SECONDS
+            seconds = _seconds(device, PRODUCT_SECONDS, quick=quick)
             rows += hvp.measure(case, device, seconds=seconds, compiled=not quick)
             advance((i + 1) / len(cases), case.label)
     rate = max(first, machine.bandwidth(device)).bytes_per_second
