@@ -123,7 +123,18 @@ def build(run: Run) -> list[Outcome]:
     if run.device == "cpu":
         return []  # a rehearsal uses what is built
     pip = (sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
-    return [run.call("build", *pip, log="build.log", env={"SECANT_CUDA": "1"})]
+    return [run.call("build", *pip, log="build.log", env={"SECANT_CUDA": "1"} | _only_this_architecture())]
+
+
+def _only_this_architecture() -> dict[str, str]:
+    """For CMakeLists.txt: code for the GPU that is here and no other; nothing where the compiler might not know it."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    majors = {line.strip().split(".")[0] for line in found}
+    return {"SECANT_CUDA_ARCHITECTURES": f"sm_{majors.pop()}0"} if majors in ({"8"}, {"9"}) else {}
 
 
 #: What the name or the folder of a test of a family has in it.
@@ -197,6 +208,8 @@ def test(run: Run) -> list[Outcome]:
             for backend in ("cuda", "triton", "nvrtc"):
                 words = (sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SMALLEST), backend)
                 commands[f"{tool}-{backend}.log"] = words
+                # Each tensor an allocation of its own, so that reading past one is seen.
+                each[f"{tool}-{backend}.log"] = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = run.together("test", commands, env=common, each=each)
     names = [log.removesuffix(".log") for log in commands]
     # Where a family has no test for what was asked, pytest exits with 5.
@@ -263,7 +276,18 @@ def profile(run: Run) -> list[Outcome]:
     ncu = shutil.which("ncu")
     if run.device == "cuda" and ncu is not None:
         ours = ("--kernel-name", f"regex:^({'|'.join(FAMILIES)})_")
-        command = (ncu, "--csv", "--metrics", ",".join(COUNTERS), *ours, python, str(OCCUPANCY), "run")
+        command = (
+            ncu,
+            "--csv",
+            "--clock-control",
+            "none",
+            "--metrics",
+            ",".join(COUNTERS),
+            *ours,
+            python,
+            str(OCCUPANCY),
+            "run",
+        )
         found.append(run.call("profile", *command, log="ncu.csv")._replace(command="ncu"))
     return found
 
@@ -455,7 +479,9 @@ def _or_dash(x: object) -> str:
 def report(result: dict[str, Any]) -> str:
     """The run in Markdown."""
     parts = [f"# {result['machine'].get('gpu') or 'Rehearsal without a GPU'}", ""]
-    parts += [_table(("machine", ""), list(result["machine"].items()) + list((result["rates"] or {}).items())), ""]
+    units = {key: "Tflop/s" if key.startswith("matmul") else "TB/s" for key in result["rates"] or {}}
+    rates = [(f"{key}, {unit}", f"{result['rates'][key] / 1e12:.3g}") for key, unit in units.items()]
+    parts += [_table(("machine", ""), [*result["machine"].items(), *rates]), ""]
     rows = [
         (
             stage,

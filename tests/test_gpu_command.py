@@ -235,12 +235,43 @@ def test_the_smallest_calls_launch_every_kernel(monkeypatch):
 def test_the_report_has_bars_failures_and_losses():
     text = gpu.report(RESULT | {"bars": gpu.bars_of(RESULT)})
     assert text.startswith("# H100")
+    assert "| bandwidth, TB/s | 3 |\n| matmul_float32, Tflop/s | 50 |" in text
     assert "| two_loop | ≥ 0.8 | 0.9 | met |" in text
     assert "| block_inv, spd, n = 3, float32, against copy | ≤ 1.67 | - | not measured |" in text
     assert "7 passed, 1 skipped, 1 failed" in text
     assert "* tests.a::test_b" in text
     assert "* two_loop: cuda takes 2x the time of compiled" in text
     assert "FAILED (1)" in text
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [("9.0\n", "sm_90"), ("8.6\n8.0\n", "sm_80"), ("12.0\n", None), ("", None), ("8.0\n9.0", None)],
+)
+def test_the_build_is_for_the_gpu_that_is_there(monkeypatch, printed, expected):
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0, stdout=printed))
+    assert gpu._only_this_architecture().get("SECANT_CUDA_ARCHITECTURES") == expected
+
+
+def test_sanitizers_see_every_backend_and_every_allocation(tmp_path, monkeypatch):
+    seen = {}
+
+    def together(self, stage, commands, *, env=None, each=None, share=1.0):
+        seen.update(commands=commands, each=each, env=env)
+        return [gpu.Outcome("x", 5 if log == "tests-hvp-nvrtc.log" else 0, 1.0) for log in commands]
+
+    monkeypatch.setattr(gpu.Run, "together", together)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    found = gpu.test(a_run(tmp_path, device="cuda"))
+    assert all(one.good for one in found)
+    for tool in ("memcheck", "racecheck"):
+        for backend in ("cuda", "triton", "nvrtc"):
+            words = seen["commands"][f"{tool}-{backend}.log"]
+            assert words[:3] == ("/bin/compute-sanitizer", "--tool", tool)
+            assert words[-2:] == (str(gpu.SMALLEST), backend)
+            assert seen["each"][f"{tool}-{backend}.log"] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert float(seen["env"]["SECANT_TEST_DEADLINE"]) < time.time() + gpu.LIMITS["test"]
+    assert seen["each"]["tests-blocks-triton-3.log"] == {"SECANT_TEST_PART": "3/4"}
 
 
 def test_packages_that_are_missing_cost_the_pictures_alone(tmp_path, monkeypatch):
