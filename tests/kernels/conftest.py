@@ -1,4 +1,7 @@
-"""The CUDA sources of a family on the CPU: built with csrc/standin/cuda_on_cpu.h, behind a driver for its planner."""
+"""The backends of a family on a GPU, and its CUDA sources on the CPU.
+
+The latter are built with csrc/standin/cuda_on_cpu.h, behind a driver for the family's planner.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from secant import backends
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(params=["cuda", "nvrtc", "triton"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    """Each backend for GPUs of the family that the folder of the test is named after, where it can run."""
+    module = backends.load(request.path.parent.name, request.param)
+    if isinstance(module, str):
+        pytest.skip(module)
+    reason = module.supports(torch.device("cuda", 0), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    return module
 
 
 class Standin:

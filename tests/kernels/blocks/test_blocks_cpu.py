@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from secant.kernels.blocks import cpu, reference
 
 import block_matrices as bm
+from reruns import in_instruction_set
 from secant import _cpu
 
 WIDEST = 16  # lanes of a vector, at most
@@ -411,13 +409,4 @@ def test_a_symmetric_eigenproblem_of_repeated_values_is_exact():
 
 @pytest.mark.parametrize("isa", [i for i in _cpu.build_config()["isas_usable"] if i != _cpu.build_config()["isa"]])
 def test_the_other_instruction_sets(isa):
-    """This file again, in a process that runs another instruction set."""
-    if os.environ.get("SECANT_ISA"):
-        return  # that process
-    out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
-        env=os.environ | {"SECANT_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert out.returncode == 0, out.stdout[-3000:]
+    in_instruction_set(__file__, isa)

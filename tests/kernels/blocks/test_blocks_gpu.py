@@ -32,7 +32,6 @@ from block_matrices import (
     spd_families,
     symmetric_families,
 )
-from secant import backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -41,17 +40,6 @@ DEVICE = torch.device("cuda", 0)
 SIZES = range(1, 65)
 #: One n of each mapping: a thread a matrix, three and two matrices a warp, one, two warps a matrix.
 MAPPINGS = [3, 10, 14, 29, 37, 64]
-
-
-@pytest.fixture(params=["cuda", "nvrtc", "triton"])
-def backend(request):
-    module = backends.load("blocks", request.param)
-    if isinstance(module, str):
-        pytest.skip(module)
-    reason = module.supports(DEVICE, F32)
-    if reason is not None:
-        pytest.skip(reason)
-    return module
 
 
 def on_device(families: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -6,8 +6,6 @@ Each kernel is taken at the smallest and the largest n that the planner sends to
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -42,6 +40,7 @@ from block_matrices import (
     spd_families,
     symmetric_families,
 )
+from reruns import under_address_sanitizer
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DEVICE = Device(multiprocessors=3, shared=100_000)
@@ -446,17 +445,5 @@ def test_every_size(make, n, dtype):
 
 @pytest.mark.slow
 def test_address_sanitizer():
-    """The kernels again, with out-of-bounds accesses of tensors, shared memory and stacks made fatal."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("g++ has no AddressSanitizer runtime")
-    env = os.environ | {
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "SECANT_STANDIN_FLAGS": "-fsanitize=address -g",
-    }
     names = ["test_inverse_spd", "test_inverse_general", "test_solve", "test_eigh", "test_strides_between_blocks"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{x}" for x in names)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
+    under_address_sanitizer(__file__, names)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +23,7 @@ from hvp_oracle import (
 )
 from secant.kernels.hvp import cpu, reference
 
+from reruns import in_instruction_set
 from secant import _cpu
 
 DTYPES = [F32, F64, BF16, F16]
@@ -333,10 +330,6 @@ def test_paired_matmul(dtype):
         close(out, expected, 30 * unit(dtype) * (size * scales + scales).double())
 
 
-@pytest.mark.skipif(os.environ.get("SECANT_ISA", "") != "", reason="already chosen")
 @pytest.mark.parametrize("isa", _cpu.build_config()["isas_usable"][:-1])
 def test_other_instruction_sets(isa):
-    environment = {**os.environ, "SECANT_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
+    in_instruction_set(__file__, isa)

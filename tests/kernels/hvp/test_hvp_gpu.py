@@ -7,23 +7,10 @@ import pytest
 import torch
 from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
 
-from secant import backends
-
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [F32, F64, BF16, F16]
-
-
-@pytest.fixture(params=["cuda", "nvrtc", "triton"])
-def backend(request):
-    module = backends.load("hvp", request.param)
-    if isinstance(module, str):
-        pytest.skip(module)
-    reason = module.supports(DEVICE, F32)
-    if reason is not None:
-        pytest.skip(reason)
-    return module
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from typing import Any
 
 import hvp_checks as checks
@@ -14,6 +12,8 @@ import torch
 from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
 from secant.kernels._cuda_driver import Device
 from secant.kernels.hvp import plan, reference
+
+from reruns import under_address_sanitizer
 
 DEVICE = Device(multiprocessors=3, shared=100_000)
 TABLE = """
@@ -307,18 +307,6 @@ def test_reference_is_what_the_planner_answers_for():
 
 @pytest.mark.slow
 def test_address_sanitizer():
-    """The kernels again, with out-of-bounds accesses of tensors, shared memory and stacks made fatal."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("g++ has no AddressSanitizer runtime")
-    env = os.environ | {
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "SECANT_STANDIN_FLAGS": "-fsanitize=address -g",
-    }
     names = ["test_every_shape_of_the_tile", "test_small_problems", "test_groups_of_columns", "test_cross_entropy",
              "test_paired_matmul", "test_rows_may_be_strided_and_repeated"]  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{x}" for x in names)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
+    under_address_sanitizer(__file__, names)

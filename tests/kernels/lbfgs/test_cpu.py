@@ -6,13 +6,13 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from secant.kernels.lbfgs import cpu, reference
 
 import oracle
+from reruns import in_instruction_set
 from secant import _cpu
 
 SHAPES = [(1, 1), (3, 1), (1, 7), (2, 33), (5, 17), (10, 1000), (10, 1025), (17, 4099), (40, 513)]
@@ -217,16 +217,7 @@ def test_a_problem_has_the_same_bits_wherever_it_stands_in_the_batch():
 
 @pytest.mark.parametrize("isa", [i for i in _cpu.build_config()["isas_usable"] if i != _cpu.build_config()["isa"]])
 def test_the_other_instruction_sets(isa):
-    """This file again, in a process that runs another instruction set."""
-    if os.environ.get("SECANT_ISA"):
-        return  # that process
-    out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
-        env=os.environ | {"SECANT_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert out.returncode == 0, out.stdout[-3000:]
+    in_instruction_set(__file__, isa)
 
 
 def test_an_unknown_instruction_set_is_an_error():

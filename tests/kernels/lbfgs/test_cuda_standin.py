@@ -7,14 +7,14 @@ the planner is the one that serves a GPU, and each test asserts the path it mean
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from secant.kernels.lbfgs import plan, reference
 from torch import Tensor
+
+from reruns import under_address_sanitizer
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PAIRS = [(t, h) for t in (F32, F64) for h in (F32, F64, BF16)]
@@ -554,18 +554,6 @@ def test_mutations_are_found(build_standin, standin_driver, name):
 
 @pytest.mark.slow
 def test_address_sanitizer():
-    """Every path again, with out-of-bounds accesses of tensors, shared memory and stacks made fatal."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("g++ has no AddressSanitizer runtime")
-    env = os.environ | {
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "SECANT_STANDIN_FLAGS": "-fsanitize=address -g",
-    }
     names = [f"test_update[{name}]" for name in UPDATES if name not in ("two launches", "warp, from global memory")]
     names += [f"test_two_loop[{name}]" for name in TWO_LOOPS] + ["test_unaligned_and_odd"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{x}" for x in names)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert " passed" in done.stdout
+    under_address_sanitizer(__file__, names)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from secant.kernels.lbfgs import reference
 
-from secant import backends
-
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -24,17 +22,6 @@ SHAPES = [  # (batch, n, m): a block, blocks that meet, more than shared memory 
     (1, 1, 3),
     (1, 40_000, 256),
 ]
-
-
-@pytest.fixture(params=["cuda", "nvrtc", "triton"])
-def backend(request):
-    module = backends.load("lbfgs", request.param)
-    if isinstance(module, str):
-        pytest.skip(module)
-    reason = module.supports(DEVICE, F32)
-    if reason is not None:
-        pytest.skip(reason)
-    return module
 
 
 class Problem:
