@@ -198,7 +198,7 @@ bool view(py::handle object, secant::dlpack::Tensor* out) {
   return false;
 }
 
-// The number of a dtype in the tables of LbfgsCpu, -1 for another.
+// The number of a dtype in the tables of LbfgsCpu and HvpCpu, -1 for another.
 int dtype_code(const secant::dlpack::Tensor& x) {
   if (x.dtype.code == secant::dlpack::kFloat && x.dtype.bits == 32) return 0;
   if (x.dtype.code == secant::dlpack::kFloat && x.dtype.bits == 64) return 1;
@@ -243,6 +243,41 @@ bool lbfgs_two_loop_plain(py::handle grad, py::handle s, py::handle y, py::handl
   return true;
 }
 
+// Whether x is a contiguous vector of this size and dtype.
+bool is_vector(const secant::dlpack::Tensor& x, int64_t size, int type) {
+  return x.ndim == 1 && x.size(1) == size && (size == 1 || x.stride(1) == 1) && dtype_code(x) == type;
+}
+
+// The same for a pass over dense rows with one vector; value, row_out and sample_weight may be None.
+bool hvp_glm_plain(int op, py::handle x, py::handle v, py::handle row, py::handle sample_weight, double l2,
+                   bool intercept, int loss, double delta, py::handle out, py::handle value, py::handle row_out) {
+  secant::dlpack::Tensor a, b, r, d, w, s, ro;
+  if (exchange == nullptr || !view(x, &a) || !view(v, &b) || !view(row, &r) || !view(out, &d)) return false;
+  const int type = dtype_code(a), arithmetic = type == 1 ? 1 : 0;
+  if (type < 0 || a.ndim != 2) return false;
+  secant::HvpRows c{};
+  c.op = op, c.n = a.size(2), c.d = a.size(1), c.k = 1, c.intercept = intercept;
+  c.l2 = l2, c.loss = loss, c.delta = delta;
+  if (c.n < 1 || c.d < 1 || (c.d > 1 && a.stride(1) != 1)) return false;
+  const int64_t size = c.d + (intercept ? 1 : 0);
+  if (!is_vector(b, size, arithmetic) || !is_vector(r, c.n, arithmetic) || !is_vector(d, size, arithmetic))
+    return false;
+  if (overlap(d, a) || overlap(d, b) || overlap(d, r)) return false;
+  c.x = a.address(), c.x_row = a.stride(2), c.v = b.address(), c.row = r.address(), c.out = d.address();
+  if (!sample_weight.is_none()) {
+    if (!view(sample_weight, &w) || !is_vector(w, c.n, arithmetic)) return false;
+    c.sample_weight = w.address();
+  }
+  if (!value.is_none()) {
+    if (!view(value, &s) || s.ndim != 0 || dtype_code(s) != 1 || !view(row_out, &ro) || !is_vector(ro, c.n, arithmetic))
+      return false;
+    c.value = s.address<double>(), c.row_out = ro.address();
+  }
+  py::gil_scoped_release release;
+  isa().hvp->rows[type](c);
+  return true;
+}
+
 double read_bandwidth(uintptr_t data, int64_t bytes, int repeats) {
   py::gil_scoped_release release;
   return isa().bandwidth->read(ptr<const void>(data), bytes, repeats);
@@ -283,6 +318,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("blocks_eigh", &blocks_eigh);
   m.def("blocks_function", &blocks_function);
   m.def("hvp_rows", &hvp_rows);
+  m.def("hvp_glm_plain", &hvp_glm_plain, "Takes tensors; False when the gate has to look at them.");
   m.def("hvp_cross_entropy", &hvp_cross_entropy);
   m.def("read_bandwidth", &read_bandwidth, "Best bytes per second over `repeats` reads of a buffer by all threads.");
 }

@@ -6,21 +6,12 @@
 from __future__ import annotations
 
 import torch
+from secant.kernels._cpu_support import available as available
+from secant.kernels._cpu_support import extension as _cpu
 from torch import Tensor
-
-try:
-    from secant import _cpu
-except ImportError as error:  # a source tree that was never built, or a SECANT_ISA that this machine has not
-    _cpu = None
-    _reason = f"the extension module secant._cpu cannot be imported: {error}"
 
 _ARITHMETIC = {torch.float32: 0, torch.float64: 1}
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def available() -> str | None:
-    """Return None when the extension is built, else why it cannot be imported."""
-    return None if _cpu is not None else _reason
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:

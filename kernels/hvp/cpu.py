@@ -7,14 +7,11 @@ products of torch, which no kernel of ours would beat here.
 from __future__ import annotations
 
 import torch
+from secant.kernels._cpu_support import address, shortcut
+from secant.kernels._cpu_support import available as available
+from secant.kernels._cpu_support import extension as _cpu
 from secant.kernels.hvp import LOSSES
 from torch import Tensor
-
-try:
-    from secant import _cpu
-except ImportError as error:  # a source tree that was never built, or a SECANT_ISA that this machine has not
-    _cpu = None
-    _reason = f"the extension module secant._cpu cannot be imported: {error}"
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 #: Whether x may be a torch.sparse_csr tensor.
@@ -22,20 +19,11 @@ SPARSE_ROWS = True
 _GLM_HVP, _GLM_VALUE_GRAD, _SOFTMAX_HVP, _SOFTMAX_VALUE_GRAD = range(4)
 
 
-def available() -> str | None:
-    """Return None when the extension is built, else why it cannot be imported."""
-    return None if _cpu is not None else _reason
-
-
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return None for CPU tensors of float32, float64, bfloat16 or float16."""
     if device.type != "cpu":
         return f"it runs on CPU tensors, got {device}"
     return None if dtype in _TYPES else f"X of float32, float64, bfloat16 or float16, got {dtype}"
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _rows(
@@ -60,10 +48,16 @@ def _rows(
     else:
         crow, col, entries, stride, wide_index = None, None, x, x.stride(0), False
     _cpu.hvp_rows(
-        _TYPES[x.dtype], op, n, d, entries.data_ptr(), stride, _address(crow), _address(col), wide_index,
-        v.shape[1] if v.dim() == 2 else 1, v.shape[0] > d, v.data_ptr(), row.data_ptr(), _address(sample_weight), l2,
-        LOSSES.index(loss), delta, out.data_ptr(), _address(value), _address(row_out), threads,
+        _TYPES[x.dtype], op, n, d, entries.data_ptr(), stride, address(crow), address(col), wide_index,
+        v.shape[1] if v.dim() == 2 else 1, v.shape[0] > d, v.data_ptr(), row.data_ptr(), address(sample_weight), l2,
+        LOSSES.index(loss), delta, out.data_ptr(), address(value), address(row_out), threads,
     )  # fmt: skip
+
+
+#: glm_plain(op, x, v, row, sample_weight, l2, intercept, loss, delta, out, value, row_out) -> bool: `glm_hvp` (op 0,
+#: the last two None) for one vector, `glm_value_grad` (op 1, row = target), with the checks of the public functions
+#: but those of the numbers l2, loss (an index of LOSSES) and delta. x is dense.
+glm_plain = shortcut("hvp_glm_plain")
 
 
 def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float, out: Tensor, *, threads: int = 0) -> None:
@@ -123,7 +117,7 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, lse: Tensor | None, out: Tensor
     """See `reference.cross_entropy_hvp`."""
     _cpu.hvp_cross_entropy(
         _TYPES[logits.dtype], logits.shape[0], logits.shape[1], logits.data_ptr(), logits.stride(0), u.data_ptr(),
-        u.stride(0), _address(lse), out.data_ptr(), threads,
+        u.stride(0), address(lse), out.data_ptr(), threads,
     )  # fmt: skip
 
 

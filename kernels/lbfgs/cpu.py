@@ -5,21 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from secant.kernels._cpu_support import address, shortcut
+from secant.kernels._cpu_support import available as available
+from secant.kernels._cpu_support import extension as _cpu
 from torch import Tensor
-
-try:
-    from secant import _cpu
-except ImportError as error:  # a source tree that was never built, or a SECANT_ISA that this machine has not
-    _cpu = None
-    _reason = f"the extension module secant._cpu cannot be imported: {error}"
 
 _VECTORS = {torch.float32: 0, torch.float64: 1}
 _RINGS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-
-def available() -> str | None:
-    """Return None when the extension is built, else why it cannot be imported."""
-    return None if _cpu is not None else _reason
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -29,19 +21,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in _VECTORS else f"it computes in float32 or float64, got {dtype}"
 
 
-def _exchange() -> bool:
-    """Hand torch's DLPack table (2.10 and later) to the extension, which then reads a tensor in one C call."""
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return _cpu is not None and table is not None and _cpu.use_dlpack(table)
-
-
-#: two_loop_plain(grad, s, y, out) -> bool: `two_loop` with gamma None and the checks of the public function. False, and
-#: nothing done, unless the arguments are right and need no conversion. Tensors are of the very class torch.Tensor.
-two_loop_plain = _cpu.lbfgs_two_loop_plain if _exchange() else None
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+#: two_loop_plain(grad, s, y, out) -> bool: `two_loop` with gamma None and the checks of the public function.
+two_loop_plain = shortcut("lbfgs_two_loop_plain")
 
 
 def two_loop(
@@ -87,6 +68,6 @@ def update(
     _cpu.lbfgs_update(
         _VECTORS[vector.dtype], _RINGS[s_ring.dtype], batch, m, n,
         s_ring.data_ptr(), y_ring.data_ptr(), sy.data_ptr(), yy.data_ptr(), head.data_ptr(), count.data_ptr(),
-        stats.data_ptr(), _address(grad), _address(s), _address(y), _address(y_prev), t_address, t_stride, t_value, tol,
-        _address(out), _address(prev_out), threads,
+        stats.data_ptr(), address(grad), address(s), address(y), address(y_prev), t_address, t_stride, t_value, tol,
+        address(out), address(prev_out), threads,
     )  # fmt: skip

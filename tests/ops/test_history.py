@@ -61,6 +61,21 @@ def test_step_is_append_and_direction():
         assert stats.g_max == g.abs().max()
 
 
+def test_negated_views_are_read_as_what_they_stand_for():
+    hessian, draw = quadratic(12, torch.float32)
+    plain, negated = LBFGSHistory(12, 2), LBFGSHistory(12, 2)
+    step, g = draw(), draw()
+    plain.append(step, hessian * step)
+    negated.append(torch._neg_view(-step), torch._neg_view(-hessian * step))
+    want = plain.direction(g)
+    assert torch.equal(negated.direction(torch._neg_view(-g)), want)
+    previous = [draw()] * 2
+    directions = [want.clone(), want.clone()]
+    plain.step(g, previous[0].clone(), directions[0], 0.5)
+    negated.step(torch._neg_view(-g), previous[1].clone(), directions[1], 0.5)
+    assert torch.equal(*directions)
+
+
 def test_refused_pairs_change_nothing_and_say_so():
     n = 16
     hessian, draw = quadratic(n)
@@ -213,6 +228,8 @@ def bad_calls():
         "t: expected a number or a float64 tensor",
     )
     yield "out", lambda: h.direction(g, out=torch.ones(10)[::2]), ValueError, "out: expected a contiguous tensor"
+    negated = torch._neg_view(torch.ones(5))
+    yield "negated", lambda: h.direction(g, out=negated), ValueError, "got a negated view"
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [pytest.param(*c[1:], id=c[0]) for c in bad_calls()])

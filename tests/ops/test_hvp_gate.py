@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from secant.kernels.hvp import LOSSES, cpu
 
 import secant
 from secant import backends
@@ -16,6 +17,7 @@ from secant.ops import (
     softmax_hvp,
     softmax_value_grad,
 )
+from secant.ops import hvp as ops
 
 x, v, w = torch.randn(6, 4), torch.randn(4), torch.rand(6)
 coef, classes, probs = torch.randn(4, 3), torch.randint(3, (6,)), torch.softmax(torch.randn(6, 3), -1)
@@ -217,3 +219,64 @@ def test_a_batch_of_logits():
     torch.testing.assert_close(cross_entropy_hvp(logits, u), expected)
     torch.testing.assert_close(cross_entropy_hvp(logits, u, lse=logits.logsumexp(-1)), expected)
     torch.testing.assert_close(cross_entropy_hvp(logits[0, 0], u[0, 0]), expected[0, 0])
+
+
+shortcut = pytest.mark.skipif(cpu.glm_plain is None, reason="torch before 2.10 has no DLPack exchange table")
+
+
+@shortcut
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_shortcut_gives_the_same_bits(dtype, intercept, monkeypatch):
+    kind = torch.float64 if dtype is torch.float64 else torch.float32
+    x, w, t = torch.randn(50, 9).to(dtype)[:, :7], torch.rand(50, dtype=kind), torch.rand(50, dtype=kind)
+    v = torch.randn(7 + intercept, dtype=kind)
+
+    def results():
+        yield glm_hvp(x, v, w, l2=0.5, intercept=intercept)
+        for loss in LOSSES:
+            yield from glm_value_grad(x, t, v, loss=loss, l2=2, delta=0.3, intercept=intercept)
+
+    taken = []
+
+    def counted(*args):
+        taken.append(cpu.glm_plain(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(ops, "_glm_plain", lambda: counted)
+    short = list(results())
+    assert taken == [True] * 5
+    monkeypatch.setattr(ops, "_glm_plain", lambda: None)
+    for a, b in zip(short, results(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype is b.dtype
+
+
+@shortcut
+def test_the_shortcut_leaves_everything_else_to_the_gate():
+    x, w, v, out = torch.randn(6, 4), torch.rand(6), torch.randn(4), torch.full((4,), 7.0)
+    value, weight = torch.empty((), dtype=torch.float64), torch.empty(6)
+    for call in (
+        (x.double(), v, w, out),
+        (x.half(), v, w, out),
+        (x[0], v, w, out),
+        (x[:0], v, w[:0], out),
+        (x.mT.contiguous().mT, v, w, out),
+        (x, v[:3], w, out),
+        (x, v[:, None], w, out),
+        (x, torch.randn(8)[::2], w, out),
+        (x, v, w[:5], out),
+        (x, v, w.double(), out),
+        (x, v, torch.rand(12)[::2], out),
+        (x, v, w, x[1]),
+        (x, v, w, v),
+        (x, v, w, w[2:]),
+        (x, None, w, out),
+    ):
+        a, b, row, to = call
+        assert not cpu.glm_plain(0, a, b, row, None, 0.0, False, 0, 1.0, to, None, None)
+    assert not cpu.glm_plain(0, x, v, w, None, 0.0, True, 0, 1.0, out, None, None)
+    for more in ((w[:5], value, weight), (None, value.float(), weight), (None, value, weight[:5])):
+        assert not cpu.glm_plain(1, x, v, w, more[0], 0.0, False, 0, 1.0, out, *more[1:])
+    assert torch.equal(out, torch.full((4,), 7.0))
+    torch.testing.assert_close(glm_hvp(torch._neg_view(-x), torch._neg_view(-v), torch._neg_view(-w)), glm_hvp(x, v, w))

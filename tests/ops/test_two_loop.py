@@ -139,6 +139,23 @@ def test_out():
     assert torch.equal(g, want)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_negated_views(backend):
+    """torch.imag of a conjugate is a view that says "negated": no kernel may read its memory as it is."""
+    g, s, y = torch.randn(64), torch.randn(3, 64), torch.randn(3, 64)
+    y = s + 0.1 * y
+    with secant.use_backend(backend):
+        want = secant.ops.two_loop(g, s, y)  # the way that was taken is kept for tensors like these
+        for args in ((torch._neg_view(-g), s, y), (g, torch._neg_view(-s), y), (g, s, torch._neg_view(-y))):
+            for _ in range(2):
+                assert torch.equal(secant.ops.two_loop(*args), want)
+        wide = g.double()
+        assert torch.equal(secant.ops.two_loop(wide, s, torch._neg_view(-y)), secant.ops.two_loop(wide, s, y))
+        out = torch._neg_view(torch.empty(64))
+        secant.ops.two_loop(g, s, y, out=out)
+        assert torch.equal(out, want)
+
+
 def test_a_non_finite_gradient_shows():
     g, s, y = problem(3, 10, torch.float32)
     for bad in (torch.nan, torch.inf):

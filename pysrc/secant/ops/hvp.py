@@ -18,12 +18,13 @@ derivatives by the other arguments go through torch operations that read `x` onc
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secant.kernels.hvp import LOSSES
-from secant.ops import _gate
+from secant.ops import _gate, _shortcut
 from secant.ops import _hvp_autograd as autograd
 from secant.ops import _hvp_dispatch as dispatch
 from secant.ops import _hvp_formulas as formulas
@@ -74,6 +75,20 @@ def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
     return out
 
 
+_HVP, _VALUE_GRAD = range(2)
+_NUMBERS = (float, int)
+_glm_plain = _shortcut.Shortcut("hvp", "glm_plain")
+
+
+def _plain(l2: float, delta: float = 1.0) -> Any:
+    """The shortcut of the two `glm_` functions (see `kernels/hvp/cpu.py`), None if the gate has to look at a number."""
+    if torch.compiler.is_compiling() or not (
+        type(l2) in _NUMBERS and type(delta) in _NUMBERS and 0 <= l2 < math.inf > delta > 0
+    ):
+        return None
+    return _glm_plain()
+
+
 def _glm_product(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
     """The product for columns v (d, k), at most MAX_VECTORS of them at a time."""
     if not x.shape[0] or not v.numel():
@@ -117,6 +132,10 @@ def glm_hvp(
         >>> value, grad, weight = secant.ops.glm_value_grad(x, y, coef, loss="logistic", l2=1.0)
         >>> hd = secant.ops.glm_hvp(x, direction, weight, l2=1.0)
     """
+    if out is None and (plain := _plain(l2)) and _shortcut.takes(x, v, weight):
+        result = torch.empty_like(v)
+        if plain(_HVP, x, v, weight, None, l2, bool(intercept), 0, 1.0, result, None, None):
+            return result
     op = "glm_hvp"
     dtype = _check_x(op, x)
     columns = _check_columns(op, "v", v, x, dtype, intercept, both=True)
@@ -136,7 +155,9 @@ def glm_hvp(
         result = formulas.glm_hvp(x, columns, weight, l2)
     elif autograd.is_differentiated(v):
         result = autograd.apply(columns, product, True)
-    elif out is not None and out.is_contiguous() and len(x) and 0 < columns.shape[1] <= MAX_VECTORS:
+    elif (
+        out is not None and out.is_contiguous() and not out.is_neg() and len(x) and 0 < columns.shape[1] <= MAX_VECTORS
+    ):
         dispatch.call("glm_hvp", x, columns, weight, l2, out.view(columns.shape))
         return out
     else:
@@ -187,6 +208,11 @@ def glm_value_grad(
         McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5. Huber, Annals of Mathematical Statistics
         35(1), 1964.
     """
+    if sample_weight is None and loss in LOSSES and (plain := _plain(l2, delta)) and _shortcut.takes(x, target, coef):
+        value, grad, weight = coef.new_empty((), dtype=torch.float64), torch.empty_like(coef), torch.empty_like(target)
+        args = (None, l2, bool(intercept), LOSSES.index(loss), delta, grad, value, weight)
+        if plain(_VALUE_GRAD, x, coef, target, *args):
+            return value, grad, weight
     op = "glm_value_grad"
     dtype = _check_x(op, x)
     _gate.shaped(op, "target", target, (x.shape[0],), dtype, x.device)
@@ -455,8 +481,8 @@ def paired_matmul(
         out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
     else:
         _gate.shaped(op, "out", out, (rows, columns), a.dtype, a.device)
-        if differentiated or not out.is_contiguous():
-            wanted = "None where a derivative is wanted" if differentiated else "a contiguous tensor"
+        if differentiated or not out.is_contiguous() or out.is_neg():
+            wanted = "None where a derivative is wanted" if differentiated else "a contiguous tensor, not negated"
             raise _gate.fail(op, "out", wanted, _gate.describe(out))
         names = ("a", "b", "c", "e", "bias", "scale", "p", "q")
         for name, x in zip(names, (a, b, c, e, bias, scale, p, q), strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secant import backends
-from secant.ops import _gate
+from secant.ops import _gate, _shortcut
 
 MAX_HISTORY = 256
 STORAGE = (torch.float32, torch.float64, torch.bfloat16)
@@ -82,17 +82,26 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
     """
     if gamma is None and not torch.compiler.is_compiling():
         plain = _plain()
-        if plain is not None and type(grad) is type(s) is type(y) is Tensor and not _is_transformed(grad, s, y):
+        # `_shortcut.takes`, without its call: a direction of a thousand variables takes three times as long.
+        if (
+            plain is not None
+            and type(grad) is type(s) is type(y) is Tensor
+            and not (grad.is_neg() or s.is_neg() or y.is_neg() or _shortcut.is_transformed(grad, s, y))
+        ):
             d = torch.empty_like(grad) if out is None else out
-            if type(d) is Tensor and not d.requires_grad and plain(grad, s, y, d):
+            if type(d) is Tensor and not (d.requires_grad or d.is_neg()) and plain(grad, s, y, d):
                 return d
         plan = _plans.get(_plan_key(grad, s, y))
-        if plan is not None and not _is_transformed(grad, s, y) and (out is None or plan.takes(grad, s, y, out)):
+        if (
+            plan is not None
+            and not _shortcut.is_transformed(grad, s, y)
+            and (out is None or plan.takes(grad, s, y, out))
+        ):
             d = torch.empty_like(grad) if out is None else out
             plan.backend.two_loop(grad, s, y, None, d)
             return d
     _check_two_loop(grad, s, y, gamma, out)
-    if not _is_transformed(grad, s, y):
+    if not _shortcut.is_transformed(grad, s, y):
         return _two_loop(grad, s, y, gamma, out)
     if s.requires_grad or y.requires_grad:
         raise _gate.fail("two_loop", "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
@@ -101,29 +110,7 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
     return _TwoLoop.apply(grad, s, y, gamma)
 
 
-def _is_transformed(grad: Tensor, s: Tensor, y: Tensor) -> bool:
-    """Whether autograd, forward AD or a functorch transform has to see the call."""
-    return (
-        ((grad.requires_grad or s.requires_grad or y.requires_grad) and torch.is_grad_enabled())
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
-
-
-_shortcuts: dict[str, Any] = {}
-
-
-def _plain() -> Any:
-    """The backend's own way for plain CPU tensors (see `kernels/lbfgs/cpu.py`), or None."""
-    name = backends.current_backend()
-    try:
-        return _shortcuts[name]
-    except KeyError:
-        try:
-            module = backends.resolve("lbfgs", torch.device("cpu"), torch.float32)
-        except backends.BackendError:
-            module = None  # the call itself will say why
-        return _shortcuts.setdefault(name, getattr(module, "two_loop_plain", None))
+_plain = _shortcut.Shortcut("lbfgs", "two_loop_plain")
 
 
 class _Plan(NamedTuple):
@@ -138,7 +125,9 @@ class _Plan(NamedTuple):
         """Whether `out` is `grad` or like it and apart from everything; if not, the gate says what is wrong."""
         if out is grad:
             return True
-        if type(out) is not Tensor or out.layout is not torch.strided or not out.is_contiguous() or out.requires_grad:
+        if type(out) is not Tensor or out.layout is not torch.strided or out.requires_grad:
+            return False
+        if not out.is_contiguous() or out.is_neg():
             return False
         if out.shape != grad.shape or out.dtype is not grad.dtype or out.device != grad.device:
             return False
@@ -154,7 +143,8 @@ def _plan_key(grad: Tensor, s: Tensor, y: Tensor) -> Any:
     try:
         return (
             grad.shape, s.shape, y.shape, grad.dtype, s.dtype, y.dtype, grad.device, s.device, y.device,
-            grad.is_contiguous(), s.stride(), y.stride(), type(grad), type(s), type(y), backends.current_backend(),
+            grad.is_contiguous(), s.stride(), y.stride(), grad.is_neg(), s.is_neg(), y.is_neg(),
+            type(grad), type(s), type(y), backends.current_backend(),
         )  # fmt: skip
     except (AttributeError, RuntimeError):  # no tensor, or no strides: the gate says so
         return None
@@ -197,13 +187,13 @@ def _check_two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out
 def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> Tensor:
     """Checked arguments: canonical layout, dispatch, and back."""
     given = (grad, s, y)
-    g = grad if grad.dtype in _gate.REAL else grad.float()
-    g = g.contiguous()
+    g, s, y = grad.resolve_neg(), s.resolve_neg(), y.resolve_neg()
+    g = (g if g.dtype in _gate.REAL else g.float()).contiguous()
     if s.dtype is torch.float16:
         s, y = s.float(), y.float()
     s = s if s.stride(-1) == 1 or s.shape[-1] <= 1 else s.contiguous()
     y = y if y.stride(-1) == 1 or y.shape[-1] <= 1 else y.contiguous()
-    direct = out is not None and out.dtype == g.dtype and out.is_contiguous()
+    direct = out is not None and out.dtype == g.dtype and out.is_contiguous() and not out.is_neg()
     d = out if direct and out is not None else torch.empty_like(g)
     if s.shape[-2] == 0:
         torch.mul(g, -1.0 if gamma is None else -gamma, out=d)
@@ -410,13 +400,14 @@ class LBFGSHistory:
         """A checked input, contiguous."""
         plain = type(x) is Tensor and x.layout is torch.strided
         if plain and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
-            return x.contiguous()
-        return _gate.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).contiguous()
+            return x.resolve_neg().contiguous()
+        return _gate.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).resolve_neg().contiguous()
 
     def _output(self, op: str, name: str, x: Tensor, *others: Tensor) -> Tensor:
         """A checked output: contiguous as it is, and apart from the other vectors (all of one size)."""
         if self._vector(op, name, x) is not x:
-            raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", f"strides {x.stride()}")
+            got = "a negated view" if x.is_neg() else f"strides {x.stride()}"
+            raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", got)
         for other in others:
             if self._overlaps(x, other):
                 raise _gate.fail(op, name, "no overlap with the other vectors", "overlapping memory")
@@ -489,7 +480,7 @@ class LBFGSHistory:
                 raise _gate.fail(
                     "step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _gate.describe(t)
                 )
-            t = t.reshape(-1).contiguous()
+            t = t.resolve_neg().reshape(-1).contiguous()
         self._update(g, d, g, p, t, d, p)
         return self.stats
 

@@ -1,0 +1,46 @@
+"""The way of plain CPU tensors: gate and kernel in one C call, where the backend has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secant import backends
+
+
+class Shortcut:
+    """A function of this name in the backend that serves CPU tensors."""
+
+    def __init__(self, family: str, name: str) -> None:
+        self.family, self.name = family, name
+        self._found: dict[str, Any] = {}
+
+    def __call__(self) -> Any:
+        """The function, or None without it."""
+        backend = backends.current_backend()
+        try:
+            return self._found[backend]
+        except KeyError:
+            try:
+                module = backends.resolve(self.family, torch.device("cpu"), torch.float32)
+            except backends.BackendError:
+                module = None  # the call itself will say why
+            return self._found.setdefault(backend, getattr(module, self.name, None))
+
+
+def is_transformed(x: Tensor, y: Tensor, z: Tensor) -> bool:
+    """Whether autograd, forward AD or a functorch transform has to see the call."""
+    return (
+        ((x.requires_grad or y.requires_grad or z.requires_grad) and torch.is_grad_enabled())
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def takes(x: Tensor, y: Tensor, z: Tensor) -> bool:
+    """Whether these are tensors that a shortcut may look at, and nothing else has to."""
+    return type(x) is type(y) is type(z) is Tensor and not (
+        x.is_neg() or y.is_neg() or z.is_neg() or is_transformed(x, y, z)
+    )
