@@ -24,7 +24,7 @@ double read(const void* data, int64_t bytes, int repeats) {
       vd a[4] = {};
       for (int64_t i = begin; i < end; i += kStep)
         for (int u = 0; u < 4; ++u) a[u] += load<vd>(p + i + u * kBytes);
-      sums[static_cast<size_t>(team.rank) * 8] += hsum(a[0] + a[1] + a[2] + a[3]);
+      sums[static_cast<size_t>(team.rank) * 8] += sum_lanes<double>(a[0] + a[1] + a[2] + a[3]);
     });
     const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
     best = std::max(best, static_cast<double>(bytes) / seconds);

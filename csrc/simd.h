@@ -173,20 +173,52 @@ SECANT_INLINE vd half(const vec<T>& v, int h) {
 }
 
 // The sum of the lanes, by halves: the order is fixed.
-SECANT_INLINE double hsum(const vd& v) {
-#if defined(__AVX512F__)
-  const __m256d x = (__m256d)(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
-#elif defined(__AVX2__)
-  const __m256d x = (__m256d)v;
-#endif
-#if defined(__AVX2__)
-  const __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
-#else
-  double s = v[0];
-  for (int i = 1; i < kDoubles; ++i) s += v[i];
-  return s;
-#endif
+template <class V, int... I>
+SECANT_INLINE auto add_halves(const V& v, std::integer_sequence<int, I...>) {
+  constexpr int h = sizeof...(I);
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + h)...);
+}
+
+template <class T>
+SECANT_INLINE T sum_lanes(const vec<T>& v) {
+  const auto halve = [](const auto& x) SECANT_LAMBDA {
+    return add_halves(x, std::make_integer_sequence<int, sizeof(x) / sizeof(T) / 2>{});
+  };
+  if constexpr (kLanes<T> == 16) {
+    const auto x = halve(halve(halve(v)));
+    return x[0] + x[1];
+  } else if constexpr (kLanes<T> == 8) {
+    const auto x = halve(halve(v));
+    return x[0] + x[1];
+  } else if constexpr (kLanes<T> == 4) {
+    const auto x = halve(v);
+    return x[0] + x[1];
+  } else {
+    return v[0] + v[1];
+  }
+}
+
+// The lanes of a, then of b, in groups of G: the halves of each group added, so that a group of the result has G / 2.
+template <int G, class V, int... I>
+SECANT_INLINE V add_group_halves(const V& a, const V& b, std::integer_sequence<int, I...>) {
+  constexpr int h = G / 2;
+  return __builtin_shufflevector(a, b, (I / h * G + I % h)...) +
+         __builtin_shufflevector(a, b, (I / h * G + h + I % h)...);
+}
+
+// The sums of the lanes of four vectors.
+template <class T>
+SECANT_INLINE void sum_lanes_of_four(const vec<T>& a, const vec<T>& b, const vec<T>& c, const vec<T>& d, T* sums) {
+  constexpr int W = kLanes<T>;
+  if constexpr (W == 2) {
+    sums[0] = a[0] + a[1], sums[1] = b[0] + b[1], sums[2] = c[0] + c[1], sums[3] = d[0] + d[1];
+  } else {
+    constexpr auto all = std::make_integer_sequence<int, W>{};
+    vec<T> s = add_group_halves<W / 2>(add_group_halves<W>(a, b, all), add_group_halves<W>(c, d, all), all);
+    if constexpr (W == 16) s = add_group_halves<4>(s, s, all);
+    if constexpr (W >= 8) s = add_group_halves<2>(s, s, all);
+    for (int i = 0; i < 4; ++i) sums[i] = s[i];
+  }
 }
 
 SECANT_INLINE float to_float(bf16 x) {
@@ -430,6 +462,62 @@ SECANT_INLINE void transpose_pieces(vec<T> (&v)[kPiece<T>]) {
   }
 }
 
+// The first `count` lanes, the others zero or left alone.
+#if defined(__AVX512F__)
+template <class T>
+SECANT_INLINE mask<T> first_lanes(int64_t count) {
+  return static_cast<mask<T>>(count >= kLanes<T> ? -1 : (1 << count) - 1);
+}
+
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_maskz_loadu_ps(first_lanes<T>(count), p);
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm512_maskz_loadu_pd(first_lanes<T>(count), p);
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, first_lanes<T>(count), (__m512)v);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, first_lanes<T>(count), (__m512d)v);
+}
+#elif defined(__AVX2__)
+alignas(64) constexpr int32_t kLaneMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+template <class T>
+SECANT_INLINE __m256i first_lanes(int64_t count) {
+  const int64_t words = (count >= kLanes<T> ? kLanes<T> : count) * static_cast<int64_t>(sizeof(T) / 4);
+  return load<__m256i>(kLaneMask + 8 - words);
+}
+
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if constexpr (sizeof(T) == 4) return (vec<T>)_mm256_maskload_ps(p, first_lanes<T>(count));
+  if constexpr (sizeof(T) == 8) return (vec<T>)_mm256_maskload_pd(p, first_lanes<T>(count));
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, first_lanes<T>(count), (__m256)v);
+  if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(p, first_lanes<T>(count), (__m256d)v);
+}
+#else
+template <class T>
+SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
+  if (count >= kLanes<T>) return load<vec<T>>(p);
+  T t[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) t[i] = p[i];
+  return load<vec<T>>(t);
+}
+
+template <class T>
+SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
+  T t[kLanes<T>];
+  store(t, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = t[i];
+}
+#endif
+
 // f(0), f(1), ... f(N - 1), each with its index as a constant: arrays indexed by it stay in registers.
 template <class F, int... I>
 SECANT_INLINE void unroll(const F& f, std::integer_sequence<int, I...>) {
@@ -438,6 +526,14 @@ SECANT_INLINE void unroll(const F& f, std::integer_sequence<int, I...>) {
 template <int N, class F>
 SECANT_INLINE void unroll(const F& f) {
   unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+// f with n as a constant, for an n from 1 to N.
+template <int N, class F>
+SECANT_INLINE void with_constant(int64_t n, const F& f) {
+  unroll<N>([&](auto i) SECANT_LAMBDA {
+    if (n == i + 1) f(std::integral_constant<int, i + 1>{});
+  });
 }
 
 // A vector of float as bfloat16, rounded as Round<bf16>.

@@ -221,14 +221,17 @@ def test_the_smallest_calls_launch_every_kernel(monkeypatch):
         "lbfgs": occupancy.lbfgs_plan.Launcher, "blocks": occupancy.blocks_plan.Launcher,
         "hvp": occupancy.hvp_plan.Launcher,
     }  # fmt: skip
-    for device in (occupancy.H100_DEVICE, occupancy.Device(108, 163 << 10), occupancy.Device(148, 227 << 10)):
+    monkeypatch.setattr(ops, "_plans", {})
+    devices = (occupancy.H100_DEVICE, occupancy.Device(108, 163 << 10), occupancy.Device(148, 227 << 10))
+    for name, device in zip(
+        smallest.NAMES, devices, strict=True
+    ):  # by another name each, so that nothing is remembered
         recorder = occupancy.Recorder(device)
         launchers = {family: planner(recorder) for family, planner in planners.items()}
         monkeypatch.setattr(backends, "resolve", lambda family, *_, launchers=launchers: launchers[family])
-        monkeypatch.setattr(ops, "_plans", {})
-        monkeypatch.setattr(ops, "_plain", lambda: None)
-        for calls in smallest.FAMILIES.values():
-            calls(torch.device("cpu"), every=True)
+        with backends.use_backend(name):
+            for calls in smallest.FAMILIES.values():
+                calls(torch.device("cpu"), every=True)
         assert {item.kernel for item in recorder.found} == set(smallest.kernels())
 
 

@@ -7,17 +7,13 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "cpu.h"
 #include "parallel.h"
 #include "simd.h"
-
-#define SECANT_LAMBDA __attribute__((always_inline))
 
 namespace SECANT_ISA {
 namespace blocks {
@@ -284,17 +280,12 @@ class Ahead {
 template <class T>
 class Scratch {
  public:
-  Scratch(int threads, int64_t vectors)
-      : each_(vectors), data_(::operator new(static_cast<size_t>(threads * vectors) * sizeof(vec<T>), kAlign)) {}
-  ~Scratch() { ::operator delete(data_, kAlign); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  vec<T>* of(int rank) const { return static_cast<vec<T>*>(data_) + rank * each_; }
+  Scratch(int threads, int64_t vectors) : each_(vectors), data_(threads * vectors) {}
+  vec<T>* of(int rank) const { return data_.get() + rank * each_; }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
   int64_t each_;
-  void* data_;
+  secant::Buffer<vec<T>> data_;
 };
 
 // work(group, scratch, ahead) for all groups, whose outputs have `out_size` elements a block. `nanoseconds` is an
@@ -314,14 +305,6 @@ void for_groups(const Blocks& c, double nanoseconds, int64_t vectors, int64_t ou
       Ahead ahead(c, group, out_size);
       work(group, scratch.of(team.rank), ahead);
     }
-  });
-}
-
-// f(std::integral_constant<int, N>) for the n of 1 .. kSmall that is asked for.
-template <class F>
-void with_small(int n, const F& f) {
-  unroll<kSmall>([&](auto i) {
-    if (n == i + 1) f(std::integral_constant<int, i + 1>{});
   });
 }
 

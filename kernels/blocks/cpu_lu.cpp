@@ -303,13 +303,13 @@ void solve_large(const Blocks& c) {
 template <class T>
 void inv_general(const Blocks& c) {
   if (c.n > kSmall) return inv_large<T>(c);
-  with_small(c.n, [&](auto n) { inv_small<T, decltype(n)::value>(c); });
+  with_constant<kSmall>(c.n, [&](auto n) { inv_small<T, decltype(n)::value>(c); });
 }
 
 template <class T>
 void solve_general(const Blocks& c) {
   if (c.n > kSmall) return solve_large<T>(c);
-  with_small(c.n, [&](auto n) { solve_small<T, decltype(n)::value>(c); });
+  with_constant<kSmall>(c.n, [&](auto n) { solve_small<T, decltype(n)::value>(c); });
 }
 
 template void inv_general<float>(const Blocks&);

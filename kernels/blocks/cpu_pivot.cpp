@@ -74,22 +74,6 @@ constexpr Lanes<T> numbered(std::integer_sequence<int, I...>) {
   return {{T(I)...}};
 }
 
-// The first `count` lanes of x.
-template <class T>
-SECANT_INLINE void store_first(T* p, const vec<T>& x, int count) {
-#ifdef __AVX512F__
-  const uint32_t m = (uint32_t{1} << count) - 1;
-  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>(m), (__m512)x);
-  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, static_cast<__mmask8>(m), (__m512d)x);
-#else
-  using E = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
-  static constexpr Lanes<E> number = numbered<E>(std::make_integer_sequence<int, kLanes<T> >{});
-  const bits<T> m = load<bits<T> >(number.at) < static_cast<E>(count);
-  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, (__m256i)m, (__m256)x);
-  if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(p, (__m256i)m, (__m256d)x);
-#endif
-}
-
 constexpr int kRowsMost = 64;
 
 // Columns of V vectors: those of the matrix, which become those of U, and behind them right-hand sides.
@@ -301,7 +285,7 @@ class Pivoting {
         if constexpr (v < V - 1) {
           store(out + i * n + v * L, sum[r][v]);
         } else {
-          store_first<T>(out + i * n + v * L, sum[r][v], n - v * L);
+          store_some<T>(out + i * n + v * L, sum[r][v], n - v * L);
         }
       });
       unroll<r>([&](auto q) SECANT_LAMBDA {

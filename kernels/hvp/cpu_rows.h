@@ -4,12 +4,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <limits>
-#include <memory>
-#include <new>
-#include <vector>
 
+#include "buffer.h"
 #include "cpu.h"
 #include "cpu_math.h"
 #include "cpu_tiles.h"
@@ -18,33 +14,17 @@
 namespace SECANT_ISA {
 namespace hvp {
 
+using secant::Buffer;
 using secant::HvpRows;
 
 constexpr int64_t kBlockBytes = 256 * 1024;  // of a block of X: a quarter of the second-level cache
 constexpr int64_t kRun = 256;
 
-// Aligned to cache lines, so that registers do not straddle them.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(
-            ::operator new(static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(T), std::align_val_t(64)))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-// Where the vectors lie: K arrays of d, or d rows of `width`.
+// Where the entries of the gradient lie: chunks of features, `width` arrays in each.
 struct Layout {
-  int64_t d, k, width;
-  bool along;
-  int64_t size() const { return d * width; }
-  int64_t at(int64_t j, int64_t c) const { return along ? c * d + j : j * width + c; }
+  int64_t d, k, width, chunk;
+  int64_t size() const { return (d + chunk - 1) / chunk * chunk * width; }
+  int64_t at(int64_t j, int64_t c) const { return (j / chunk * width + c) * chunk + j % chunk; }
 };
 
 // The function of the rows: z becomes the coefficients of the gradient.
@@ -175,27 +155,29 @@ struct RowFunction {
   }
 };
 
-template <class T, class F>
-void with_tiles(const Layout& layout, const F& f) {
-  constexpr int W = kLanes<T>, H = W > 2 ? W / 2 : W;
-  if (!layout.along) return layout.width % W != 0 ? f(Across<T, H>{}) : f(Across<T, W>{});
-  switch (layout.k) {
-    case 1:
-      return f(Along<T, 1>{});
-    case 2:
-      return f(Along<T, 2>{});
-    case 3:
-      return f(Along<T, 3>{});
-    default:
-      return f(Along<T, 4>{});
-  }
-}
-
+// With many vectors of few features, adding up the lanes of each inner product would take longer than the products.
 template <class T>
 Layout layout_of(const HvpRows& c) {
   constexpr int64_t W = kLanes<T>, H = W > 2 ? W / 2 : W;
-  if (c.k <= 4) return {c.d, c.k, c.k, true};
-  return {c.d, c.k, c.k <= H ? H : (c.k + W - 1) / W * W, false};
+  if (c.k <= 4 || c.d >= 5 * c.k) return {c.d, c.k, c.k, W};
+  return {c.d, c.k, c.k <= H ? H : (c.k + W - 1) / W * W, 1};
+}
+
+template <class S, class T, class F>
+void with_tiles(const Layout& layout, const F& f) {
+  constexpr int W = kLanes<T>, H = W > 2 ? W / 2 : W;
+  if (layout.chunk > 1) return f(Along<S, T>{});
+  return layout.width % W != 0 ? f(Across<T, H>{}) : f(Across<T, W>{});
+}
+
+// Rows converted to T.
+template <class S, class T>
+void widen(const S* x, int64_t ld, int64_t rows, int64_t d, T* to) {
+  for (int64_t r = 0; r < rows; ++r, x += ld, to += d) {
+    int64_t j = 0;
+    for (; j + kLanes<T> <= d; j += kLanes<T>) store(to + j, load_t<T>(x + j));
+    for (; j < d; ++j) to[j] = to_float(x[j]);
+  }
 }
 
 // The result: the sums of the threads, in their order, and the penalty.
@@ -227,21 +209,14 @@ void add_up(const HvpRows& c, const Layout& layout, const double* sums, int64_t 
 template <class S, class T>
 void rows(const HvpRows& c) {
   const Layout layout = layout_of<T>(c);
-  const T* v = static_cast<const T*>(c.v);
-  const bool packed = c.k == 1 || (!layout.along && layout.width == c.k);
-  Buffer<T> copy(packed ? 0 : layout.size());
-  if (!packed) {
-    std::fill_n(copy.get(), layout.size(), T(0));
-    for (int64_t j = 0; j < c.d; ++j) {
-      for (int64_t k = 0; k < c.k; ++k) copy.get()[layout.at(j, k)] = v[j * c.k + k];
-    }
-  }
-  const T* vectors = packed ? v : copy.get();
+  const T* const v = static_cast<const T*>(c.v);
+  Buffer<T> vectors(layout.size());
+  with_tiles<S, T>(layout, [&](auto tiles) { tiles.pack(v, c.d, c.k, vectors.get()); });
   const RowFunction<T> function{c, static_cast<const T*>(c.sample_weight), layout,
                                 c.intercept ? v + c.d * c.k : nullptr};
 
   // A block is a multiple of the rows of a tile.
-  const int64_t fit = kBlockBytes / (c.d * static_cast<int64_t>(sizeof(T)));
+  const int64_t fit = kBlockBytes / (c.d * static_cast<int64_t>(layout.chunk > 1 ? sizeof(S) : sizeof(T)));
   const int64_t block = std::min<int64_t>(std::max<int64_t>(fit / 8 * 8, c.d > 16384 ? 4 : 8), kRun);
   const double work = static_cast<double>(c.n) * static_cast<double>(c.d) * static_cast<double>(c.k);
   int threads = c.threads > 0 ? c.threads : work < 65536 ? 1 : secant::max_threads();
@@ -256,7 +231,7 @@ void rows(const HvpRows& c) {
     std::fill_n(total, stride, 0.0);
     constexpr bool direct = __is_same(T, double);
     Buffer<T> z(block * layout.width + kLanes<T>), run(direct ? 0 : layout.size());
-    Buffer<T> wide(__is_same(S, T) ? 0 : block * c.d);
+    Buffer<T> wide(__is_same(S, T) || layout.chunk > 1 ? 0 : block * c.d);
     T* g = run.get();
     if constexpr (direct) {
       g = total;
@@ -274,27 +249,24 @@ void rows(const HvpRows& c) {
       summed = 0;
     };
     const auto [first, last] = team.share(c.n, 8);
-    with_tiles<T>(layout, [&](auto tiles) {
+    with_tiles<S, T>(layout, [&](auto tiles) {
+      using X = typename decltype(tiles)::Stored;
       for (int64_t i = first; i < last; i += block) {
         const int64_t count = std::min(block, last - i);
         const S* const stored = static_cast<const S*>(c.x) + i * c.x_row;
-        const T* x;
-        int64_t ld;
-        if constexpr (__is_same(S, T)) {
-          x = stored, ld = c.x_row;
+        const X* x;
+        int64_t ld = c.x_row;
+        if constexpr (__is_same(S, X)) {
+          x = stored;
         } else {
-          for (int64_t r = 0; r < count; ++r) {
-            T* const to = wide.get() + r * c.d;
-            const S* const from = stored + r * c.x_row;
-            int64_t j = 0;
-            for (; j + kLanes<T> <= c.d; j += kLanes<T>) store(to + j, load_t<T>(from + j));
-            for (; j < c.d; ++j) to[j] = to_float(from[j]);
-          }
+          widen(stored, ld, count, c.d, wide.get());
           x = wide.get(), ld = c.d;
         }
-        decltype(tiles)::logits(x, ld, count, c.d, layout.width, vectors, z.get());
+        // The next block is fetched if it is whole and both fit in the second-level cache.
+        const X* const ahead = __is_same(S, X) && fit >= 8 && i + 2 * block <= last ? x + block * ld : nullptr;
+        tiles.logits(x, ld, count, c.d, layout.width, vectors.get(), z.get(), ahead);
         *value += function(i, count, z.get());
-        decltype(tiles)::gradient(x, ld, count, c.d, layout.width, z.get(), g);
+        tiles.gradient(x, ld, count, c.d, layout.width, z.get(), g, ahead);
         if (c.intercept) {
           for (int64_t r = 0; r < count; ++r) {
             for (int64_t k = 0; k < c.k; ++k) of_bias[k] += static_cast<double>(z.get()[r * layout.width + k]);

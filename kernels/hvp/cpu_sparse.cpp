@@ -59,7 +59,7 @@ void add_outer(const Entries<T, I>& x, const T* z, int64_t k, double* g) {
 
 template <class T, class I>
 void sparse_rows(const HvpRows& c) {
-  const Layout layout{c.d, c.k, c.k, c.k == 1};  // vectors interleaved: an entry meets all of its own at once
+  const Layout layout{c.d, c.k, c.k, 1};  // vectors interleaved: an entry meets all of its own at once
   const T* const v = static_cast<const T*>(c.v);
   const T* const values = static_cast<const T*>(c.x);
   const I* const crow = static_cast<const I*>(c.crow);

@@ -1,183 +1,187 @@
 // The two products of a block of rows with vectors, Z = X V and G += X^T R, for a block that lies in the cache between
 // them.
 //
-// "Along": few vectors, each in an array of its own; lanes run along the features.
-// "Across": more vectors, interleaved and padded to whole registers of L lanes; lanes run across the vectors, and an
-// entry of X is broadcast.
+// "Along": lanes run along the features; an entry of X that is in a register meets several vectors.
+// "Across", for many vectors of few features: they are interleaved and padded to whole registers of L lanes; lanes run
+// across the vectors, and an entry of X is broadcast.
 #pragma once
+
+#include <algorithm>
 
 #include "simd.h"
 
 namespace SECANT_ISA {
 namespace hvp {
 
-// The first `count` lanes, the others zero or left alone.
-#if defined(__AVX512F__)
-template <class T>
-SECANT_INLINE mask<T> first_lanes(int64_t count) {
-  return static_cast<mask<T>>(count >= kLanes<T> ? -1 : (1 << count) - 1);
-}
-
-template <class T>
-SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
-  if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_maskz_loadu_ps(first_lanes<T>(count), p);
-  if constexpr (sizeof(T) == 8) return (vec<T>)_mm512_maskz_loadu_pd(first_lanes<T>(count), p);
-}
-
-template <class T>
-SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
-  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, first_lanes<T>(count), (__m512)v);
-  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, first_lanes<T>(count), (__m512d)v);
-}
-#elif defined(__AVX2__)
-alignas(64) constexpr int32_t kLaneMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-
-template <class T>
-SECANT_INLINE __m256i first_lanes(int64_t count) {
-  const int64_t words = (count >= kLanes<T> ? kLanes<T> : count) * static_cast<int64_t>(sizeof(T) / 4);
-  return load<__m256i>(kLaneMask + 8 - words);
-}
-
-template <class T>
-SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
-  if constexpr (sizeof(T) == 4) return (vec<T>)_mm256_maskload_ps(p, first_lanes<T>(count));
-  if constexpr (sizeof(T) == 8) return (vec<T>)_mm256_maskload_pd(p, first_lanes<T>(count));
-}
-
-template <class T>
-SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
-  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, first_lanes<T>(count), (__m256)v);
-  if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(p, first_lanes<T>(count), (__m256d)v);
-}
-#else
-template <class T>
-SECANT_INLINE vec<T> load_some(const T* p, int64_t count) {
-  if (count >= kLanes<T>) return load<vec<T>>(p);
-  T t[kLanes<T>] = {};
-  for (int64_t i = 0; i < count; ++i) t[i] = p[i];
-  return load<vec<T>>(t);
-}
-
-template <class T>
-SECANT_INLINE void store_some(T* p, const vec<T>& v, int64_t count) {
-  if (count >= kLanes<T>) return store(p, v);
-  T t[kLanes<T>];
-  store(t, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = t[i];
-}
-#endif
-
-// The sum of the lanes, by halves.
-template <class V, int... I>
-SECANT_INLINE auto add_halves(const V& v, std::integer_sequence<int, I...>) {
-  constexpr int h = sizeof...(I);
-  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + h)...);
-}
-
-template <class T>
-SECANT_INLINE T sum_lanes(const vec<T>& v) {
-  const auto halve = [](const auto& x) SECANT_LAMBDA {
-    return add_halves(x, std::make_integer_sequence<int, sizeof(x) / sizeof(T) / 2>{});
-  };
-  if constexpr (kLanes<T> == 16) {
-    const auto x = halve(halve(halve(v)));
-    return x[0] + x[1];
-  } else if constexpr (kLanes<T> == 8) {
-    const auto x = halve(halve(v));
-    return x[0] + x[1];
-  } else if constexpr (kLanes<T> == 4) {
-    const auto x = halve(v);
-    return x[0] + x[1];
-  } else {
-    return v[0] + v[1];
-  }
-}
-
-template <class T, int K>
+// Lanes along the features. The vectors are kept in groups that fit in registers with four rows (`pack`), the gradient
+// in chunks of W features, vector after vector in each. Rows are read as they are stored and converted in registers.
+//
+// Hardware fetches ahead within the rows that are being read; when they come from the cache, memory would be idle.
+// So the next block is fetched into the second-level cache meanwhile: a quarter of it on the way up, the rest on the
+// way down.
+template <class S, class T>
 struct Along {
   using V = vec<T>;
+  using Stored = S;
   static constexpr int W = kLanes<T>;
-  static constexpr int kRegisters = kBytes == 64 ? 32 : 16;  // half of which hold sums or coefficients
-  static constexpr int kRowsUp = K <= 2 ? 4 : kRegisters / 2 / K < 4 ? kRegisters / 2 / K : 4;
-  static constexpr int kRowsDown = kRegisters / 2 / K < 8 ? kRegisters / 2 / K : 8;
+  static constexpr bool kWide = kBytes == 64;  // 32 registers rather than 16
+  static constexpr int kRowsUp = 4, kGroup = kWide ? 6 : 3;
+  static constexpr int kRowsDown = kWide ? 8 : 4, kChunks = 3;
+  // Of the vectors of a group, and of the gradient, while the rows of a block pass by: most of the first-level cache.
+  static constexpr int64_t kUpBytes = 20 * 1024, kDownBytes = 16 * 1024;
 
-  // z[r * K + c] = x_r . v_c, with v_c at v + c * d.
-  template <int R>
-  static SECANT_INLINE void up(const T* x, int64_t ld, int64_t d, const T* v, T* z) {
+  static SECANT_INLINE void fetch(const S* p) { __builtin_prefetch(p, 0, 2); }
+
+  static SECANT_INLINE V load_end(const S* p, int64_t count) {
+    if constexpr (__is_same(S, T)) {
+      return load_some(p, count);
+    } else {
+      S end[W] = {};
+      for (int64_t i = 0; i < count; ++i) end[i] = p[i];
+      return load_t<T>(end);
+    }
+  }
+
+  // The group i of the k vectors: how many there are, and where it begins.
+  static int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
+  static int64_t begin(int64_t k, int64_t i) { return k * i / groups(k); }
+
+  // v (d, k) into groups, in each group chunks of W features, in each chunk vector after vector.
+  static void pack(const T* v, int64_t d, int64_t k, T* to) {
+    for (int64_t i = 0; i < groups(k); ++i) {
+      for (int64_t j = 0; j < d; j += W) {
+        for (int64_t c = begin(k, i); c < begin(k, i + 1); ++c) {
+          for (int64_t l = j; l < j + W; ++l) *to++ = l < d ? v[l * k + c] : T(0);
+        }
+      }
+    }
+  }
+
+  // z[r * k + c] = x_r . v_c over `d` features, or += of them.
+  template <int R, int C>
+  static SECANT_INLINE void up(const S* x, int64_t ld, int64_t d, int64_t k, const T* v, T* z, bool add,
+                               const S* ahead) {
     // Two sets of accumulators for a single vector, so that the additions do not wait for each other.
-    constexpr int U = R * K <= 4 ? 2 : 1;
-    V sum[U][R][K] = {};
+    constexpr int U = R * C <= 4 ? 2 : 1;
+    V sum[U][R][C] = {};
     int64_t j = 0;
     for (; j + U * W <= d; j += U * W) {
+      if (ahead != nullptr) fetch(ahead + j);
       unroll<U>([&](auto u) SECANT_LAMBDA {
-        V row[R];
-        unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load<V>(x + r * ld + j + u * W); });
-        unroll<K>([&](auto c) SECANT_LAMBDA {
-          const V column = load<V>(v + c * d + j + u * W);
-          unroll<R>([&](auto r) SECANT_LAMBDA { sum[u][r][c] += row[r] * column; });
+        V column[C];
+        unroll<C>([&](auto c) SECANT_LAMBDA { column[c] = load<V>(v + (u * C + c) * W); });
+        unroll<R>([&](auto r) SECANT_LAMBDA {
+          const V row = load_t<T>(x + r * ld + j + u * W);
+          unroll<C>([&](auto c) SECANT_LAMBDA { sum[u][r][c] += row * column[c]; });
         });
       });
+      v += U * C * W;
     }
     for (; j < d; j += W) {
-      V row[R];
-      unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load_some(x + r * ld + j, d - j); });
-      unroll<K>([&](auto c) SECANT_LAMBDA {
-        const V column = load_some(v + c * d + j, d - j);
-        unroll<R>([&](auto r) SECANT_LAMBDA { sum[0][r][c] += row[r] * column; });
+      unroll<R>([&](auto r) SECANT_LAMBDA {
+        const V row = load_end(x + r * ld + j, d - j);
+        unroll<C>([&](auto c) SECANT_LAMBDA { sum[0][r][c] += row * load<V>(v + c * W); });
       });
+      v += C * W;
     }
-    unroll<R>([&](auto r) SECANT_LAMBDA {
-      unroll<K>([&](auto c) SECANT_LAMBDA {
-        V s = sum[0][r][c];
-        if constexpr (U == 2) s += sum[1][r][c];
-        z[r * K + c] = sum_lanes<T>(s);
-      });
+    unroll<C>([&](auto c) SECANT_LAMBDA {
+      const auto whole = [&](int r) SECANT_LAMBDA {
+        if constexpr (U == 2) return sum[0][r][c] + sum[1][r][c];
+        return sum[0][r][c];
+      };
+      T s[R];
+      if constexpr (R == 4) {
+        sum_lanes_of_four<T>(whole(0), whole(1), whole(2), whole(3), s);
+      } else {
+        for (int r = 0; r < R; ++r) s[r] = sum_lanes<T>(whole(r));
+      }
+      for (int r = 0; r < R; ++r) z[r * k + c] = add ? z[r * k + c] + s[r] : s[r];
     });
   }
 
-  // g_c += sum_r z[r * K + c] x_r, with g_c at g + c * d.
+  template <int C>
+  static void up_rows(const S* x, int64_t ld, int64_t rows, int64_t d, int64_t k, const T* v, T* z, bool add,
+                      const S* ahead) {
+    int64_t r = 0;
+    for (; r + kRowsUp <= rows; r += kRowsUp)
+      up<kRowsUp, C>(x + r * ld, ld, d, k, v, z + r * k, add, ahead == nullptr ? nullptr : ahead + r * ld);
+    for (; r < rows; ++r) up<1, C>(x + r * ld, ld, d, k, v, z + r * k, add, nullptr);
+  }
+
+  // Z = X V for a block of rows; v is packed.
+  static void logits(const S* x, int64_t ld, int64_t rows, int64_t d, int64_t k, const T* v, T* z, const S* ahead) {
+    const int64_t chunks = (d + W - 1) / W;
+    for (int64_t i = 0; i < groups(k); ++i) {
+      const int64_t c = begin(k, i), size = begin(k, i + 1) - c;
+      const int64_t ranges = (chunks * size * kBytes + kUpBytes - 1) / kUpBytes, step = (chunks + ranges - 1) / ranges;
+      for (int64_t j = 0; j < d; j += step * W) {
+        const auto call = [&](auto C) {
+          up_rows<C>(x + j, ld, rows, std::min(step * W, d - j), k, v + j * size, z + c, j > 0,
+                     ahead == nullptr || i > 0 ? nullptr : ahead + j);
+        };
+        with_constant<kGroup>(size, call);
+      }
+      v += chunks * W * size;
+    }
+  }
+
+  // g_c += sum_r z[r * k + c] x_r for Q chunks, the last of them of `count` features.
+  template <int R, int Q>
+  static SECANT_INLINE void down(const S* x, int64_t ld, int64_t count, int64_t k, const T* z, T* g, const S* ahead) {
+    V row[R][Q];
+    unroll<R>([&](auto r) SECANT_LAMBDA {
+      unroll<Q>([&](auto q) SECANT_LAMBDA {
+        const S* const p = x + r * ld + q * W;
+        row[r][q] = q + 1 == Q && count < W ? load_end(p, count) : load_t<T>(p);
+        constexpr bool line = r % kRowsUp != 0 && q * W * static_cast<int>(sizeof(S)) % 64 == 0;
+        if (line && ahead != nullptr) fetch(ahead + r * ld + q * W);
+      });
+    });
+    for (int64_t c = 0; c < k; ++c) {
+      V sum[Q];
+      unroll<Q>([&](auto q) SECANT_LAMBDA { sum[q] = load<V>(g + (q * k + c) * W); });
+      unroll<R>([&](auto r) SECANT_LAMBDA {
+        const V factor = splat(z[r * k + c]);
+        unroll<Q>([&](auto q) SECANT_LAMBDA { sum[q] += row[r][q] * factor; });
+      });
+      unroll<Q>([&](auto q) SECANT_LAMBDA { store(g + (q * k + c) * W, sum[q]); });
+    }
+  }
+
   template <int R>
-  static SECANT_INLINE void down(const T* x, int64_t ld, int64_t d, const T* z, T* g) {
-    V factor[R][K];
-    unroll<R>([&](auto r)
-                  SECANT_LAMBDA { unroll<K>([&](auto c) SECANT_LAMBDA { factor[r][c] = splat(z[r * K + c]); }); });
+  static SECANT_INLINE void down_rows(const S* x, int64_t ld, int64_t d, int64_t k, const T* z, T* g, const S* ahead) {
+    const auto next = [&](int64_t j) SECANT_LAMBDA { return ahead == nullptr ? nullptr : ahead + j; };
     int64_t j = 0;
-    for (; j + W <= d; j += W) {
-      V row[R];
-      unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load<V>(x + r * ld + j); });
-      unroll<K>([&](auto c) SECANT_LAMBDA {
-        V sum = load<V>(g + c * d + j);
-        unroll<R>([&](auto r) SECANT_LAMBDA { sum += row[r] * factor[r][c]; });
-        store(g + c * d + j, sum);
-      });
-    }
-    if (j < d) {
-      V row[R];
-      unroll<R>([&](auto r) SECANT_LAMBDA { row[r] = load_some(x + r * ld + j, d - j); });
-      unroll<K>([&](auto c) SECANT_LAMBDA {
-        V sum = load_some(g + c * d + j, d - j);
-        unroll<R>([&](auto r) SECANT_LAMBDA { sum += row[r] * factor[r][c]; });
-        store_some(g + c * d + j, sum, d - j);
-      });
-    }
+    for (; j + kChunks * W <= d; j += kChunks * W) down<R, kChunks>(x + j, ld, W, k, z, g + j * k, next(j));
+    for (; j < d; j += W) down<R, 1>(x + j, ld, d - j, k, z, g + j * k, next(j));
   }
 
-  static void logits(const T* x, int64_t ld, int64_t rows, int64_t d, int64_t, const T* v, T* z) {
-    int64_t r = 0;
-    for (; r + kRowsUp <= rows; r += kRowsUp) up<kRowsUp>(x + r * ld, ld, d, v, z + r * K);
-    for (; r < rows; ++r) up<1>(x + r * ld, ld, d, v, z + r * K);
-  }
-
-  static void gradient(const T* x, int64_t ld, int64_t rows, int64_t d, int64_t, const T* z, T* g) {
-    int64_t r = 0;
-    for (; r + kRowsDown <= rows; r += kRowsDown) down<kRowsDown>(x + r * ld, ld, d, z + r * K, g);
-    for (; r < rows; ++r) down<1>(x + r * ld, ld, d, z + r * K, g);
+  // G += X^T Z for a block of rows.
+  static void gradient(const S* x, int64_t ld, int64_t rows, int64_t d, int64_t k, const T* z, T* g, const S* ahead) {
+    constexpr int64_t tile = kChunks * W;
+    const int64_t step = std::max<int64_t>(kDownBytes / (tile * k * static_cast<int64_t>(sizeof(T))), 1) * tile;
+    for (int64_t j = 0; j < d; j += step) {
+      const int64_t width = std::min(step, d - j);
+      int64_t r = 0;
+      for (; r + kRowsDown <= rows; r += kRowsDown)
+        down_rows<kRowsDown>(x + r * ld + j, ld, width, k, z + r * k, g + j * k,
+                             ahead == nullptr ? nullptr : ahead + r * ld + j);
+      for (; r < rows; ++r) down_rows<1>(x + r * ld + j, ld, width, k, z + r * k, g + j * k, nullptr);
+    }
   }
 };
 
 template <class T, int L>
 struct Across {
   using V = typename VecN<T, L>::type;
+  using Stored = T;
+
+  static void pack(const T* v, int64_t d, int64_t k, T* to) {
+    const int64_t width = (k + L - 1) / L * L;
+    for (int64_t j = 0; j < d; ++j, to += width) {
+      for (int64_t c = 0; c < width; ++c) to[c] = c < k ? v[j * k + c] : T(0);
+    }
+  }
 
   static SECANT_INLINE V broadcast(T x) { return x - V{}; }
 
@@ -234,13 +238,13 @@ struct Across {
     }
   }
 
-  static void logits(const T* x, int64_t ld, int64_t rows, int64_t d, int64_t width, const T* v, T* z) {
+  static void logits(const T* x, int64_t ld, int64_t rows, int64_t d, int64_t width, const T* v, T* z, const T*) {
     tiles(rows, width, [&](int64_t r, int64_t c, auto R, auto N) SECANT_LAMBDA {
       up<R, N>(x + r * ld, ld, d, width, v + c, z + r * width + c);
     });
   }
 
-  static void gradient(const T* x, int64_t ld, int64_t rows, int64_t d, int64_t width, const T* z, T* g) {
+  static void gradient(const T* x, int64_t ld, int64_t rows, int64_t d, int64_t width, const T* z, T* g, const T*) {
     tiles(rows, width, [&](int64_t r, int64_t c, auto R, auto N) SECANT_LAMBDA {
       down<R, N>(x + r * ld, ld, d, width, z + r * width + c, g + c);
     });

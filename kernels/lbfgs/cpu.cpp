@@ -48,7 +48,7 @@ SECANT_INLINE double dot(const X* x, const Y* y, int len) {
   int i = 0;
   for (; i + 4 * kDoubles <= len; i += 4 * kDoubles)
     for (int u = 0; u < 4; ++u) a[u] += load_d(x + i + u * kDoubles) * load_d(y + i + u * kDoubles);
-  double r = hsum((a[0] + a[1]) + (a[2] + a[3]));
+  double r = sum_lanes<double>((a[0] + a[1]) + (a[2] + a[3]));
   for (; i < len; ++i) r += static_cast<double>(to_float(x[i])) * to_float(y[i]);
   return r;
 }
@@ -101,7 +101,7 @@ SECANT_INLINE void pair_dots(const S* s, const S* y, const A* g, const A* p, int
     if (G) tail[0] += sv * g[i], tail[1] += yv * g[i];
     if (P) tail[2] += sv * p[i], tail[3] += yv * p[i];
   }
-  for (int c = kFirst; c < kLast; ++c) r[c] += hsum(sum[c]) + tail[c];
+  for (int c = kFirst; c < kLast; ++c) r[c] += sum_lanes<double>(sum[c]) + tail[c];
 }
 
 // acc += a x + b y over a block, in T.
@@ -505,9 +505,9 @@ SECANT_INLINE void row_dots(const A* const* x, const A* q, int k, int len, vd* d
 
 SECANT_INLINE void fold(const PanelLanes& v, int k, PanelSums& r) {
   for (int i = 0; i < k; ++i) {
-    r.first[i] = hsum(v.first[i]);
-    r.yy[i] = hsum(v.yy[i]);
-    for (int j = i; j < k; ++j) r.sy[i][j] = hsum(v.sy[i][j]);
+    r.first[i] = sum_lanes<double>(v.first[i]);
+    r.yy[i] = sum_lanes<double>(v.yy[i]);
+    for (int j = i; j < k; ++j) r.sy[i][j] = sum_lanes<double>(v.sy[i][j]);
   }
 }
 
@@ -586,7 +586,7 @@ SECANT_INLINE void single(const T* src, T scale, T c, const S* x, T* out, const 
   const auto total = [&](int which) {
     vd sum = a[0][0][which] + a[1][0][which];
     for (int h = 1; h < kHalves<T>; ++h) sum += a[0][h][which] + a[1][h][which];
-    return hsum(sum) + t[which];
+    return sum_lanes<double>(sum) + t[which];
   };
   if (kDots != Dots::kNone) r.first[0] = total(0);
   if (kDots == Dots::kGram) r.sy[0][0] = total(1);

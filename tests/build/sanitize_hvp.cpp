@@ -136,5 +136,9 @@ int main() {
   // More rows than a block or a run of sums has.
   dense<float, float>(hvp::dense_f32, 700, 130, 1, true, 2);
   dense<double, double>(hvp::dense_f64, 700, 130, 8, true, 2);
+  // Blocks that fetch the next one, and more columns than stay in the first-level cache.
+  dense<float, float>(hvp::dense_f32, 1600, 130, 7, true, 2);
+  dense<bf16, float>(hvp::dense_bf16, 700, 1500, 6, true, 2);
+  dense<float, float>(hvp::dense_f32, 70, 1500, 13, true, 1);
   std::puts("clean");
 }
