@@ -109,13 +109,17 @@ struct RowFunction {
   }
 
   double softmax(int64_t i, int64_t rows, T* z) const {
-    for (int64_t r = 0; r < rows; ++r) {
+    int64_t r = 0;
+    if (layout.k <= kLanes<T>) {
+      for (; r + 4 <= rows; r += 4) softmax_of_four(i + r, z + r * layout.width);
+    }
+    for (; r < rows; ++r) {
       const T* p = static_cast<const T*>(c.row) + (i + r) * layout.k;
       T* y = z + r * layout.width;
       vec<T> sum = {};
       for (int64_t j = 0; j < layout.k; j += kLanes<T>)
         sum += load_some(p + j, layout.k - j) * load_some(y + j, layout.k - j);
-      const T mean = sum_lanes<T>(sum), w = weights == nullptr ? T(1) : weights[i + r];
+      const T mean = sum_lanes<T>(sum), w = weight_of(i + r);
       for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
         const int64_t count = layout.k - j;
         store_some(y + j, w * (load_some(p + j, count) * (load_some(y + j, count) - mean)), count);
@@ -123,6 +127,24 @@ struct RowFunction {
     }
     return 0;
   }
+
+  // Rows of at most one register. All are read before any is written: the lanes behind a row that is written are those
+  // of the next one, which a load would have to wait for.
+  void softmax_of_four(int64_t i, T* z) const {
+    const T* const p = static_cast<const T*>(c.row) + i * layout.k;
+    vec<T> x[4], y[4];
+    unroll<4>([&](auto r) SECANT_LAMBDA {
+      x[r] = load_some(p + r * layout.k, layout.k);
+      y[r] = load_some(z + r * layout.width, layout.k);
+    });
+    T mean[4];
+    sum_lanes_of_four<T>(x[0] * y[0], x[1] * y[1], x[2] * y[2], x[3] * y[3], mean);
+    unroll<4>([&](auto r) SECANT_LAMBDA {
+      store_some(z + r * layout.width, weight_of(i + r) * (x[r] * (y[r] - mean[r])), layout.k);
+    });
+  }
+
+  T weight_of(int64_t i) const { return weights == nullptr ? T(1) : weights[i]; }
 
   double softmax_losses(int64_t i, int64_t rows, T* z) const {
     double total = 0;
@@ -140,7 +162,7 @@ struct RowFunction {
         store_some(p + j, e, count);
         sum += load_some(p + j, count);  // lanes beyond the row are zero again
       }
-      const T whole = sum_lanes<T>(sum), inverse = T(1) / whole, w = weights == nullptr ? T(1) : weights[i + r];
+      const T whole = sum_lanes<T>(sum), inverse = T(1) / whole, w = weight_of(i + r);
       for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
         const int64_t count = layout.k - j;
         const vec<T> q = load_some(p + j, count) * inverse;
