@@ -122,6 +122,19 @@ def test_a_call_takes_the_backend_of_its_size(monkeypatch):
     assert backends.preferences("lbfgs", CPU, "update", 10)[0] == "cpu"
 
 
+def test_a_choice_of_one_product_has_no_shortcut_past_it(monkeypatch):
+    """One shortcut serves two functions of the hvp family."""
+    table = (
+        Default("cpu", "hvp", "glm_hvp", 10, "reference", "a test"),
+        Default("cpu", "hvp", "glm_hvp", None, "cpu", "a test"),
+        Default("cpu", "hvp", ANY, None, "cpu", "a test"),
+    )
+    monkeypatch.setattr(defaults, "TABLE", table)
+    monkeypatch.setattr(backends, "_auto", {})
+    monkeypatch.setattr(backends.load("hvp", "cpu"), "glm_plain", print)
+    assert not hasattr(backends.resolve("hvp", CPU, torch.float32), "glm_plain")
+
+
 def test_a_backend_of_the_table_that_cannot_serve_gives_way(monkeypatch):
     two_sizes(monkeypatch, "nvrtc")
     assert backends.resolve("lbfgs", CPU, torch.float32) is backends.load("lbfgs", "cpu")

@@ -94,12 +94,12 @@ class BySize:
     """
 
     def __init__(self, rest: ModuleType, options: dict[str, list[tuple[int | None, ModuleType]]]) -> None:
-        self._rest, self._ops = rest, tuple(options)
+        self._rest = rest
         for op, found in options.items():
             setattr(self, op, _by_size(op, found))
 
     def __getattr__(self, name: str) -> Any:
-        if name.removesuffix("_plain") in self._ops:  # a shorter way to one backend, past the choice
+        if name.endswith("_plain"):  # a shorter way to one backend, past the choice
             raise AttributeError(name)
         return getattr(self._rest, name)
 
