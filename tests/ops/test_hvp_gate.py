@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from secant.kernels.hvp import LOSSES, cpu
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import secant
 from secant import backends
@@ -177,6 +178,19 @@ def test_dtypes_of_the_results():
         assert (value.dtype, grad.dtype, weight.dtype) == (torch.float64, compute, compute)
         assert glm_hvp(z, c, weight).dtype == compute
         assert cross_entropy_hvp(z, z).dtype == dtype
+
+
+def test_results_without_memory():
+    """While torch only asks for shapes, what it allocates has no memory that a kernel could write to."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        results = (
+            glm_hvp(x, v, w),
+            glm_hvp(x, coef, w),
+            *glm_value_grad(x, w, v, loss="poisson"),
+            cross_entropy_hvp(x, x),
+        )
+    assert all(isinstance(result, FakeTensor) for result in results)
+    assert [tuple(result.shape) for result in results] == [(4,), (4, 3), (), (4,), (6,), (6, 4)]
 
 
 #: The functions of x.

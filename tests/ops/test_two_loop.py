@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secant.kernels.lbfgs import cpu
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import secant
 from secant.ops import two_loop
@@ -154,6 +155,17 @@ def test_negated_views(backend):
         out = torch._neg_view(torch.empty(64))
         secant.ops.two_loop(g, s, y, out=out)
         assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_results_without_memory(backend):
+    """While torch only asks for shapes, what it allocates has no memory that a kernel could write to."""
+    g, s = torch.randn(5), torch.randn(3, 5)
+    with secant.use_backend(backend):
+        two_loop(g, s, s)  # the way that was taken is kept for tensors like these
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            results = two_loop(g, s, s), two_loop(g, s.half(), s.half()), two_loop(g, s, s, gamma=2.0)
+    assert all(isinstance(result, FakeTensor) and result.shape == (5,) for result in results)
 
 
 def test_a_non_finite_gradient_shows():

@@ -80,8 +80,8 @@ for _name in NAMES:
 
 def call(name: str, *args: Any) -> None:
     """Launch a kernel; through the registered op where a compiler or a tensor subclass has to see it."""
-    first = args[0]
-    if torch.compiler.is_compiling() or not _gate.is_plain(first):
+    first, out = args[0], args[-1]
+    if torch.compiler.is_compiling() or not _gate.is_plain(first, out):
         getattr(torch.ops.secant, name)(*args)
         return
     backend = backends.resolve("hvp", first.device, first.dtype)

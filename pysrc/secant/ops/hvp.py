@@ -134,7 +134,8 @@ def glm_hvp(
     """
     if out is None and (plain := _plain(l2)) and _shortcut.takes(x, v, weight):
         result = torch.empty_like(v)
-        if plain(_HVP, x, v, weight, None, l2, bool(intercept), 0, 1.0, result, None, None):
+        numbers = (l2, bool(intercept), 0, 1.0)
+        if type(result) is Tensor and plain(_HVP, x, v, weight, None, *numbers, result, None, None):
             return result
     op = "glm_hvp"
     dtype = _check_x(op, x)
@@ -211,7 +212,7 @@ def glm_value_grad(
     if sample_weight is None and loss in LOSSES and (plain := _plain(l2, delta)) and _shortcut.takes(x, target, coef):
         value, grad, weight = coef.new_empty((), dtype=torch.float64), torch.empty_like(coef), torch.empty_like(target)
         args = (None, l2, bool(intercept), LOSSES.index(loss), delta, grad, value, weight)
-        if plain(_VALUE_GRAD, x, coef, target, *args):
+        if type(grad) is Tensor and plain(_VALUE_GRAD, x, coef, target, *args):
             return value, grad, weight
     op = "glm_value_grad"
     dtype = _check_x(op, x)

@@ -98,8 +98,9 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
             and (out is None or plan.takes(grad, s, y, out))
         ):
             d = torch.empty_like(grad) if out is None else out
-            plan.backend.two_loop(grad, s, y, None, d)
-            return d
+            if out is not None or type(d) is Tensor:
+                plan.backend.two_loop(grad, s, y, None, d)
+                return d
     _check_two_loop(grad, s, y, gamma, out)
     if not _shortcut.is_transformed(grad, s, y):
         return _two_loop(grad, s, y, gamma, out)
@@ -198,7 +199,7 @@ def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tens
     if s.shape[-2] == 0:
         torch.mul(g, -1.0 if gamma is None else -gamma, out=d)
     elif g.numel():
-        if torch.compiler.is_compiling() or not _gate.is_plain(g, s, y):
+        if torch.compiler.is_compiling() or not _gate.is_plain(g, s, y, d):
             torch.ops.secant.lbfgs_two_loop(g, s, y, gamma, d)
         else:
             backend = backends.resolve("lbfgs", g.device, g.dtype)
