@@ -130,6 +130,8 @@ def direction_panel(
                 ha="left" if n == series[0].n[0] else "right",  # clear of the axis, and of a rising line
                 fontsize=9.5,
                 color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},  # over the other lines
+                zorder=3,
             )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda t, _: duration(t)))

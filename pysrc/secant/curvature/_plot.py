@@ -47,7 +47,7 @@ def _number(x: float) -> str:
         return "0"
     power = round(math.log10(abs(x)))
     sign = "−" if x < 0 else ""
-    return f"{sign}{abs(x):g}" if -2 <= power <= 3 else f"{sign}$10^{{{power}}}$"
+    return f"{sign}{abs(x):g}" if -3 <= power <= 3 else f"{sign}$10^{{{power}}}$"
 
 
 def draw(
