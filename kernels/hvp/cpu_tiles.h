@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "simd.h"
 
@@ -32,12 +33,13 @@ struct Along {
 
   static SECANT_INLINE void fetch(const S* p) { __builtin_prefetch(p, 0, 2); }
 
+  // The first `count` entries, at most a register of them.
   static SECANT_INLINE V load_end(const S* p, int64_t count) {
     if constexpr (__is_same(S, T)) {
       return load_some(p, count);
     } else {
       S end[W] = {};
-      for (int64_t i = 0; i < count; ++i) end[i] = p[i];
+      std::memcpy(end, p, static_cast<size_t>(std::min<int64_t>(count, W)) * sizeof(S));
       return load_t<T>(end);
     }
   }
@@ -66,8 +68,9 @@ struct Along {
     V sum[U][R][C] = {};
     int64_t j = 0;
     for (; j + U * W <= d; j += U * W) {
-      if (ahead != nullptr) fetch(ahead + j);
       unroll<U>([&](auto u) SECANT_LAMBDA {
+        constexpr bool line = u * W * static_cast<int>(sizeof(S)) % 64 == 0;
+        if (line && ahead != nullptr) fetch(ahead + j + u * W);
         V column[C];
         unroll<C>([&](auto c) SECANT_LAMBDA { column[c] = load<V>(v + (u * C + c) * W); });
         unroll<R>([&](auto r) SECANT_LAMBDA {

@@ -114,7 +114,7 @@ void cross_entropy(void (*kernel)(const HvpCrossEntropy&), int64_t rows, int64_t
 int main() {
   for (int threads : {1, 2}) {
     for (int64_t n : {1, 7, 40}) {
-      for (int64_t d : {1, 5, 16, 37, 300}) {
+      for (int64_t d : {1, 5, 16, 29, 37, 300}) {
         for (int64_t k : {1, 2, 3, 4, 5, 8, 11, 17, 33}) {
           const bool intercept = (n + d + k) % 2 == 0;
           dense<float, float>(hvp::dense_f32, n, d, k, intercept, threads);
