@@ -65,26 +65,27 @@ template <class T, class S>
 using Product = std::conditional_t<__is_same(T, float) && __is_same(S, bf16), float, double>;
 constexpr int kRun = 256;
 
-// Dots of one pair of rows with g and with y, as asked: r[0] += s.g, r[1] += y_j.g, r[2] += s.y, r[3] += y_j.y.
-template <bool G, bool P, class A, class S>
-SECANT_INLINE void pair_dots(const S* s, const S* y, const A* g, const A* p, int len, double* r) {
+// Four dots in one walk over four sums of two chains each. kBoth: r[0] += x0.v, r[1] += x1.v, r[2] += x0.w, r[3] +=
+// x1.w; else r[i] += xi.v.
+template <bool kBoth, class A, class S>
+SECANT_INLINE void four_dots(const S* x0, const S* x1, const S* x2, const S* x3, const A* v, const A* w, int len,
+                             double* r) {
   using V = vec<A>;
-  constexpr int kFirst = G ? 0 : 2, kLast = P ? 4 : 2;
   vd sum[4] = {};
   int i = 0;
   while (i + kLanes<A> <= len) {
     V a[2][4] = {};
     const auto add = [&](int k, V(&to)[4]) __attribute__((always_inline)) {
-      const V sv = load_t<A>(s + k), yv = load_t<A>(y + k);
-      if (G) {
-        const V gv = load<V>(g + k);
-        to[0] += sv * gv;
-        to[1] += yv * gv;
-      }
-      if (P) {
-        const V pv = load<V>(p + k);
-        to[2] += sv * pv;
-        to[3] += yv * pv;
+      const V vv = load<V>(v + k), r0 = load_t<A>(x0 + k), r1 = load_t<A>(x1 + k);
+      to[0] += r0 * vv;
+      to[1] += r1 * vv;
+      if (kBoth) {
+        const V wv = load<V>(w + k);
+        to[2] += r0 * wv;
+        to[3] += r1 * wv;
+      } else {
+        to[2] += load_t<A>(x2 + k) * vv;
+        to[3] += load_t<A>(x3 + k) * vv;
       }
     };
     const int end = __is_same(A, float) ? std::min(len, i + kRun) : len;
@@ -93,15 +94,34 @@ SECANT_INLINE void pair_dots(const S* s, const S* y, const A* g, const A* p, int
       add(i + kLanes<A>, a[1]);
     }
     if (i + kLanes<A> <= end) add(i, a[0]), i += kLanes<A>;
-    for (int c = kFirst; c < kLast; ++c) add_lanes<A>(sum[c], a[0][c] + a[1][c]);
+    for (int c = 0; c < 4; ++c) add_lanes<A>(sum[c], a[0][c] + a[1][c]);
   }
-  double tail[4] = {};
+  double tail[4] = {}, total[4];
   for (; i < len; ++i) {
-    const double sv = to_float(s[i]), yv = to_float(y[i]);
-    if (G) tail[0] += sv * g[i], tail[1] += yv * g[i];
-    if (P) tail[2] += sv * p[i], tail[3] += yv * p[i];
+    const double r0 = to_float(x0[i]), r1 = to_float(x1[i]);
+    tail[0] += r0 * v[i], tail[1] += r1 * v[i];
+    if (kBoth) {
+      tail[2] += r0 * w[i], tail[3] += r1 * w[i];
+    } else {
+      tail[2] += static_cast<double>(to_float(x2[i])) * v[i], tail[3] += static_cast<double>(to_float(x3[i])) * v[i];
+    }
   }
-  for (int c = kFirst; c < kLast; ++c) r[c] += sum_lanes<double>(sum[c]) + tail[c];
+  sum_lanes_of_four<double>(sum[0], sum[1], sum[2], sum[3], total);
+  for (int c = 0; c < 4; ++c) r[c] += total[c] + tail[c];
+}
+
+// The largest of top and |x_i|; a NaN is passed over.
+template <class T>
+SECANT_INLINE T largest(const T* x, int len, T top) {
+  vec<T> v = splat(top);
+  int i = 0;
+  for (; i + kLanes<T> <= len; i += kLanes<T>) {
+    const vec<T> size = absolute<T>(load<vec<T>>(x + i));
+    v = select<T>(less<T>(v, size), size, v);
+  }
+  for (int k = 0; k < kLanes<T>; ++k) top = std::max(top, v[k]);
+  for (; i < len; ++i) top = std::max(top, std::fabs(x[i]));
+  return top;
 }
 
 // acc += a x + b y over a block, in T.
@@ -146,6 +166,16 @@ SECANT_INLINE void combine(const std::vector<const S*>& rows, const std::vector<
   for (; r < rows.size(); ++r) axpy2(c[r], rows[r] + at, T(0), rows[r] + at, acc, len);
 }
 
+// A history of this many bytes may be asked for ahead: it and the current one fit in the second-level cache. The rows
+// of one problem of a batch are too short for the hardware to see the next one coming.
+constexpr int64_t kPrefetchBytes = 64 * 1024;
+
+SECANT_INLINE void ask_for(const void* p, int64_t bytes) {
+  constexpr int kLine = 64;
+  if (p == nullptr) return;
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(p) + at);
+}
+
 bool valid(double sy, double yy) { return std::isfinite(sy) && std::isfinite(yy) && sy > 0; }
 
 // ---------------------------------------------------------------------------------------------------------- update
@@ -153,41 +183,41 @@ bool valid(double sy, double yy) { return std::isfinite(sy) && std::isfinite(yy)
 // What the dot products of pass 1 leave per problem: four per slot, and the ones of the new pair and the gradient.
 enum { kGG, kGMax, kSY, kSS, kYY, kSG, kYG, kScalars };
 
-// From dot products to coefficients: d = -gamma g + sum cs_j s_j + cy_j y_j. Returns {gamma, g.d}.
+// From dot products to coefficients: d = -gamma g + sum cs_j s_j + cy_j y_j. Returns {gamma, g.d}. Slots follow each
+// other by comparison: a division for the remainder took longer than everything else of a short problem.
 struct Direction {
   double gamma, gd;
 };
 Direction solve(int64_t m, int64_t newest, const double* sy, const double* yy, const double* dots, double gg,
                 double* cs, double* cy, double* alpha) {
+  const auto older = [m](int64_t i) { return i == 0 ? m - 1 : i - 1; };
+  const auto newer = [m](int64_t i) { return i == m - 1 ? 0 : i + 1; };
+  const int64_t oldest = newer(newest);
   double gamma = 1;
   bool first = true;
-  for (int64_t a = 0; a < m; ++a) {  // newest to oldest
-    const int64_t i = (newest - a + m) % m;
-    alpha[i] = 0;
+  std::fill(alpha, alpha + m, 0.0);
+  int64_t i = newest;
+  for (int64_t a = 0; a < m; ++a, i = older(i)) {
     const double sy_ii = sy[i * m + i];
     if (!valid(sy_ii, yy[i * m + i])) continue;
     if (first) gamma = sy_ii / yy[i * m + i], first = false;
     double x = -dots[4 * i];
-    for (int64_t b = 0; b < a; ++b) {
-      const int64_t j = (newest - b + m) % m;
+    for (int64_t j = newest; j != i; j = older(j))
       if (alpha[j] != 0) x -= alpha[j] * sy[i * m + j];
-    }
     alpha[i] = x / sy_ii;
   }
   double gd = -gamma * gg;
-  for (int64_t a = m - 1; a >= 0; --a) {  // oldest to newest
-    const int64_t i = (newest - a + m) % m;
-    cs[i] = cy[i] = 0;
+  i = oldest;
+  for (int64_t a = 0; a < m; ++a, i = newer(i)) {
     const double sy_ii = sy[i * m + i];
+    cs[i] = cy[i] = 0;
     if (!valid(sy_ii, yy[i * m + i])) continue;
     double x = -dots[4 * i + 1];
     for (int64_t j = 0; j < m; ++j)
       if (alpha[j] != 0) x -= alpha[j] * yy[i * m + j];
     x *= gamma;
-    for (int64_t b = m - 1; b > a; --b) {
-      const int64_t j = (newest - b + m) % m;
+    for (int64_t j = oldest; j != i; j = newer(j))
       if (cs[j] != 0) x += cs[j] * sy[j * m + i];
-    }
     cs[i] = alpha[i] - x / sy_ii;
     cy[i] = -gamma * alpha[i];
     gd += cs[i] * dots[4 * i] + cy[i] * dots[4 * i + 1];
@@ -269,9 +299,7 @@ void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, double* part) {
     if (G) {
       const T* grad = p.grad + at;
       convert(grad, len, g);
-      T top = static_cast<T>(scalars[kGMax]);
-      for (int i = 0; i < len; ++i) top = std::max(top, std::fabs(grad[i]));
-      scalars[kGMax] = top;
+      scalars[kGMax] = largest(grad, len, static_cast<T>(scalars[kGMax]));
       scalars[kGG] += dot(grad, grad, len);
     }
     if (P) {
@@ -285,8 +313,19 @@ void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, double* part) {
         scalars[kYG] += dot(y_new, p.grad + at, len);
       }
     }
-    for (int64_t j = 0; j < p.m; ++j)
-      pair_dots<G, P>(p.s_ring + j * p.n + at, p.y_ring + j * p.n + at, g, y, len, part + 4 * j);
+    for (int64_t j = 0; j < p.m; j += G && P ? 1 : 2) {
+      const S *s_row = p.s_ring + j * p.n + at, *y_row = p.y_ring + j * p.n + at;
+      double* r = part + 4 * j;
+      if (G && P) {
+        four_dots<true>(s_row, y_row, s_row, y_row, g, y, len, r);
+        continue;
+      }
+      const int64_t next = j + 1 < p.m ? p.n : 0;
+      double sums[4] = {};
+      four_dots<false>(s_row, y_row, s_row + next, y_row + next, G ? g : y, y, len, sums);
+      r[G ? 0 : 2] += sums[0], r[G ? 1 : 3] += sums[1];
+      if (next != 0) r[G ? 4 : 6] += sums[2], r[G ? 5 : 7] += sums[3];
+    }
   }
 }
 
@@ -394,6 +433,16 @@ void update_team(const Problem<T, S>& p, const Team& team, UpdateScratch<T, S>& 
   pass2(p, begin, end, w);
 }
 
+// Asks for what a problem will read and write.
+template <class T, class S>
+SECANT_INLINE void prefetch(const Problem<T, S>& p) {
+  const int64_t ring = p.m * p.n * static_cast<int64_t>(sizeof(S)), vector = p.n * static_cast<int64_t>(sizeof(T));
+  const int64_t gram = p.m * p.m * static_cast<int64_t>(sizeof(double));
+  for (const T* x : {p.grad, p.s, p.y, p.y_prev, static_cast<const T*>(p.out)}) ask_for(x, vector);
+  for (const S* x : {p.s_ring, p.y_ring}) ask_for(x, ring);
+  for (const double* x : {p.sy, p.yy}) ask_for(x, gram);
+}
+
 template <class T, class S>
 void update(const LbfgsUpdate& a) {
   const int64_t bytes = 2 * a.m * a.n * static_cast<int64_t>(sizeof(S));
@@ -403,7 +452,10 @@ void update(const LbfgsUpdate& a) {
       UpdateScratch<T, S> w;
       reserve(w, a.m, 1);
       const auto [begin, end] = team.share(a.batch, 1);
-      for (int64_t b = begin; b < end; ++b) update_team(Problem<T, S>(a, b), Team{0, 1, nullptr}, w);
+      for (int64_t b = begin; b < end; ++b) {
+        if (bytes <= kPrefetchBytes && b + 1 < end) prefetch(Problem<T, S>(a, b + 1));
+        update_team(Problem<T, S>(a, b), Team{0, 1, nullptr}, w);
+      }
     });
     return;
   }
@@ -771,8 +823,6 @@ void two_loop_team(const LbfgsTwoLoop& p, int64_t b, int panel, const Team& team
 // The recursion for one problem on one thread with the running vector q in double: for the short ones, where the steps
 // between the passes cost as much as the passes.
 constexpr int64_t kShort = 2048;
-// A history of this many bytes may be asked for ahead: it and the current one fit in the second-level cache.
-constexpr int64_t kPrefetchBytes = 64 * 1024;
 struct ShortScratch {
   alignas(64) double q[kShort];
   std::vector<double> alpha, rho;
@@ -789,21 +839,15 @@ SECANT_INLINE void short_pass(double* q, double scale, double c, const S* x, con
   }
 }
 
-// Asks for what a problem will read. The rows of one problem are too short for the hardware to see the next one coming.
+// Asks for what a problem will read.
 template <class T, class S>
 SECANT_INLINE void prefetch(const LbfgsTwoLoop& p, int64_t b) {
-  constexpr int kLine = 64;
-  const int64_t bytes = p.n * static_cast<int64_t>(sizeof(S));
-  const auto* s = reinterpret_cast<const char*>(static_cast<const S*>(p.s) + b * p.s_batch);
-  const auto* y = reinterpret_cast<const char*>(static_cast<const S*>(p.y) + b * p.y_batch);
+  const int64_t row = p.n * static_cast<int64_t>(sizeof(S));
   for (int64_t i = 0; i < p.m; ++i) {
-    for (int64_t at = 0; at < bytes; at += kLine) {
-      __builtin_prefetch(s + i * p.s_row * sizeof(S) + at);
-      __builtin_prefetch(y + i * p.y_row * sizeof(S) + at);
-    }
+    ask_for(static_cast<const S*>(p.s) + b * p.s_batch + i * p.s_row, row);
+    ask_for(static_cast<const S*>(p.y) + b * p.y_batch + i * p.y_row, row);
   }
-  const auto* g = reinterpret_cast<const char*>(static_cast<const T*>(p.grad) + b * p.n);
-  for (int64_t at = 0; at < p.n * static_cast<int64_t>(sizeof(T)); at += kLine) __builtin_prefetch(g + at);
+  ask_for(static_cast<const T*>(p.grad) + b * p.n, p.n * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T, class S>

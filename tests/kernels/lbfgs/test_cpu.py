@@ -215,6 +215,49 @@ def test_a_problem_has_the_same_bits_wherever_it_stands_in_the_batch():
     assert torch.equal(a[order], b)
 
 
+@pytest.mark.parametrize("ring", oracle.RINGS, ids=str)
+@pytest.mark.parametrize("vectors", oracle.VECTORS, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 3), (5, 64), (10, 65), (3, 1030), (2, 9000)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_is_its_problems_one_by_one_to_the_bit(m, n, vectors, ring, threads):
+    """Steps, directions and pairs alone; pairs refused in one problem at a time put the rings at different offsets."""
+    batch = 5
+    together = oracle.new_state(batch, m, n, ring)
+    apart = [oracle.new_state(1, m, n, ring) for _ in range(batch)]
+    s, y = oracle.pairs(m + 4, n, batch, vectors)
+    for k in range(m + 4):
+        y[k % batch, k] *= -1  # refused
+        grad, previous = oracle.vector(n, batch, vectors, seed=k), torch.zeros(batch, n, dtype=vectors)
+        pair = (s[:, k].contiguous(), y[:, k].contiguous())
+        for given in ((grad, *pair, previous), (grad, None, None, None), (None, *pair, None)):
+            outs = [None if given[0] is None else torch.full((b, n), math.nan, dtype=vectors) for b in (batch, batch)]
+            cpu.update(*together.values(), *given, 0.5, 1e-7, outs[0], None, threads=threads)
+            for b, state in enumerate(apart):
+                one = (None if x is None else x[b : b + 1] for x in (*given, outs[1]))
+                *given_one, out = one
+                cpu.update(*state.values(), *given_one, 0.5, 1e-7, out, None, threads=1)
+            for name, value in together.items():
+                assert torch.equal(value, torch.cat([state[name] for state in apart])), name
+            assert outs[0] is None or torch.equal(*outs)
+            if given[1] is not None:
+                assert together["stats"][:, 6].tolist() == [float(b != k % batch) for b in range(batch)]
+
+
+@pytest.mark.parametrize("vectors", oracle.VECTORS, ids=str)
+def test_the_largest_entry_counts_wherever_it_stands(vectors):
+    n = 37
+    grad = oracle.vector(n, 1, vectors).clamp(-1, 1)
+    state = oracle.new_state(1, 2, n, vectors)
+    for i in range(n):
+        spiked = grad.clone()
+        spiked[0, i] = -100 - i
+        cpu.update(*state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
+        assert state["stats"][0, 2] == 100 + i
+        spiked[0, i] = math.nan
+        cpu.update(*state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
+        assert torch.isnan(state["stats"][0, 2])
+
+
 @pytest.mark.parametrize("isa", [i for i in _cpu.build_config()["isas_usable"] if i != _cpu.build_config()["isa"]])
 def test_the_other_instruction_sets(isa):
     in_instruction_set(__file__, isa)
