@@ -5,8 +5,8 @@ The files are of one machine, written by `python -m secant bench --json`. The ro
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from secant.benchmarks import machine, roofline
@@ -27,4 +27,8 @@ def main(picture: Path, files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(x) for x in sys.argv[2:]])
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of `python -m secant bench`, of one machine")
+    given = parser.parse_args()
+    main(given.picture, given.results)
