@@ -51,6 +51,23 @@ def is_plain(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
+def is_transformed(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> bool:
+    """Whether autograd, forward AD or a functorch transform has to see the call."""
+    return (
+        (
+            (
+                a.requires_grad
+                or (b is not None and b.requires_grad)
+                or (c is not None and c.requires_grad)
+                or (d is not None and d.requires_grad)
+            )
+            and torch.is_grad_enabled()
+        )
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
 def overlaps(a: Tensor, b: Tensor) -> bool:
     """Whether the memory spans of two tensors intersect (conservative: interleaved views count as overlapping).
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secant import backends
+from secant.ops import _gate
 
 
 class Shortcut:
@@ -30,17 +31,8 @@ class Shortcut:
             return self._found.setdefault(backend, getattr(module, self.name, None))
 
 
-def is_transformed(x: Tensor, y: Tensor, z: Tensor) -> bool:
-    """Whether autograd, forward AD or a functorch transform has to see the call."""
-    return (
-        ((x.requires_grad or y.requires_grad or z.requires_grad) and torch.is_grad_enabled())
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
-
-
 def takes(x: Tensor, y: Tensor, z: Tensor) -> bool:
     """Whether these are tensors that a shortcut may look at, and nothing else has to."""
     return type(x) is type(y) is type(z) is Tensor and not (
-        x.is_neg() or y.is_neg() or z.is_neg() or is_transformed(x, y, z)
+        x.is_neg() or y.is_neg() or z.is_neg() or _gate.is_transformed(x, y, z)
     )

@@ -93,23 +93,6 @@ def _check_out(op: str, out: Tensor, shape: tuple[int, ...], inputs: dict[str, T
             raise _gate.fail(op, "out", f"{name} itself or no overlap with it", "partly overlapping memory")
 
 
-def _is_transformed(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> bool:
-    """Whether autograd, forward AD or a functorch transform has to see the call."""
-    return (
-        (
-            (
-                a.requires_grad
-                or (b is not None and b.requires_grad)
-                or (c is not None and c.requires_grad)
-                or (d is not None and d.requires_grad)
-            )
-            and torch.is_grad_enabled()
-        )
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
-
-
 def _refuse_out(op: str, out: Tensor | None) -> None:
     if out is not None:
         raise _gate.fail(op, "out", "None when an argument is being differentiated", "a tensor")
@@ -162,7 +145,7 @@ def block_inv(
     lam, value, scaled = _check_damping(op, damping, a)
     if out is not None:
         _gate.tensor(op, "out", out, (a.dtype,), a.device)
-    if _is_transformed(a, lam, out):
+    if _gate.is_transformed(a, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
         return x.to(a.dtype), info
@@ -214,7 +197,7 @@ def block_solve(
     lam, value, scaled = _check_damping(op, damping, a)
     if out is not None:
         _gate.tensor(op, "out", out, (a.dtype,), a.device)
-    if _is_transformed(a, b, lam, out):
+    if _gate.is_transformed(a, b, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
         x = x.to(a.dtype)
@@ -282,7 +265,7 @@ def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> # w equals (1, 3)
     """
     _check_blocks("block_eigh", a)
-    if _is_transformed(a):
+    if _gate.is_transformed(a):
         w, v, info = autograd.apply(autograd.Eigh, _real(a))
         return w.to(a.dtype), v.to(a.dtype), info
     return dispatch.eigh(a)
@@ -332,7 +315,7 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
         value = float(floor)
     else:
         raise _gate.fail(op, "floor", "a positive finite number or a tensor", repr(floor))
-    if _is_transformed(a, least):
+    if _gate.is_transformed(a, least):
         x, info = autograd.apply(autograd.AbsInv, _real(a), least, value)
         return x.to(a.dtype), info
     return dispatch.abs_inv(a, least, value)
@@ -375,7 +358,7 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
     if not isinstance(p, int) or p not in (1, 2, 4):
         raise _gate.fail(op, "p", "1, 2 or 4", repr(p))
     lam, value, scaled = _check_damping(op, damping, a)
-    if _is_transformed(a, lam):
+    if _gate.is_transformed(a, lam):
         x, info = autograd.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)
         return x.to(a.dtype), info
     return dispatch.inv_root(a, p, lam, value, scaled)

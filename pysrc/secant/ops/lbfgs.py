@@ -82,27 +82,18 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
     """
     if gamma is None and not torch.compiler.is_compiling():
         plain = _plain()
-        # `_shortcut.takes`, without its call: a direction of a thousand variables takes three times as long.
-        if (
-            plain is not None
-            and type(grad) is type(s) is type(y) is Tensor
-            and not (grad.is_neg() or s.is_neg() or y.is_neg() or _shortcut.is_transformed(grad, s, y))
-        ):
+        if plain is not None and _shortcut.takes(grad, s, y):
             d = torch.empty_like(grad) if out is None else out
             if type(d) is Tensor and not (d.requires_grad or d.is_neg()) and plain(grad, s, y, d):
                 return d
         plan = _plans.get(_plan_key(grad, s, y))
-        if (
-            plan is not None
-            and not _shortcut.is_transformed(grad, s, y)
-            and (out is None or plan.takes(grad, s, y, out))
-        ):
+        if plan is not None and not _gate.is_transformed(grad, s, y) and (out is None or plan.takes(grad, s, y, out)):
             d = torch.empty_like(grad) if out is None else out
             if out is not None or type(d) is Tensor:
                 plan.backend.two_loop(grad, s, y, None, d)
                 return d
     _check_two_loop(grad, s, y, gamma, out)
-    if not _shortcut.is_transformed(grad, s, y):
+    if not _gate.is_transformed(grad, s, y):
         return _two_loop(grad, s, y, gamma, out)
     if s.requires_grad or y.requires_grad:
         raise _gate.fail("two_loop", "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
