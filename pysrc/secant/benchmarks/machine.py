@@ -13,11 +13,7 @@ import torch
 
 import secant
 from secant.benchmarks.timing import Timed, clock_for, interleaved
-
-try:
-    import secant._cpu as _cpu
-except ImportError:  # a source tree that was never built
-    _cpu = None
+from secant.kernels._cpu_support import extension as _cpu
 
 #: Far larger than any cache, so that memory is what is measured.
 CPU_BYTES, GPU_BYTES = 1 << 28, 1 << 30
