@@ -27,7 +27,7 @@ from secant.kernels import FAMILIES
 ORDER = ("cuda", "triton", "nvrtc", "cpu", "reference")
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("secant_backend", default=None)
-_default = os.environ.get("SECANT_BACKEND", "auto")
+_default = os.environ.get("SECANT_BACKEND") or "auto"  # set to nothing is not set
 _auto: dict[tuple[str, torch.device, torch.dtype], ModuleType | BySize] = {}
 _modules: dict[tuple[str, str], ModuleType | str] = {}
 

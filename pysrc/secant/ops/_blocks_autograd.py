@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from secant.ops import _batching
 from secant.ops import _blocks_dispatch as kernels
 
 
@@ -27,7 +28,7 @@ def apply(function: type[Function], *args: Any) -> Any:
 
     torch.compile refuses to trace a function that defines `jvp`, so that each comes twice.
     """
-    return (function if torch.compiler.is_compiling() else _DUAL[function]).apply(*args)
+    return _batching.apply(function if torch.compiler.is_compiling() else _DUAL[function], *args)
 
 
 def _symmetric(g: Tensor) -> Tensor:

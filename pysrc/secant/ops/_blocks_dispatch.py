@@ -122,7 +122,12 @@ def _line(x: Tensor) -> Tensor:
 
 
 def _finish(x: Tensor, direct: bool, out: Tensor | None) -> Tensor:
-    return x if direct or out is None else out.copy_(x)
+    if out is None:
+        return x
+    if not direct:
+        return out.copy_(x)
+    _gate.written(out)
+    return out
 
 
 def inv(

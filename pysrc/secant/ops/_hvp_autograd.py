@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
+from secant.ops import _batching, _gate
+
 #: v (d, k) -> the product, by a kernel.
 Product = Callable[[Tensor], Tensor]
 
@@ -22,6 +24,8 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
                 return True
     if torch.compiler.is_compiling():
         return False
+    if any(x is not None and _gate.is_batched(x) for x in tensors):
+        return True
     transformed = torch._C._functorch.maybe_current_level() is not None
     if transformed and any(x is not None and is_wrapped(x) for x in tensors):
         return True
@@ -32,8 +36,10 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether a functorch transform stands around this tensor."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether a functorch transform, or an older batch, stands around this tensor."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_functorch_wrapped_tensor(x) or _gate.is_batched(x)
+    )
 
 
 class _Product(Function):
@@ -74,7 +80,7 @@ class _DualProduct(_Product):
 
 def apply(v: Tensor, product: Product, columns: bool) -> Tensor:
     """product(v), differentiable by v."""
-    return (_Product if torch.compiler.is_compiling() else _DualProduct).apply(v, product, columns)
+    return _batching.apply(_Product if torch.compiler.is_compiling() else _DualProduct, v, product, columns)
 
 
 class ValueGrad(Function):

@@ -32,7 +32,10 @@ class Shortcut:
 
 
 def takes(x: Tensor, y: Tensor, z: Tensor) -> bool:
-    """Whether these are tensors that a shortcut may look at, and nothing else has to."""
+    """Whether these are tensors that a shortcut may look at, and nothing else has to.
+
+    A tensor without an address, such as an older batching one, it finds out itself.
+    """
     return type(x) is type(y) is type(z) is Tensor and not (
-        x.is_neg() or y.is_neg() or z.is_neg() or _gate.is_transformed(x, y, z)
+        x.is_neg() or y.is_neg() or z.is_neg() or _gate.is_watched(x, y, z)
     )

@@ -16,7 +16,6 @@ do. It belongs to the matrix: `a` stays as it is. There is no other jitter.
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias
 
 import torch
@@ -43,7 +42,7 @@ def _check_blocks(op: str, a: Tensor) -> None:
 
 def _check_spd(op: str, assume: str) -> bool:
     if assume not in ("spd", "general"):
-        raise _gate.fail(op, "assume", "'spd' or 'general'", repr(assume))
+        raise _gate.fail(op, "assume", "'spd' or 'general'", _gate.show(assume))
     return assume == "spd"
 
 
@@ -67,30 +66,11 @@ def _check_damping(op: str, damping: Damping, a: Tensor) -> tuple[Tensor | None,
     scaled = isinstance(damping, tuple)
     if isinstance(damping, tuple):
         if len(damping) != 2 or damping[0] != "scale":
-            raise _gate.fail(op, "damping", "a number, a tensor or ('scale', number or tensor)", repr(damping))
+            raise _gate.fail(op, "damping", "a number, a tensor or ('scale', number or tensor)", _gate.show(damping))
         amount = damping[1]
     if isinstance(amount, Tensor):
         return _per_block(op, "damping", amount, a), None, scaled
-    if not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
-        raise _gate.fail(op, "damping", "a finite number >= 0, a tensor or ('scale', either)", repr(damping))
-    return None, float(amount), scaled
-
-
-def _check_out(op: str, out: Tensor, shape: tuple[int, ...], inputs: dict[str, Tensor | None], same: str) -> None:
-    """`out` fits, has an address of its own for each element, and overlaps no input but is the one named `same`."""
-    first = next(iter(inputs.values()))
-    assert first is not None
-    _gate.shaped(op, "out", out, shape, first.dtype, first.device)
-    strided = () if out.is_contiguous() else zip(out.shape, out.stride(), strict=True)
-    if any(stride == 0 and size > 1 for size, stride in strided):
-        raise _gate.fail(op, "out", "an address of its own for each element", f"strides {out.stride()}")
-    for name, x in inputs.items():
-        if x is None or not _gate.overlaps(out, x):
-            continue
-        if name != same:
-            raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
-        if out.data_ptr() != x.data_ptr() or out.stride() != x.stride() or out.shape != x.shape:
-            raise _gate.fail(op, "out", f"{name} itself or no overlap with it", "partly overlapping memory")
+    return None, _gate.nonnegative(op, "damping", amount, "a finite number >= 0, a tensor or ('scale', either)"), scaled
 
 
 def _refuse_out(op: str, out: Tensor | None) -> None:
@@ -150,7 +130,7 @@ def block_inv(
         x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
         return x.to(a.dtype), info
     if out is not None:
-        _check_out(op, out, tuple(a.shape), {"a": a, "damping": lam}, same="a")
+        _gate.output(op, out, tuple(a.shape), a.dtype, a.device, {"a": a, "damping": lam}, same="a")
     return dispatch.inv(a, lam, value, scaled, spd, out)
 
 
@@ -206,7 +186,7 @@ def block_solve(
         x, info = dispatch.solve(a, b, lam, value, scaled, spd)
         return (x.squeeze(-1) if vector else x), info
     target = b.squeeze(-1) if vector else b
-    _check_out(op, out, tuple(target.shape), {"a": a, "b": target, "damping": lam}, same="b")
+    _gate.output(op, out, tuple(target.shape), a.dtype, a.device, {"a": a, "b": target, "damping": lam}, same="b")
     _, info = dispatch.solve(a, b, lam, value, scaled, spd, out.unsqueeze(-1) if vector else out)
     return out, info
 
@@ -311,10 +291,8 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
         if floor.requires_grad:
             raise _gate.fail(op, "floor", "a tensor that does not require grad (detach it)", "requires_grad=True")
         least = _per_block(op, "floor", floor, a)
-    elif isinstance(floor, (int, float)) and 0 < floor < math.inf:
-        value = float(floor)
     else:
-        raise _gate.fail(op, "floor", "a positive finite number or a tensor", repr(floor))
+        value = _gate.positive(op, "floor", floor, "a positive finite number or a tensor")
     if _gate.is_transformed(a, least):
         x, info = autograd.apply(autograd.AbsInv, _real(a), least, value)
         return x.to(a.dtype), info
@@ -355,8 +333,8 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
     """
     op = "block_inv_root"
     _check_blocks(op, a)
-    if not isinstance(p, int) or p not in (1, 2, 4):
-        raise _gate.fail(op, "p", "1, 2 or 4", repr(p))
+    if not isinstance(p, int) or isinstance(p, bool) or p not in (1, 2, 4):
+        raise _gate.fail(op, "p", "1, 2 or 4", _gate.show(p))
     lam, value, scaled = _check_damping(op, damping, a)
     if _gate.is_transformed(a, lam):
         x, info = autograd.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)

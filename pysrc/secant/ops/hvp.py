@@ -17,7 +17,7 @@ derivatives by the other arguments go through torch operations that read `x` onc
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -63,9 +63,7 @@ def _check_row_values(op: str, name: str, w: Tensor | None, x: Tensor, dtype: to
 
 
 def _check_number(op: str, name: str, value: float, positive: bool = False) -> float:
-    if isinstance(value, Tensor) or not (value > 0 if positive else value >= 0) or not value < math.inf:
-        raise _gate.fail(op, name, f"a finite number {'> 0' if positive else '>= 0'}", _gate.describe(value))
-    return float(value)
+    return (_gate.positive if positive else _gate.nonnegative)(op, name, value)
 
 
 def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
@@ -77,13 +75,14 @@ def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
 
 _HVP, _VALUE_GRAD = range(2)
 _NUMBERS = (float, int)
+_LARGEST = sys.float_info.max  # an integer beyond it is no float
 _glm_plain = _shortcut.Shortcut("hvp", "glm_plain")
 
 
 def _plain(l2: float, delta: float = 1.0) -> Any:
     """The shortcut of the two `glm_` functions (see `kernels/hvp/cpu.py`), None if the gate has to look at a number."""
     if torch.compiler.is_compiling() or not (
-        type(l2) in _NUMBERS and type(delta) in _NUMBERS and 0 <= l2 < math.inf > delta > 0
+        type(l2) in _NUMBERS and type(delta) in _NUMBERS and 0 <= l2 <= _LARGEST >= delta > 0
     ):
         return None
     return _glm_plain()
@@ -143,11 +142,8 @@ def glm_hvp(
     _gate.shaped(op, "weight", weight, (x.shape[0],), dtype, x.device)
     l2 = _check_number(op, "l2", l2)
     if out is not None:
-        _gate.shaped(op, "out", out, tuple(v.shape), dtype, x.device)
         stored = x.values() if x.layout is torch.sparse_csr else x
-        for name, other in (("v", v), ("weight", weight), ("x", stored)):
-            if _gate.overlaps(out, other):
-                raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
+        _gate.output(op, out, tuple(v.shape), dtype, x.device, {"v": v, "weight": weight, "x": stored})
 
     def product(part: Tensor) -> Tensor:
         return _glm_product(x, part, weight, l2)
@@ -160,6 +156,7 @@ def glm_hvp(
         out is not None and out.is_contiguous() and not out.is_neg() and len(x) and 0 < columns.shape[1] <= MAX_VECTORS
     ):
         dispatch.call("glm_hvp", x, columns, weight, l2, out.view(columns.shape))
+        _gate.written(out)
         return out
     else:
         result = product(columns)
@@ -210,7 +207,7 @@ def glm_value_grad(
         35(1), 1964.
     """
     if sample_weight is None and loss in LOSSES and (plain := _plain(l2, delta)) and _shortcut.takes(x, target, coef):
-        value, grad, weight = coef.new_empty((), dtype=torch.float64), torch.empty_like(coef), torch.empty_like(target)
+        value, grad, weight = torch.empty((), dtype=torch.float64), torch.empty_like(coef), torch.empty_like(target)
         args = (None, l2, bool(intercept), LOSSES.index(loss), delta, grad, value, weight)
         if type(grad) is Tensor and plain(_VALUE_GRAD, x, coef, target, *args):
             return value, grad, weight
@@ -220,7 +217,7 @@ def glm_value_grad(
     _gate.shaped(op, "coef", coef, (x.shape[1] + bool(intercept),), dtype, x.device)
     _check_row_values(op, "sample_weight", sample_weight, x, dtype)
     if loss not in LOSSES:
-        raise _gate.fail(op, "loss", f"one of {LOSSES}", repr(loss))
+        raise _gate.fail(op, "loss", f"one of {LOSSES}", _gate.show(loss))
     l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
 
     def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +238,10 @@ def glm_value_grad(
         return value, grad, formulas.glm_weight(x, target, coef, loss, delta, sample_weight)
     if autograd.is_differentiated(coef):
         return autograd.ValueGrad.apply(
-            coef, kernel, formula, lambda g, weight: _glm_product(x, g[:, None], weight, l2)[:, 0]
+            coef,
+            kernel,
+            formula,
+            lambda g, weight: autograd.apply(g[:, None], lambda v: _glm_product(x, v, weight, l2), True)[:, 0],
         )
     return kernel(coef)
 
@@ -361,7 +361,7 @@ def softmax_value_grad(
             coef,
             kernel,
             formula,
-            lambda g, probs: _softmax_product(x, g, probs, sample_weight, l2),
+            lambda g, probs: autograd.apply(g, lambda v: _softmax_product(x, v, probs, sample_weight, l2), False),
         )
     return kernel(coef)
 
@@ -486,9 +486,9 @@ def paired_matmul(
             wanted = "None where a derivative is wanted" if differentiated else "a contiguous tensor, not negated"
             raise _gate.fail(op, "out", wanted, _gate.describe(out))
         names = ("a", "b", "c", "e", "bias", "scale", "p", "q")
-        for name, x in zip(names, (a, b, c, e, bias, scale, p, q), strict=True):
-            if x is not None and _gate.overlaps(out, x):
-                raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
+        inputs = dict(zip(names, (a, b, c, e, bias, scale, p, q), strict=True))
+        _gate.output(op, out, (rows, columns), a.dtype, a.device, inputs)
     if out.numel():
         dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
+        _gate.written(out)
     return out

@@ -6,14 +6,13 @@ this module and the kernels is in `kernels/lbfgs/reference.py`.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secant import backends
-from secant.ops import _gate, _shortcut
+from secant.ops import _batching, _gate, _shortcut
 
 MAX_HISTORY = 256
 STORAGE = (torch.float32, torch.float64, torch.bfloat16)
@@ -85,12 +84,16 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         if plain is not None and _shortcut.takes(grad, s, y):
             d = torch.empty_like(grad) if out is None else out
             if type(d) is Tensor and not (d.requires_grad or d.is_neg()) and plain(grad, s, y, d):
+                if out is not None:
+                    _gate.written(out)
                 return d
         plan = _plans.get(_plan_key(grad, s, y))
         if plan is not None and not _gate.is_transformed(grad, s, y) and (out is None or plan.takes(grad, s, y, out)):
             d = torch.empty_like(grad) if out is None else out
             if out is not None or type(d) is Tensor:
                 plan.backend.two_loop(grad, s, y, None, d)
+                if out is not None:
+                    _gate.written(out)
                 return d
     _check_two_loop(grad, s, y, gamma, out)
     if not _gate.is_transformed(grad, s, y):
@@ -99,7 +102,7 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         raise _gate.fail("two_loop", "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
     if out is not None:
         raise _gate.fail("two_loop", "out", "None when grad is being differentiated", "a tensor")
-    return _TwoLoop.apply(grad, s, y, gamma)
+    return _batching.apply(_TwoLoop, grad, s, y, gamma)
 
 
 _plain = _shortcut.Shortcut("lbfgs", "two_loop_plain")
@@ -116,10 +119,10 @@ class _Plan(NamedTuple):
     def takes(self, grad: Tensor, s: Tensor, y: Tensor, out: Tensor) -> bool:
         """Whether `out` is `grad` or like it and apart from everything; if not, the gate says what is wrong."""
         if out is grad:
-            return True
+            return not out.requires_grad
         if type(out) is not Tensor or out.layout is not torch.strided or out.requires_grad:
             return False
-        if not out.is_contiguous() or out.is_neg():
+        if out.is_nested or not out.is_contiguous() or out.is_neg():
             return False
         if out.shape != grad.shape or out.dtype is not grad.dtype or out.device != grad.device:
             return False
@@ -161,19 +164,11 @@ def _check_two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out
         raise TypeError(f"{op}: y: expected the dtype of s, {s.dtype}, got {y.dtype}")
     if s.shape[-2] > MAX_HISTORY:
         raise _gate.fail(op, "s", f"at most {MAX_HISTORY} pairs", s.shape[-2])
-    if gamma is not None and not (isinstance(gamma, (int, float)) and 0 < gamma < math.inf):
-        raise _gate.fail(op, "gamma", "None or a positive finite number", repr(gamma))
+    if gamma is not None:
+        _gate.positive(op, "gamma", gamma, "None or a positive finite number")
     if out is not None:
-        _gate.shaped(op, "out", out, tuple(grad.shape), grad.dtype, grad.device)
-        for name, pair in (("s", s), ("y", y)):
-            if _gate.overlaps(out, pair):
-                raise _gate.fail(op, "out", f"no overlap with {name}", "overlapping memory")
-        if (
-            out is not grad
-            and _gate.overlaps(out, grad)
-            and (out.data_ptr() != grad.data_ptr() or out.stride() != grad.stride())
-        ):
-            raise _gate.fail(op, "out", "grad itself or no overlap with it", "partly overlapping memory")
+        inputs = {"s": s, "y": y, "grad": grad}
+        _gate.output(op, out, tuple(grad.shape), grad.dtype, grad.device, inputs, same="grad")
 
 
 def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> Tensor:
@@ -199,9 +194,12 @@ def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tens
                 if len(_plans) >= 1024:
                     _plans.clear()
                 _plans[_plan_key(grad, s, y)] = _Plan(backend, *map(_gate.span, (grad, s, y)))
-    if out is not None:
-        return out if direct else out.copy_(d)
-    return d if d.dtype == grad.dtype else d.to(grad.dtype)
+    if out is None:
+        return d if d.dtype == grad.dtype else d.to(grad.dtype)
+    if not direct:
+        return out.copy_(d)
+    _gate.written(out)
+    return out
 
 
 class _TwoLoop(torch.autograd.Function):
@@ -221,14 +219,14 @@ class _TwoLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         s, y = ctx.saved_tensors
-        return None if v is None else _TwoLoop.apply(v, s, y, ctx.gamma), None, None, None
+        return None if v is None else _batching.apply(_TwoLoop, v, s, y, ctx.gamma), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, s_tangent: Any, y_tangent: Any, _: Any) -> Tensor | None:
         if s_tangent is not None or y_tangent is not None:
             raise RuntimeError("two_loop: not differentiable in s and y")
         s, y = ctx.saved_tensors
-        return None if tangent is None else _TwoLoop.apply(tangent, s, y, ctx.gamma)
+        return None if tangent is None else _batching.apply(_TwoLoop, tangent, s, y, ctx.gamma)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], grad: Tensor, s: Tensor, y: Tensor, gamma: Any) -> tuple[Tensor, int]:
@@ -238,8 +236,12 @@ class _TwoLoop(torch.autograd.Function):
             return x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
 
         grad, s, y = (lead(x, d) for x, d in zip((grad, s, y), in_dims[:3], strict=True))
-        flat = _TwoLoop.apply(
-            grad.flatten(0, -2), s.flatten(0, -3) if s.dim() > 3 else s, y.flatten(0, -3) if y.dim() > 3 else y, gamma
+        flat = _batching.apply(
+            _TwoLoop,
+            grad.flatten(0, -2),
+            s.flatten(0, -3) if s.dim() > 3 else s,
+            y.flatten(0, -3) if y.dim() > 3 else y,
+            gamma,
         )
         return flat.reshape(grad.shape), 0
 
@@ -305,25 +307,23 @@ class LBFGSHistory:
         curvature_tol: float | None = None,
     ) -> None:
         op = "LBFGSHistory"
-        for name, value, low, high in (
-            ("n", n, 1, None),
-            ("history_size", history_size, 1, MAX_HISTORY),
-            ("batch", 1 if batch is None else batch, 1, None),
-        ):
-            if not isinstance(value, int) or value < low or (high is not None and value > high):
-                upper = f" to {high}" if high else " or more"
-                raise _gate.fail(op, name, f"an integer, {low}{upper}", repr(value))
+        n = _gate.integer(op, "n", n, 1)
+        history_size = _gate.integer(op, "history_size", history_size, 1, MAX_HISTORY)
+        batch = None if batch is None else _gate.integer(op, "batch", batch, 1)
         if dtype not in _gate.REAL:
-            raise TypeError(f"{op}: dtype: expected torch.float32 or torch.float64, got {dtype}")
+            raise TypeError(f"{op}: dtype: expected torch.float32 or torch.float64, got {_gate.show(dtype)}")
         storage_dtype = dtype if storage_dtype is None else storage_dtype
         if storage_dtype not in STORAGE:
-            raise TypeError(f"{op}: storage_dtype: expected float32, float64 or bfloat16, got {storage_dtype}")
+            raise TypeError(
+                f"{op}: storage_dtype: expected float32, float64 or bfloat16, got {_gate.show(storage_dtype)}"
+            )
         tol = torch.finfo(dtype).eps if curvature_tol is None else curvature_tol
-        if not (isinstance(tol, (int, float)) and 0 <= tol < 1):
-            raise _gate.fail(op, "curvature_tol", "a number in [0, 1)", repr(tol))
+        self.curvature_tol = _gate.number(op, "curvature_tol", tol, "a number in [0, 1)", lambda x: 0 <= x < 1)
         self.n, self.history_size, self.batch = n, history_size, batch
-        self.dtype, self.storage_dtype, self.curvature_tol = dtype, storage_dtype, float(tol)
+        self.dtype, self.storage_dtype = dtype, storage_dtype
         self.device = torch.empty(0, device=device).device
+        if self.device.type == "meta":
+            raise _gate.fail(op, "device", "a device with memory", "meta")
         b, m = batch or 1, history_size
         kw: dict[str, Any] = {"device": self.device}
         self._s = torch.zeros(b, m, n, dtype=storage_dtype, **kw)
@@ -335,6 +335,8 @@ class LBFGSHistory:
         self._stats = torch.zeros(b, len(Stats._fields), dtype=torch.float64, **kw)
         self._stats_views = Stats(*(self._stats if batch is not None else self._stats[0]).unbind(-1))
         self._state = (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats)
+        # Those whose changes autograd follows.
+        self._versioned = [x for x in self._state if not x.is_inference()]
         self._shape = torch.Size((n,) if batch is None else (batch, n))
         self._bytes = b * n * torch.finfo(dtype).bits // 8
 
@@ -390,7 +392,7 @@ class LBFGSHistory:
 
     def _vector(self, op: str, name: str, x: Tensor) -> Tensor:
         """A checked input, contiguous."""
-        plain = type(x) is Tensor and x.layout is torch.strided
+        plain = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
         if plain and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
             return x.resolve_neg().contiguous()
         return _gate.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).resolve_neg().contiguous()
@@ -400,6 +402,8 @@ class LBFGSHistory:
         if self._vector(op, name, x) is not x:
             got = "a negated view" if x.is_neg() else f"strides {x.stride()}"
             raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", got)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise _gate.fail(op, name, "a tensor that does not require grad (or torch.no_grad())", "requires_grad=True")
         for other in others:
             if self._overlaps(x, other):
                 raise _gate.fail(op, name, "no overlap with the other vectors", "overlapping memory")
@@ -473,6 +477,8 @@ class LBFGSHistory:
                     "step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _gate.describe(t)
                 )
             t = t.resolve_neg().reshape(-1).contiguous()
+        else:
+            t = _gate.number("step", "t", t, "a number or a float64 tensor", lambda x: True)
         self._update(g, d, g, p, t, d, p)
         return self.stats
 
@@ -496,6 +502,9 @@ class LBFGSHistory:
         else:
             kernel = backends.resolve("lbfgs", self.device, self.dtype)
             kernel.update(*self._state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
+            torch.autograd.graph.increment_version(self._versioned)
+            if out is not None:
+                _gate.written(out) if prev_out is None else _gate.written(out, prev_out)
 
     def reset(self) -> None:
         """Forget every pair; the next direction is -grad."""
@@ -509,14 +518,32 @@ class LBFGSHistory:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy a `state_dict` into this history; the shapes and dtypes must be those of this history.
 
+        A state that does not fit changes nothing.
+
         Raises:
-            ValueError: a key is missing or unknown, or a tensor has another shape or dtype.
+            ValueError: a key is missing or unknown, a tensor has another shape or dtype, or `head` or `count` is not
+                one of a ring of this size.
         """
+        self.check_state(state)
+        own = self.state_dict()
+        for key, value in state.items():
+            own[key].copy_(value)
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Raise what `load_state_dict` would, and change nothing. It reads the counters back to the host."""
         own = self.state_dict()
         if set(state) != set(own):
             raise _gate.fail("load_state_dict", "state", f"keys {sorted(own)}", sorted(state))
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.shape != own[key].shape or value.dtype != own[key].dtype:
                 raise _gate.fail("load_state_dict", f"state[{key!r}]", _gate.describe(own[key]), _gate.describe(value))
-        for key, value in state.items():
-            own[key].copy_(value)
+            if value.is_nested or value.layout is not torch.strided or value.is_meta:
+                raise _gate.fail("load_state_dict", f"state[{key!r}]", "a dense tensor with memory", value.device)
+        # A kernel takes these for places in the ring.
+        for key, high in (("head", self.history_size - 1), ("count", self.history_size)):
+            if state[key].numel():
+                low, top = (int(x) for x in torch.aminmax(state[key]))
+                if low < 0 or top > high:
+                    raise _gate.fail(
+                        "load_state_dict", f"state[{key!r}]", f"numbers in 0..{high}", f"values in {low}..{top}"
+                    )
