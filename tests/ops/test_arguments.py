@@ -169,3 +169,36 @@ def test_places_in_the_ring_are_checked_when_a_state_is_loaded(key, value, batch
     with pytest.raises(ValueError, match=rf"state\['{key}'\]: expected numbers in 0..\d, got values in"):
         history.load_state_dict(state)
     assert all(torch.equal(t, before[name]) for name, t in history.state_dict().items())
+
+
+def negated(x):
+    view = torch._neg_view(-x)
+    assert view.is_neg()
+    return view
+
+
+def test_negated_views_are_read_as_what_they_stand_for_wherever_they_come_in():
+    lam = torch.tensor([0.1, 0.2, 0.3])
+    h, other = secant.LBFGSHistory(5, 3, batch=3), secant.LBFGSHistory(5, 3, batch=3)
+    t = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    g = torch.randn(3, 5)
+    for history, length in ((h, t), (other, negated(t))):
+        history.step(g, torch.zeros(3, 5), torch.ones(3, 5), length)
+    assert torch.equal(h.stats_tensor, other.stats_tensor)
+    calls = [
+        lambda f: block_inv(a, damping=f(lam)),
+        lambda f: block_solve(f(a), f(b), damping=("scale", f(lam))),
+        lambda f: block_inv_root(a, 2, damping=f(lam)),
+        lambda f: block_abs_inv(a, floor=f(lam)),
+        lambda f: glm_hvp(f(x), f(v), f(w)),
+        lambda f: glm_value_grad(f(x), f(w), f(v), loss="logistic", sample_weight=f(w)),
+        lambda f: softmax_hvp(f(x), f(coef), f(probs), sample_weight=f(w)),
+        lambda f: softmax_value_grad(f(x), classes, f(coef), sample_weight=f(w)),
+        lambda f: cross_entropy_hvp(f(logits), f(logits), lse=f(torch.logsumexp(logits, -1))),
+        lambda f: paired_matmul(f(x), f(coef), bias=f(torch.ones(3))),
+        lambda f: two_loop(f(grad), f(s), f(s)),
+    ]
+    for call in calls:
+        plain, turned = call(lambda z: z), call(negated)
+        for x1, x2 in zip(*[r if isinstance(r, tuple) else (r,) for r in (plain, turned)], strict=True):
+            torch.testing.assert_close(x1, x2, rtol=1e-6, atol=1e-7)
