@@ -107,7 +107,7 @@ def test_the_extension_knows_no_torch():
 
 
 def test_arrows_point_one_way():
-    """optim, glm -> solvers, ops; curvature -> solvers, ops; solvers -> ops; ops -> backends, kernels -> _cpu, _cuda."""
+    """Imports go down: optim, glm, curvature -> solvers -> ops -> backends, kernels -> _cpu, _cuda."""
     allowed = {
         "ops": {"ops", "backends", "kernels", "_errors"},
         "solvers": {"solvers", "ops", "_errors"},

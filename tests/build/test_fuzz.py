@@ -75,7 +75,8 @@ def build(folder: Path, families: list[str]) -> Path:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources, objects))
     module = folder / "_cpu.so"
-    subprocess.run(["g++", "-shared", "-fopenmp", "-fsanitize=address", *map(str, objects), "-o", str(module)], check=True)
+    link = ["g++", "-shared", "-fopenmp", "-fsanitize=address", *map(str, objects), "-o", str(module)]
+    subprocess.run(link, check=True)
     return module
 
 
