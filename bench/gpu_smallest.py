@@ -80,7 +80,7 @@ def hvp(device: torch.device, *, every: bool) -> None:
                 if k > 1:
                     ops.softmax_hvp(x, v, torch.softmax(torch.randn(40, k, device=device, dtype=wide), -1))
                     ops.softmax_value_grad(x, classes, v)
-            for loss in ("squared", "logistic", "poisson", "huber"):
+            for loss in ("squared", "logistic", "poisson", "huber", "gamma", "tweedie"):
                 ops.glm_value_grad(x, w, v[:, 0].contiguous(), loss=loss)
             ops.cross_entropy_hvp(x, x)
         if dtype is wide:

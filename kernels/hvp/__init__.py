@@ -14,4 +14,4 @@ BACKENDS = {
 }
 
 #: Those of `glm_value_grad`; the kernels know them by their places here.
-LOSSES = ("squared", "logistic", "poisson", "huber")
+LOSSES = ("squared", "logistic", "poisson", "huber", "gamma", "tweedie")

@@ -7,7 +7,7 @@
 namespace secant {
 
 enum HvpRowOp { kGlmHvp, kGlmValueGrad, kSoftmaxHvp, kSoftmaxValueGrad };
-enum HvpLoss { kSquared, kLogistic, kPoisson, kHuber };
+enum HvpLoss { kSquared, kLogistic, kPoisson, kHuber, kGamma, kTweedie };
 
 // A pass over the rows of X: Z = X V, a function of each row of Z, and X^T of it.
 struct HvpRows {
@@ -20,12 +20,12 @@ struct HvpRows {
   const void* v;    // v or coef
   const void* row;  // weight, target (real or int64) or probs
   const void* sample_weight;
-  double l2, delta;
-  int loss;       // HvpLoss
-  void* out;      // the product or the gradient
-  double* value;  // of the objective
-  void* row_out;  // weights or probabilities
-  int threads;    // 0: as many as pay off
+  double l2, delta;  // delta: the number of a loss, see reference.py
+  int loss;          // HvpLoss
+  void* out;         // the product or the gradient
+  double* value;     // of the objective
+  void* row_out;     // weights or probabilities
+  int threads;       // 0: as many as pay off
   // Sparse rows: `x` holds the values; null for dense ones.
   const void* crow;
   const void* col;

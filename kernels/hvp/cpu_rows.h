@@ -49,6 +49,8 @@ struct RowFunction {
         return c.loss == secant::kLogistic  ? losses<secant::kLogistic>(i, rows, z)
                : c.loss == secant::kPoisson ? losses<secant::kPoisson>(i, rows, z)
                : c.loss == secant::kHuber   ? losses<secant::kHuber>(i, rows, z)
+               : c.loss == secant::kGamma   ? losses<secant::kGamma>(i, rows, z)
+               : c.loss == secant::kTweedie ? losses<secant::kTweedie>(i, rows, z)
                                             : losses<secant::kSquared>(i, rows, z);
       case secant::kSoftmaxHvp:
         return softmax(i, rows, z);
@@ -72,6 +74,8 @@ struct RowFunction {
     const T* target = static_cast<const T*>(c.row) + i;
     T* curvature = static_cast<T*>(c.row_out) + i;
     const V zero = {}, one = splat(T(1)), delta = splat(static_cast<T>(c.delta));
+    // Of the Tweedie loss with power p: 2 - p and 1 - p.
+    const double above = 2 - c.delta, below = 1 - c.delta;
     double total = 0;
     for (int64_t r = 0; r < rows; r += kLanes<T>) {
       const int64_t count = std::min<int64_t>(rows - r, kLanes<T>);
@@ -87,6 +91,14 @@ struct RowFunction {
         first = select<T>(positive, inverse, e * inverse) - t;
         second = e * inverse * inverse;
         value = select<T>(positive, (one - t) * x, -t * x) + log1p_unit(e);
+      } else if constexpr (Loss == secant::kGamma) {
+        second = times_exponential(t, -x), first = one - second, value = second + x;
+      } else if constexpr (Loss == secant::kTweedie) {
+        const V up = exponential(x * static_cast<T>(above));
+        const V down = times_exponential(t, x * static_cast<T>(below));
+        first = up - down;
+        second = up * static_cast<T>(above) - down * static_cast<T>(below);
+        value = up * static_cast<T>(1 / above) - down * static_cast<T>(1 / below);
       } else {
         const V d = x - t, size = absolute<T>(d);
         const auto outer = less<T>(delta, size);
@@ -106,6 +118,12 @@ struct RowFunction {
       for (int64_t l = 0; l < count; ++l) total += static_cast<double>(terms[l]);
     }
     return total;
+  }
+
+  // t e^x, zero for t = 0 where the exponential overflows; NaN stays.
+  static SECANT_INLINE vec<T> times_exponential(const vec<T>& t, const vec<T>& x) {
+    const vec<T> zero = {};
+    return select<T>(equal<T>(t, zero) & equal<T>(x, x), zero, t * exponential(x));
   }
 
   double softmax(int64_t i, int64_t rows, T* z) const {

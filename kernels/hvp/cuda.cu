@@ -48,7 +48,7 @@ constexpr u32 kAll = 0xffffffffu;
 constexpr int kBlock = 256, kWarps = kBlock / 32;
 constexpr int kSame = 0, kBf16 = 1, kF16 = 2;
 constexpr int kGlm = 0, kGlmValue = 1, kSoftmax = 2, kSoftmaxValue = 3;
-constexpr int kSquared = 0, kLogistic = 1, kPoisson = 2, kHuber = 3;
+constexpr int kSquared = 0, kLogistic = 1, kPoisson = 2, kHuber = 3, kGamma = 4;
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
@@ -100,9 +100,16 @@ SECANT_DEVICE C block_sum(C x, C* board) {
 // ---------------------------------------------------------------------------------------------------- functions of
 // rows
 
-// The loss of a prediction z for a target t, and its first two derivatives in z.
+// t e^x, zero for t = 0 where the exponential overflows; NaN stays.
 template <class C>
-SECANT_DEVICE void loss_of(int loss, C z, C t, C delta, C& value, C& slope, C& curvature) {
+SECANT_DEVICE C times_exp(C t, C x) {
+  return t == C(0) && x == x ? C(0) : t * exp(x);
+}
+
+// The loss of a prediction z for a target t, and its first two derivatives in z. `number`: delta of kHuber, the power
+// of the Tweedie loss.
+template <class C>
+SECANT_DEVICE void loss_of(int loss, C z, C t, double number, C& value, C& slope, C& curvature) {
   if (loss == kSquared) {
     const C e = z - t;
     value = C(0.5) * e * e;
@@ -119,8 +126,17 @@ SECANT_DEVICE void loss_of(int loss, C z, C t, C delta, C& value, C& slope, C& c
     value = e - t * z;
     slope = e - t;
     curvature = e;
+  } else if (loss == kGamma) {
+    curvature = times_exp(t, -z);
+    value = curvature + z;
+    slope = C(1) - curvature;
+  } else if (loss != kHuber) {
+    const C above = C(2.0 - number), below = C(1.0 - number), up = exp(above * z), down = times_exp(t, below * z);
+    value = up / above - down / below;
+    slope = up - down;
+    curvature = above * up - below * down;
   } else {
-    const C e = z - t, size = fabs(e);
+    const C e = z - t, size = fabs(e), delta = C(number);
     const bool inner = size <= delta;
     value = inner ? C(0.5) * e * e : delta * (size - C(0.5) * delta);
     slope = inner ? e : (e > C(0) ? delta : (e < C(0) ? -delta : e));  // NaN stays
@@ -138,7 +154,7 @@ SECANT_DEVICE double glm_row(const OfX& a, i64 row, C* z, int count) {
     return 0.0;
   }
   C value, slope, curvature;
-  loss_of(a.loss, z[0], reinterpret_cast<const C*>(a.target)[row], C(a.delta), value, slope, curvature);
+  loss_of(a.loss, z[0], reinterpret_cast<const C*>(a.target)[row], a.delta, value, slope, curvature);
   if (a.sample_weight) {
     const C s = reinterpret_cast<const C*>(a.sample_weight)[row];
     value *= s;

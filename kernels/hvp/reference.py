@@ -109,6 +109,13 @@ def losses(z: Tensor, t: Tensor, loss: str, delta: float) -> tuple[Tensor, Tenso
     if loss == "poisson":
         m = torch.exp(z)
         return m - t * z, m - t, m
+    if loss in ("gamma", "tweedie"):
+        p = 2.0 if loss == "gamma" else delta
+        down = torch.where((t == 0) & ~z.isnan(), 0, t * torch.exp((1 - p) * z))
+        if loss == "gamma":
+            return down + z, 1 - down, down
+        up = torch.exp((2 - p) * z)
+        return up / (2 - p) - down / (1 - p), up - down, (2 - p) * up - (1 - p) * down
     r = z - t
     inner = r.abs() <= delta
     value = torch.where(inner, r * r / 2, delta * (r.abs() - delta / 2))
@@ -130,11 +137,14 @@ def glm_value_grad(
     """Value, gradient and the second derivatives of the rows, of sum_i c_i loss(z_i, t_i) + l2/2 |coef|^2.
 
     loss: "squared" (z - t)^2 / 2; "logistic" log(1 + e^z) - t z; "poisson" e^z - t z; "huber" r^2 / 2 for
-    |r| <= delta, else delta (|r| - delta / 2), r = z - t. "logistic" is finite for every finite z.
+    |r| <= delta, else delta (|r| - delta / 2), r = z - t; "gamma" t e^-z + z; "tweedie" e^((2-p) z) / (2-p) -
+    t e^((1-p) z) / (1-p), p the power. "logistic" is finite for every finite z. A target of
+    zero makes its term of "gamma" and "tweedie" zero for every z.
 
     Args:
-        x: (N, d). target: (N,). coef: (d,). loss: of `LOSSES`. delta: number > 0. sample_weight: (N,) or None.
-        l2: number. value: scalar of float64. grad: as coef. weight: (N,), receives c_i loss''(z_i, t_i).
+        x: (N, d). target: (N,). coef: (d,). loss: of `LOSSES`. delta: the number of the loss: > 0 for "huber", the
+            power in (1, 2) for "tweedie". sample_weight: (N,) or None. l2: number. value: scalar of float64.
+        grad: as coef. weight: (N,), receives c_i loss''(z_i, t_i).
     """
     wide = coef.double()
     total = _penalized(wide, x.shape[1], l2)

@@ -84,8 +84,14 @@ def _log1p(x):
 
 
 @triton.jit
-def _loss(z, t, delta, LOSS: tl.constexpr):
-    """The loss of a prediction z for a target t, and its first two derivatives in z."""
+def _times_exp(t, x):
+    """t e^x, zero for t = 0 where the exponential overflows; NaN stays."""
+    return tl.where((t == 0.0) & (x == x), 0.0, t * tl.exp(x))
+
+
+@triton.jit
+def _loss(z, t, number, LOSS: tl.constexpr):
+    """The loss of a prediction z for a target t, and its first two derivatives in z; `number` as in the contract."""
     if LOSS == 0:
         e = z - t
         return 0.5 * e * e, e, tl.full(z.shape, 1.0, z.dtype)
@@ -99,7 +105,15 @@ def _loss(z, t, delta, LOSS: tl.constexpr):
     elif LOSS == 2:
         e = tl.exp(z)
         return e - t * z, e - t, e
+    elif LOSS == 4:
+        down = _times_exp(t, -z)
+        return down + z, 1.0 - down, down
+    elif LOSS == 5:
+        above, below = tl.full((), 2.0 - number, z.dtype), tl.full((), 1.0 - number, z.dtype)
+        up, down = tl.exp(above * z), _times_exp(t, below * z)
+        return up / above - down / below, up - down, above * up - below * down
     else:
+        delta = tl.full((), number, z.dtype)
         e = z - t
         size = tl.abs(e)
         inner = size <= delta
@@ -120,7 +134,7 @@ def _glm_rows(
         return z * tl.load(weight + row, mask=live, other=0.0), tl.zeros(z.shape, tl.float64)
     else:
         t = tl.load(target + row, mask=live, other=0.0)
-        loss, slope, curvature = _loss(z, t, tl.full((), delta, z.dtype), LOSS)
+        loss, slope, curvature = _loss(z, t, delta, LOSS)
         if sample_weight is not None:
             s = tl.load(sample_weight + row, mask=live, other=0.0)
             loss, slope, curvature = s * loss, s * slope, s * curvature

@@ -58,7 +58,7 @@ void dense(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool i
   double value = 0;
   HvpRows c{};
   c.n = n, c.d = d, c.x = x.data(), c.x_row = row, c.k = k, c.intercept = intercept, c.v = v.data(), c.l2 = 0.5;
-  c.out = out.data(), c.threads = threads, c.delta = 1;
+  c.out = out.data(), c.threads = threads, c.delta = 1.5;
   c.op = secant::kGlmHvp, c.row = w.data();
   rows(c);
   c.sample_weight = weights.data();
@@ -69,7 +69,7 @@ void dense(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool i
   rows(c);
   if (k > 1) return;
   c.op = secant::kGlmValueGrad, c.row = w.data();
-  for (c.loss = 0; c.loss < 4; ++c.loss) rows(c);
+  for (c.loss = 0; c.loss < 6; ++c.loss) rows(c);
 }
 
 template <class T, class I>
@@ -96,8 +96,8 @@ void sparse(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool 
   c.op = secant::kSoftmaxValueGrad, c.row = classes.data();
   rows(c);
   if (k > 1) return;
-  c.op = secant::kGlmValueGrad, c.row = w.data(), c.delta = 1;
-  for (c.loss = 0; c.loss < 4; ++c.loss) rows(c);
+  c.op = secant::kGlmValueGrad, c.row = w.data(), c.delta = 1.5;
+  for (c.loss = 0; c.loss < 6; ++c.loss) rows(c);
 }
 
 template <class S, class T>

@@ -16,7 +16,7 @@ from secant.ops import (
 )
 
 F64 = torch.float64
-LOSSES = ("squared", "logistic", "poisson", "huber")
+LOSSES = ("squared", "logistic", "poisson", "huber", "gamma", "tweedie")
 
 
 @pytest.fixture(autouse=True)

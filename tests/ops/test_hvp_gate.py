@@ -63,6 +63,10 @@ WRONG = [
     (value_grad(target=classes), TypeError, "glm_value_grad: target: expected dtype float32, got torch.int64"),
     (value_grad(coef=coef), ValueError, r"coef: expected shape \(4,\), got shape \(4, 3\)"),
     (value_grad(loss="hinge"), ValueError, "loss: expected one of .*'huber'.*, got 'hinge'"),
+    *(
+        (value_grad(power=power), ValueError, "power: expected a number between 1 and 2, neither included, got")
+        for power in (1.0, 2, 0.5, float("nan"), float("inf"))
+    ),
     (value_grad(delta=0.0), ValueError, "delta: expected a finite number > 0"),
     (value_grad(sample_weight=w[:1]), ValueError, r"sample_weight: expected shape \(6,\)"),
     (softmax(v=v), ValueError, r"softmax_hvp: v: expected shape \(4, K\), got shape \(4,\)"),
@@ -259,7 +263,7 @@ def test_the_shortcut_gives_the_same_bits(dtype, intercept, monkeypatch):
 
     monkeypatch.setattr(ops, "_glm_plain", lambda: counted)
     short = list(results())
-    assert taken == [True] * 5
+    assert taken == [True] * (1 + len(LOSSES))
     monkeypatch.setattr(ops, "_glm_plain", lambda: None)
     for a, b in zip(short, results(), strict=True):
         assert torch.equal(a, b)

@@ -6,6 +6,8 @@ argument, and to higher order, these expressions are differentiated in their pla
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,9 @@ def glm_value(
         terms = torch.logaddexp(z, torch.zeros_like(z)) - target * z
     elif loss == "poisson":
         terms = torch.exp(z) - target * z
+    elif loss in ("gamma", "tweedie"):
+        up, down, p = _log_link(z, target, loss, delta)
+        terms = down + z if loss == "gamma" else up / (2 - p) - down / (1 - p)
     else:
         r = z - target  # huber_loss of torch has no forward mode in its derivative
         terms = torch.where(r.abs() <= delta, r * r / 2, delta * (r.abs() - delta / 2))
@@ -55,9 +60,20 @@ def glm_weight(
         w = torch.sigmoid(z) * torch.sigmoid(-z)
     elif loss == "poisson":
         w = torch.exp(z)
+    elif loss in ("gamma", "tweedie"):
+        up, down, p = _log_link(z, target, loss, delta)
+        w = down if loss == "gamma" else (2 - p) * up - (1 - p) * down
     else:
         w = ((z - target).abs() <= delta).to(z.dtype)
     return w if sample_weight is None else sample_weight * w
+
+
+def _log_link(z: Tensor, t: Tensor, loss: str, power: float) -> tuple[Tensor, Tensor, float]:
+    """e^((2-p) z), t e^((1-p) z) and the power p. A target of zero makes its term zero for every z."""
+    p = 2.0 if loss == "gamma" else power
+    # Where it would overflow, the exponential is that of zero, so that its derivatives do not either.
+    inner = torch.where((t == 0) & ((1 - p) * z > math.log(torch.finfo(z.dtype).max) - 1), 0, z)
+    return torch.exp((2 - p) * z), t * torch.exp((1 - p) * inner), p
 
 
 def _penalized(terms: Tensor, x: Tensor, coef: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:

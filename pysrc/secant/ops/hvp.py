@@ -79,10 +79,14 @@ _LARGEST = sys.float_info.max  # an integer beyond it is no float
 _glm_plain = _shortcut.Shortcut("hvp", "glm_plain")
 
 
-def _plain(l2: float, delta: float = 1.0) -> Any:
+def _plain(l2: float, delta: float = 1.0, power: float = 1.5) -> Any:
     """The shortcut of the two `glm_` functions (see `kernels/hvp/cpu.py`), None if the gate has to look at a number."""
     if torch.compiler.is_compiling() or not (
-        type(l2) in _NUMBERS and type(delta) in _NUMBERS and 0 <= l2 <= _LARGEST >= delta > 0
+        type(l2) in _NUMBERS
+        and type(delta) in _NUMBERS
+        and type(power) in _NUMBERS
+        and 0 <= l2 <= _LARGEST >= delta > 0
+        and 1 < power < 2
     ):
         return None
     return _glm_plain()
@@ -173,6 +177,7 @@ def glm_value_grad(
     sample_weight: Tensor | None = None,
     l2: float = 0.0,
     delta: float = 1.0,
+    power: float = 1.5,
     intercept: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Objective of a generalised linear model, its gradient, and the weights of its Hessian, reading X once.
@@ -182,15 +187,18 @@ def glm_value_grad(
     * "squared": (z - t)^2 / 2;
     * "logistic": log(1 + e^z) - t z, t in [0, 1], finite for every finite z;
     * "poisson": e^z - t z, the logarithmic link;
-    * "huber": r^2 / 2 where |r| <= delta, else delta (|r| - delta / 2), r = z - t.
+    * "huber": r^2 / 2 where |r| <= delta, else delta (|r| - delta / 2), r = z - t;
+    * "gamma": t e^-z + z, t > 0, the logarithmic link;
+    * "tweedie": e^((2-p) z) / (2-p) - t e^((1-p) z) / (1-p), t >= 0, p the power, the logarithmic link: a sum of a
+      Poisson number of gamma variables, of variance proportional to the mean to the power p.
 
     Args:
         x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
         target: (N,), of the dtype of `coef`. Its values are not checked, which would be a synchronisation.
         coef: (d,), or (d + 1,) with an intercept. float64 for x of float64, else float32.
-        loss: "squared", "logistic", "poisson" or "huber".
+        loss: "squared", "logistic", "poisson", "huber", "gamma" or "tweedie".
         sample_weight: (N,), the c_i, or None for ones.
-        l2: number >= 0. delta: number > 0, used by "huber".
+        l2: number >= 0. delta: number > 0, used by "huber". power: number, 1 < power < 2, used by "tweedie".
         intercept: whether the last coefficient belongs to an implicit column of ones.
 
     Returns:
@@ -204,11 +212,17 @@ def glm_value_grad(
 
     References:
         McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5. Huber, Annals of Mathematical Statistics
-        35(1), 1964.
+        35(1), 1964. Jorgensen, Exponential dispersion models, Journal of the Royal Statistical Society B 49(2), 1987.
     """
-    if sample_weight is None and loss in LOSSES and (plain := _plain(l2, delta)) and _shortcut.takes(x, target, coef):
+    if (
+        sample_weight is None
+        and loss in LOSSES
+        and (plain := _plain(l2, delta, power))
+        and _shortcut.takes(x, target, coef)
+    ):
         value, grad, weight = torch.empty((), dtype=torch.float64), torch.empty_like(coef), torch.empty_like(target)
-        args = (None, l2, bool(intercept), LOSSES.index(loss), delta, grad, value, weight)
+        number = power if loss == "tweedie" else delta
+        args = (None, l2, bool(intercept), LOSSES.index(loss), number, grad, value, weight)
         if type(grad) is Tensor and plain(_VALUE_GRAD, x, coef, target, *args):
             return value, grad, weight
     op = "glm_value_grad"
@@ -219,6 +233,8 @@ def glm_value_grad(
     if loss not in LOSSES:
         raise _gate.fail(op, "loss", f"one of {LOSSES}", _gate.show(loss))
     l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
+    power = _gate.number(op, "power", power, "a number between 1 and 2, neither included", lambda p: 1 < p < 2)
+    number = power if loss == "tweedie" else delta
 
     def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -226,16 +242,16 @@ def glm_value_grad(
         if not len(x):
             grad = _only_penalty(x, coef, l2)
             return value + (grad * coef).double().sum() / 2, grad, weight
-        dispatch.call("glm_value_grad", x, target, coef, loss, delta, sample_weight, l2, value, grad, weight)
+        dispatch.call("glm_value_grad", x, target, coef, loss, number, sample_weight, l2, value, grad, weight)
         return value, grad, weight
 
     def formula(coef: Tensor) -> Tensor:
-        return formulas.glm_value(x, target, coef, loss, delta, sample_weight, l2)
+        return formulas.glm_value(x, target, coef, loss, number, sample_weight, l2)
 
     others = autograd.is_differentiated(x, target, sample_weight)
     if others or (autograd.is_differentiated(coef) and not coef.requires_grad) or autograd.is_wrapped(coef):
         value, grad = autograd.value_grad_of(formula, coef)
-        return value, grad, formulas.glm_weight(x, target, coef, loss, delta, sample_weight)
+        return value, grad, formulas.glm_weight(x, target, coef, loss, number, sample_weight)
     if autograd.is_differentiated(coef):
         return autograd.ValueGrad.apply(
             coef,

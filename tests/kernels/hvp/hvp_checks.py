@@ -16,6 +16,7 @@ from hvp_oracle import (
     arithmetic,
     cross_entropy_bound,
     product_bound,
+    shape_of,
     softmax_bound,
     softmax_value_grad_bounds,
     unit,
@@ -64,7 +65,7 @@ def glm_value_grad(
 ) -> None:  # fmt: skip
     problem = Problem(n, d, dtype, intercept=intercept)
     coef, c = problem.v[:, 0].contiguous(), problem.sample_weight if weighted else None
-    args = (problem.x, problem.target(loss), coef, loss, 0.6, c, 0.3)
+    args = (problem.x, problem.target(loss), coef, loss, shape_of(loss, 0.6), c, 0.3)
     shapes = [((), F64), (coef.shape, problem.compute), ((n,), problem.compute)]
     compare(backend, "glm_value_grad", args, shapes, value_grad_bounds(*args, dtype), device)
 
@@ -186,7 +187,7 @@ def not_a_number(backend: Any, device: Any = "cpu") -> None:
     (out,) = run(backend, "glm_hvp", (problem.x, problem.v, problem.weight, 0.0), [((6, 1), F32)], device)
     assert out.isnan().all()
     for loss in LOSSES:
-        args = (problem.x, problem.binary, problem.v[:, 0].contiguous(), loss, 0.5, None, 0.0)
+        args = (problem.x, problem.binary, problem.v[:, 0].contiguous(), loss, shape_of(loss, 0.5), None, 0.0)
         value, grad, _ = run(backend, "glm_value_grad", args, [((), F64), ((6,), F32), ((20,), F32)], device)
         assert value.isnan()
         assert grad.isnan().all()

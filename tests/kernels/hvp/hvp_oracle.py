@@ -29,6 +29,11 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(arithmetic(dtype)).eps / 2
 
 
+def shape_of(loss: str, delta: float) -> float:
+    """The number that a loss takes: a power for "tweedie", `delta` for the others."""
+    return 1.3 if loss == "tweedie" else delta
+
+
 class Problem:
     """Random data of N rows and d features, all of it positive or negative alike, and its answers."""
 
@@ -50,7 +55,8 @@ class Problem:
 
     def target(self, loss: str) -> Tensor:
         """A target that suits the loss."""
-        return {"logistic": self.binary, "poisson": self.counts}.get(loss, self.counts - 2)
+        suited = {"logistic": self.binary, "poisson": self.counts, "gamma": self.counts + 0.5, "tweedie": self.counts}
+        return suited.get(loss, self.counts - 2)
 
 
 def csr(x: Tensor, index: torch.dtype = torch.int64) -> Tensor:
@@ -93,6 +99,15 @@ def value_grad_bounds(
     if loss == "poisson":
         slope = torch.exp(z) * torch.expm1(dz.clamp(max=1)) / dz.clamp(min=1e-300)  # of exp over the error
         parts, jump = torch.exp(z) + (t * z).abs(), slope
+    elif loss in ("gamma", "tweedie"):
+        # Terms a e^(bz): over the error they grow by its exponential, and b z is rounded before that is taken.
+        up, down = torch.exp((2 - delta) * z), t * torch.exp((1 - (2 if loss == "gamma" else delta)) * z)
+        slope = (down if loss == "gamma" else up + down) * torch.expm1(dz.clamp(max=1)) / dz.clamp(min=1e-300)
+        rounded = 1 + z.abs()
+        if loss == "gamma":
+            parts, jump = down * rounded + z.abs(), slope
+        else:
+            parts, jump = (up / (2 - delta) + down / (delta - 1)) * rounded, slope
     elif loss == "logistic":
         slope, parts, jump = torch.full_like(z, 0.25), 1 + (t * z).abs() + value, second
     else:
@@ -102,6 +117,10 @@ def value_grad_bounds(
     )
     if loss == "poisson":
         first_error = first_error + FUNCTION * u * torch.exp(z)
+    if loss in ("gamma", "tweedie"):
+        terms_of_first = down + 1 if loss == "gamma" else up + down
+        first_error = slope * dz + FUNCTION * u * terms_of_first * rounded
+        second = second * rounded
     terms = c * ((first.abs() + first_error) * dz + FUNCTION * u * parts + first_error * first.abs())
     weight = c * (jump * dz * 2 + FUNCTION * u * second)
     if loss == "huber":

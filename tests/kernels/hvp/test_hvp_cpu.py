@@ -17,6 +17,7 @@ from hvp_oracle import (
     cross_entropy_bound,
     csr,
     product_bound,
+    shape_of,
     softmax_bound,
     softmax_value_grad_bounds,
     unit,
@@ -73,7 +74,7 @@ def test_glm_value_grad(n, d, loss, dtype):
     for intercept, weighted, threads in ((False, False, 0), (True, True, 1), (True, False, 2)):
         problem = Problem(n, d, dtype, intercept=intercept)
         coef, c = problem.v[:, 0].contiguous(), problem.sample_weight if weighted else None
-        args = (problem.x, problem.target(loss), coef, loss, 0.6, c, 0.3)
+        args = (problem.x, problem.target(loss), coef, loss, shape_of(loss, 0.6), c, 0.3)
         results, expected = (
             (poison(dtype=F64), poison(len(coef), dtype=t), poison(n, dtype=t)) for t in (problem.compute, F64)
         )
@@ -259,7 +260,8 @@ def test_sparse_rows(n, d, index, density, dtype):
         if k > 1:
             continue
         for loss in LOSSES:
-            args = (problem.target(loss), problem.v[:, 0].contiguous(), loss, 0.6, problem.sample_weight, 0.3)
+            number = shape_of(loss, 0.6)
+            args = (problem.target(loss), problem.v[:, 0].contiguous(), loss, number, problem.sample_weight, 0.3)
             results, right = (
                 (poison(dtype=F64), poison(len(problem.v), dtype=t), poison(n, dtype=t)) for t in (dtype, F64)
             )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hvp_oracle import F64, LOSSES, Problem, csr
+from hvp_oracle import F64, LOSSES, Problem, csr, shape_of
 from secant.kernels.hvp import reference
 
 CASES = [(40, 5, False), (40, 5, True), (1, 1, False), (3, 9, True)]
@@ -22,6 +22,9 @@ def objective(problem, loss, coef, weight, l2, delta=1.5):
         "logistic": lambda: F.binary_cross_entropy_with_logits(z, t, reduction="none"),
         "poisson": lambda: F.poisson_nll_loss(z, t, log_input=True, reduction="none"),
         "huber": lambda: F.huber_loss(z, t, delta=delta, reduction="none"),
+        "gamma": lambda: t / torch.exp(z) + z,
+        # The power is delta: half the deviance of torch's mean, up to what does not depend on it.
+        "tweedie": lambda: torch.exp(z) ** (2 - delta) / (2 - delta) - t * torch.exp(z) ** (1 - delta) / (1 - delta),
     }[loss]()
     return (weight * terms).sum() + l2 / 2 * (coef[:d] ** 2).sum()
 
@@ -89,7 +92,11 @@ def test_sparse_rows_are_those_of_the_dense_matrix(intercept, index):
         (reference.softmax_hvp, (v, problem.probs, c, 0.2), (v.shape,)),
         (reference.softmax_value_grad, (problem.classes, v, c, 0.2), ((), v.shape, (40, 3))),
     ] + [
-        (reference.glm_value_grad, (problem.target(loss), one, loss, 0.8, c, 0.2), ((), one.shape, (40,)))
+        (
+            reference.glm_value_grad,
+            (problem.target(loss), one, loss, shape_of(loss, 0.8), c, 0.2),
+            ((), one.shape, (40,)),
+        )
         for loss in LOSSES
     ]
     for function, args, shapes in calls:
