@@ -18,8 +18,8 @@ public functions of `secant.ops.blocks` check and allocate; what arrives here is
 * `spd` True: only the lower triangle of `a` is read. False: a general matrix, partial pivoting. `eigh`, `abs_inv` and
   `inv_root` read the lower triangle only.
 * `p` is 1, 2 or 4.
-* No function reads a value back to the host (on a GPU the sweeps below all run, however early the blocks converge), none
-  allocates by values.
+* No function reads a value back to the host (on a GPU the sweeps below all run, however early the blocks converge),
+  none allocates by values.
 
 What every backend owes:
 
