@@ -1,6 +1,6 @@
 """The public functions over the kernels, one module per family: checks, allocation, dispatch, autograd."""
 
-from secant.ops.blocks import block_abs_inv, block_eigh, block_inv, block_inv_root, block_solve
+from secant.ops.blocks import block_abs_inv, block_eigh, block_function, block_inv, block_inv_root, block_solve
 from secant.ops.hvp import (
     cross_entropy_hvp,
     glm_hvp,
@@ -14,6 +14,7 @@ from secant.ops.lbfgs import two_loop
 __all__ = [
     "block_abs_inv",
     "block_eigh",
+    "block_function",
     "block_inv",
     "block_inv_root",
     "block_solve",

@@ -1,4 +1,4 @@
-"""Derivatives of the `blocks` family, forward and reverse mode, of any order.
+"""Derivatives of the `blocks` family, forward and reverse mode: any order, of functions of eigenvalues the first two.
 
 Every function here takes blocks (*batch, n, n) of float32 or float64 and per-block tensors (*batch), and calls a
 kernel once in `forward`; its derivatives are products of small matrices and further functions of this file, so that
@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from secant.ops import _batching
 from secant.ops import _blocks_dispatch as kernels
+from secant.ops import _blocks_functions as functions
 
 
 def apply(function: type[Function], *args: Any) -> Any:
@@ -43,7 +44,7 @@ def _scale(lam: Tensor | None, value: float | None) -> Tensor | float | None:
     return value if lam is None else lam[..., None]
 
 
-def _damped(a: Tensor, lam: Tensor | None, value: float | None, scaled: bool) -> Tensor:
+def damped(a: Tensor, lam: Tensor | None, value: float | None, scaled: bool) -> Tensor:
     """A + damping: linear in `a`, and so its own tangent map when it is scaled."""
     scale = _scale(lam, value)
     if scale is None:
@@ -69,7 +70,7 @@ def _damped_jvp(
     """Tangent of A + damping."""
     d = torch.zeros_like(a) if tangent is None else _symmetric(tangent) if symmetric else tangent
     if scaled:
-        d = _damped(d, lam, value, True)
+        d = damped(d, lam, value, True)
     if lam_tangent is not None:
         d = d + torch.diag_embed(lam_tangent[..., None] * (_diagonal(a) if scaled else torch.ones_like(_diagonal(a))))
     return d
@@ -82,7 +83,7 @@ def _damped_vjp(
     if symmetric:
         g = _symmetric(g)
     lam_grad = (_diagonal(g) * (_diagonal(a) if scaled else 1.0)).sum(-1) if lam is not None else None
-    return (_damped(g, lam, value, True) if scaled else g), lam_grad
+    return (damped(g, lam, value, True) if scaled else g), lam_grad
 
 
 def _lead(size: int, in_dims: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -183,19 +184,26 @@ class _DualSolve(Solve):
         return apply(Solve, a, right, lam, *ctx.options)[0], None
 
 
-def _inverse_gaps(w: Tensor) -> Tensor:
-    """1 / (w_j - w_i), and 0 where the two are equal to working precision (n eps times the largest magnitude)."""
+def _inverse_gaps(a: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """1 / (w_j - w_i); NaN where the two are equal to working precision, 0 on the diagonal.
+
+    To rounding entries of A by eps each moves w_i by eps |v_i|^T |A| |v_i| at most. That is eps |w_i| in a diagonal
+    block, about as much in a graded one that is definite (Demmel and Veselic), eps ||A|| in a rotated one: what is no
+    larger than n times that, for the two together, is no gap.
+    """
+    n = w.shape[-1]
+    moved = (v.abs() * (kernels.mirrored(a).abs() @ v.abs())).sum(-2) * (n * torch.finfo(w.dtype).eps)
     gap = w[..., None, :] - w[..., :, None]
-    tiny = w.shape[-1] * torch.finfo(w.dtype).eps * w.abs().amax(-1)[..., None, None]
-    equal = gap.abs() <= tiny
-    return torch.where(equal, 0.0, 1.0 / torch.where(equal, 1.0, gap))
+    equal = gap.abs() <= moved[..., None, :] + moved[..., :, None]
+    inverse = torch.where(equal, torch.nan, 1.0 / torch.where(equal, 1.0, gap))
+    return torch.where(torch.eye(n, dtype=torch.bool, device=w.device), 0.0, inverse)
 
 
 class Eigh(Function):
     """A = V diag(w) V^T: dw = diag(K) and dV = V (F * K), K = V^T dA V, F_ij = 1 / (w_j - w_i).
 
-    Where w_i = w_j the vectors are free to turn into each other, and F_ij is set to 0: right for what treats equal
-    eigenvalues alike, and finite for all else.
+    Where w_i = w_j the vectors are free to turn into each other, and F_ij is NaN, unless nothing asks for it: in the
+    forward mode where K_ij = 0, in the reverse mode where no vector of the block has a gradient.
     """
 
     @staticmethod
@@ -205,17 +213,18 @@ class Eigh(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
         w, v, info = output
-        _save(ctx, info, w, v)
+        _save(ctx, info, inputs[0], w, v)
 
     @staticmethod
     def backward(ctx: Any, w_grad: Tensor | None, v_grad: Tensor | None, _: Any) -> Tensor | None:
         if w_grad is None and v_grad is None:
             return None
-        w, v = ctx.saved_tensors
+        a, w, v = ctx.saved_tensors
         k = torch.zeros_like(v) if w_grad is None else torch.diag_embed(w_grad)
         if v_grad is not None:
             turn = v.mT @ v_grad
-            k = k + _inverse_gaps(w) * (turn - turn.mT) / 2
+            asked = (v_grad != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+            k = k + torch.where(asked, _inverse_gaps(a, w, v), 0.0) * (turn - turn.mT) / 2
         return _symmetric(v @ k @ v.mT)
 
     @staticmethod
@@ -226,9 +235,10 @@ class Eigh(Function):
 class _DualEigh(Eigh):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None]:
-        w, v = ctx.saved_tensors
+        a, w, v = ctx.saved_tensors
         k = v.mT @ _symmetric(tangent) @ v
-        return _diagonal(k).clone(), v @ (_inverse_gaps(w) * k), None
+        turn = torch.where(k == 0, 0.0, _inverse_gaps(a, w, v) * k)
+        return _diagonal(k).clone(), v @ turn, None
 
 
 class Lyapunov(Function):
@@ -321,82 +331,116 @@ class _DualInvRoot(InvRoot):
         return d, None
 
 
-def _slope(a: Tensor, b: Tensor, floor: Tensor) -> Tensor:
-    """Divided difference m[a, b] of m(w) = max(|w|, floor); where a = b its derivative, 0 at the kink."""
-    gap = a - b
-    rise = torch.maximum(a.abs(), floor) - torch.maximum(b.abs(), floor)
-    inside = torch.where(a.abs() > floor, a.sign(), 0.0)
-    return torch.where(gap == 0, inside, rise / torch.where(gap == 0, 1.0, gap))
-
-
-def _curve(a: Tensor, b: Tensor, c: Tensor, floor: Tensor) -> Tensor:
-    """Second divided difference m[a, b, c], 0 where all are equal: m is piecewise linear.
-
-    It is symmetric in its arguments. Sorted, it divides by the widest gap, and wherever that is small against the
-    values, all three lie on one piece (or at the kink) and the slopes cancel exactly.
-    """
-    low, middle, high = torch.stack(torch.broadcast_tensors(a, b, c)).sort(0).values
-    gap = high - low
-    rise = _slope(high, middle, floor) - _slope(middle, low, floor)
-    return torch.where(gap == 0, 0.0, rise / torch.where(gap == 0, 1.0, gap))
-
-
-def _floor(floor: Tensor | None, value: float | None, like: Tensor) -> Tensor:
-    if floor is not None:
-        return floor[..., None, None]
-    assert value is not None
-    return like.new_full((), value)
-
-
-class Clamp(Function):
-    """Derivative of m(A), m(w) = max(|w|, floor), in the direction E: V (D * V^T E V) V^T, D_ij = m[w_i, w_j].
+class Frechet(Function):
+    """Derivative of f(A) in the direction E: V (D * V^T E V) V^T, D_ij = f[w_i, w_j] (`_blocks_functions.py`).
 
     Linear and self-adjoint in E. In A its derivative in the direction H has the second divided differences,
-    (V^T . V)_ij = sum_k m[w_i, w_k, w_j] (E_ik H_kj + H_ik E_kj) in the eigenbasis, symmetric in E and H.
+    (V^T . V)_ij = sum_k f[w_i, w_k, w_j] (E_ik H_kj + H_ik E_kj) in the eigenbasis, symmetric in E and H. `parameter`
+    is one number a block that f depends on, or None.
     """
 
     @staticmethod
-    def forward(a: Tensor, e: Tensor, floor: Tensor | None, value: float | None) -> Tensor:
-        w, v, _ = kernels.eigh(a)
-        slopes = _slope(w[..., :, None], w[..., None, :], _floor(floor, value, w))
+    def forward(a: Tensor, e: Tensor, parameter: Tensor | None, rule: functions.Rule) -> Tensor:
+        w, v = _defined(rule, *kernels.eigh(a))
+        slopes = functions.first(rule, parameter, w[..., :, None], w[..., None, :]).to(v.dtype)
         return v @ (slopes * (v.mT @ e @ v)) @ v.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, e, floor, ctx.value = inputs
-        ctx.save_for_backward(a, e, floor)
-        ctx.save_for_forward(a, e, floor)
+        a, e, parameter, ctx.rule = inputs
+        ctx.save_for_backward(a, e, parameter)
+        ctx.save_for_forward(a, e, parameter)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        a, e, floor = ctx.saved_tensors
-        a_grad = _symmetric(_clamp_second(a, e, g, floor, ctx.value)) if ctx.needs_input_grad[0] else None
-        return a_grad, apply(Clamp, a, g, floor, ctx.value), None, None
+        a, e, parameter = ctx.saved_tensors
+        a_grad = _symmetric(_frechet_second(a, e, g, parameter, ctx.rule)) if ctx.needs_input_grad[0] else None
+        return a_grad, apply(Frechet, a, g, parameter, ctx.rule), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, e: Tensor, floor: Tensor | None, value: Any) -> tuple[Any, Any]:
-        return apply(Clamp, *_lead(info.batch_size, in_dims, a, e, floor), value), 0
+    def vmap(info: Any, in_dims: Any, a: Tensor, e: Tensor, parameter: Tensor | None, rule: Any) -> tuple[Any, Any]:
+        return apply(Frechet, *_lead(info.batch_size, in_dims, a, e, parameter), rule), 0
 
 
-def _clamp_second(a: Tensor, e: Tensor, h: Tensor, floor: Tensor | None, value: float | None) -> Tensor:
-    w, v, _ = apply(Eigh, a)
-    e, h, least = v.mT @ e @ v, v.mT @ h @ v, _floor(floor, value, w)
+def _frechet_second(a: Tensor, e: Tensor, h: Tensor, parameter: Tensor | None, rule: functions.Rule) -> Tensor:
+    w, v = _defined(rule, *apply(Eigh, a))
+    e, h = v.mT @ e @ v, v.mT @ h @ v
     y = torch.zeros_like(e)
     for k in range(a.shape[-1]):
         outer = e[..., :, k, None] * h[..., k, None, :] + h[..., :, k, None] * e[..., k, None, :]
-        y = y + _curve(w[..., :, None], w[..., k, None, None], w[..., None, :], least) * outer
+        weights = functions.second(rule, parameter, w[..., :, None], w[..., k, None, None], w[..., None, :])
+        y = y + weights.to(v.dtype) * outer
     return v @ y @ v.mT
 
 
-class _DualClamp(Clamp):
+def _defined(rule: functions.Rule, w: Tensor, v: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
+    """(w in float64, NaN in blocks that have no f(A); v)."""
+    w = w.double()
+    bad = (info != 0)[..., None]
+    if rule[0] != "floor":
+        with torch.no_grad():
+            value, outside = functions.value(rule, w)
+            bad = bad | (outside | ~torch.isfinite(value.to(v.dtype))).any(-1, keepdim=True)
+    return torch.where(bad, torch.nan, w), v
+
+
+class _DualFrechet(Frechet):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, e_tangent: Tensor, *_: Any) -> Tensor:
-        a, e, floor = ctx.saved_tensors
-        return apply(Clamp, a, e_tangent, floor, ctx.value) + _clamp_second(a, e, _symmetric(tangent), floor, ctx.value)
+        a, e, parameter = ctx.saved_tensors
+        second = _frechet_second(a, e, _symmetric(tangent), parameter, ctx.rule)
+        return apply(Frechet, a, e_tangent, parameter, ctx.rule) + second
+
+
+def spectral(a: Tensor, rule: functions.Rule) -> tuple[Tensor, Tensor]:
+    """(V diag(f(w)) V^T, info) of blocks of float32 or float64, without derivatives; exactly symmetric.
+
+    The sum over k runs element by element, so that the bits of a block do not depend on where it stands.
+    """
+    w, v, info = kernels.eigh(a)
+    value, outside = functions.value(rule, w.double())
+    value = value.to(v.dtype)
+    count = (outside | ~torch.isfinite(value)).sum(-1).int()
+    info = torch.where(info == 0, count, info)
+    x = torch.zeros_like(v)
+    for k in range(a.shape[-1]):
+        x = x + value[..., k, None, None] * (v[..., :, k, None] * v[..., None, :, k])
+    return torch.where((info != 0)[..., None, None], torch.nan, x), info
+
+
+class Spectral(Function):
+    """f(A) = V diag(f(w)) V^T, with derivatives from `Frechet`."""
+
+    @staticmethod
+    def forward(a: Tensor, rule: functions.Rule) -> tuple[Tensor, Tensor]:
+        return spectral(a, rule)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, ctx.rule = inputs
+        _save(ctx, output[1], a)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        if g is None:
+            return None, None
+        (a,) = ctx.saved_tensors
+        return apply(Frechet, a, _symmetric(g), None, ctx.rule), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, rule: Any) -> tuple[Any, Any]:
+        return apply(Spectral, *_lead(info.batch_size, in_dims, a), rule), (0, 0)
+
+
+class _DualSpectral(Spectral):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        (a,) = ctx.saved_tensors
+        return None if tangent is None else apply(Frechet, a, _symmetric(tangent), None, ctx.rule), None
 
 
 class AbsInv(Function):
-    """X = max(|A|, floor)^-1: dX = -X dM X, with dM from `Clamp`."""
+    """X = max(|A|, floor)^-1: dX = -X dM X, with dM from `Frechet`."""
 
     @staticmethod
     def forward(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tensor, Tensor]:
@@ -413,7 +457,7 @@ class AbsInv(Function):
         if g is None:
             return None, None, None
         a, floor, x = ctx.saved_tensors
-        return apply(Clamp, a, -(x @ _symmetric(g) @ x), floor, ctx.value), None, None
+        return apply(Frechet, a, -(x @ _symmetric(g) @ x), floor, ("floor", ctx.value)), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, a: Tensor, floor: Tensor | None, value: Any) -> tuple[Any, Any]:
@@ -428,7 +472,7 @@ class _DualAbsInv(AbsInv):
         a, floor, x = ctx.saved_tensors
         if tangent is None:
             return None, None
-        return -(x @ apply(Clamp, a, _symmetric(tangent), floor, ctx.value) @ x), None
+        return -(x @ apply(Frechet, a, _symmetric(tangent), floor, ("floor", ctx.value)) @ x), None
 
 
 _DUAL: dict[type[Function], type[Function]] = {
@@ -437,6 +481,7 @@ _DUAL: dict[type[Function], type[Function]] = {
     Eigh: _DualEigh,
     Lyapunov: _DualLyapunov,
     InvRoot: _DualInvRoot,
-    Clamp: _DualClamp,
+    Frechet: _DualFrechet,
+    Spectral: _DualSpectral,
     AbsInv: _DualAbsInv,
 }

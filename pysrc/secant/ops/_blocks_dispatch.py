@@ -92,6 +92,11 @@ def _flat(x: Tensor) -> Tensor:
     return x
 
 
+def mirrored(a: Tensor) -> Tensor:
+    """The symmetric matrices that the lower triangles stand for."""
+    return a.tril() + a.tril(-1).mT
+
+
 def _registered(a: Tensor) -> bool:
     """Whether the call has to be visible to a compiler or a tensor subclass."""
     return torch.compiler.is_compiling() or (type(a) is not Tensor and not _gate.is_plain(a))

@@ -16,6 +16,8 @@ do. It belongs to the matrix: `a` stays as it is. There is no other jitter.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -28,7 +30,14 @@ from secant.ops import _gate
 MAX_N = 64
 DTYPES = _gate.REAL + _gate.HALF
 
+MAX_POWER = 64
+NAMED = {"exp": ("exp",), "log": ("log",), "sqrt": ("root", 0.5), "abs": ("abs",)}
+
 Damping: TypeAlias = float | Tensor | tuple[str, float | Tensor] | None
+Entrywise: TypeAlias = Callable[[Tensor], Tensor]
+SpectralFunction: TypeAlias = (
+    str | tuple[str, float] | tuple[Entrywise, Entrywise] | tuple[Entrywise, Entrywise, Entrywise]
+)
 
 
 def _check_blocks(op: str, a: Tensor) -> None:
@@ -135,20 +144,29 @@ def block_inv(
 
 
 def block_solve(
-    a: Tensor, b: Tensor, *, damping: Damping = None, assume: str = "spd", out: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    *,
+    damping: Damping = None,
+    assume: str = "spd",
+    vector: bool | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solutions of many small linear systems, (A + damping) x = b, with one or several right-hand sides.
 
-    As torch.linalg.solve has it, `b` holds one vector a block when it is of shape (n,) or exactly `a.shape[:-1]`; else
-    it holds matrices, shape (..., n, k). The batch dimensions of `a` and `b` broadcast; each block of the broadcast
-    batch is factored.
+    `b` holds vectors, shape (..., n), or matrices, shape (..., n, k): `vector` says which. Without it, as
+    torch.linalg.solve has it, `b` holds one vector a block when it is of shape (n,) or exactly `a.shape[:-1]`, else
+    matrices; so that matrices for blocks of shape (n, n, n), of as many columns as blocks, or for (m, n, n) where m is
+    n, are taken for vectors. The batch dimensions of `a` and `b` broadcast; each block of the broadcast batch is
+    factored.
 
     Args:
         a: (..., n, n), 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides.
-        b: (n,), (..., n) or (..., n, k), k >= 0, of the dtype of `a`.
+        b: (..., n) or (..., n, k), k >= 0, of the dtype of `a`.
         damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
             shape that broadcasts to the broadcast batch's.
         assume: "spd": symmetric positive definite; only the lower triangle is read. "general": partial pivoting.
+        vector: True where `b` holds vectors, False where it holds matrices, None to tell by its shape.
         out: receives x, of its shape and dtype. It may be `b` itself and must not overlap `a` or `b` else.
 
     Returns:
@@ -160,7 +178,7 @@ def block_solve(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shape, device, layout, `damping`, `assume` or `out` do not fit.
+        ValueError: shape, device, layout, `damping`, `assume`, `vector` or `out` do not fit.
 
     References:
         Golub and Van Loan, Matrix Computations, 4th ed., sections 3.4 and 4.2; LAPACK's xPOSV and xGESV.
@@ -173,7 +191,7 @@ def block_solve(
     _check_blocks(op, a)
     _gate.tensor(op, "b", b, (a.dtype,), a.device)
     spd = _check_spd(op, assume)
-    a, b, vector = _broadcast(op, a, b)
+    a, b, vector = _broadcast(op, a, b, vector)
     lam, value, scaled = _check_damping(op, damping, a)
     if out is not None:
         _gate.tensor(op, "out", out, (a.dtype,), a.device)
@@ -191,18 +209,24 @@ def block_solve(
     return out, info
 
 
-def _broadcast(op: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _broadcast(op: str, a: Tensor, b: Tensor, vector: bool | None) -> tuple[Tensor, Tensor, bool]:
     """(a, b, whether b holds vectors), with equal batch dimensions and b as (..., n, k)."""
-    if b.shape == a.shape[:-1]:
-        return a, b.unsqueeze(-1), True
-    n, given, vector = a.shape[-1], b.shape, b.dim() == 1
-    if vector:
+    if vector is None:
+        if b.shape == a.shape[:-1]:
+            return a, b.unsqueeze(-1), True
+        expected = f"shape ({a.shape[-1]},), {tuple(a.shape[:-1])} or (..., {a.shape[-1]}, k)"
+        vector = b.dim() == 1
+    elif vector is True:
+        expected = f"vectors, shape (..., {a.shape[-1]}),"
+    elif vector is False:
+        expected = f"matrices, shape (..., {a.shape[-1]}, k),"
+    else:
+        raise _gate.fail(op, "vector", "True, False or None", repr(vector))
+    n, given = a.shape[-1], b.shape
+    if vector and given:
         b = b.unsqueeze(-1)
     if b.dim() < 2 or b.shape[-2] != n:
-        raise _gate.fail(
-            op, "b", f"shape ({n},), {tuple(a.shape[:-1])} or (..., {n}, k) for a of shape {tuple(a.shape)}",
-            f"shape {tuple(given)}",
-        )  # fmt: skip
+        raise _gate.fail(op, "b", f"{expected} for a of shape {tuple(a.shape)}", f"shape {tuple(given)}")
     if a.shape[:-2] != b.shape[:-2]:
         try:
             batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -227,10 +251,13 @@ def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k off-diagonal entries were left when the cap on sweeps was reached, with the best effort in w and V.
 
         Differentiable in `a`, forward and reverse mode: dw = diag(V^T dA V) and dV = V (F * V^T dA V), with
-        F_ij = 1 / (w_j - w_i), and 0 where these are equal to working precision (n eps max |w|). Eigenvectors of equal
-        eigenvalues are determined up to a rotation among themselves, which has no derivative: what comes back is always
-        finite, and right for functions that treat equal eigenvalues alike, such as tr f(A) and the projector onto an
-        eigenspace. `block_inv_root` and `block_abs_inv` have exact derivatives there. The gradient is symmetric.
+        F_ij = 1 / (w_j - w_i). The gradient is symmetric. Eigenvectors of equal eigenvalues are determined up to a
+        rotation among themselves, which has no derivative: there the tangents of these vectors are NaN, and so is the
+        gradient of the block wherever anything was made of its vectors, even where it would not depend on the rotation.
+        `block_function` is differentiable there; use it for functions of A, such as exp(A) or a projector onto an
+        eigenspace. What is made of the eigenvalues alone, such as tr f(A), has a derivative always. Equal means: to
+        working precision, closer than n times what rounding each entry of the block may move the two by, so 1 and 2
+        differ in diag(1, 2, 1e16), while in a rotation of it in float64 they do not.
 
     Raises:
         TypeError: `a` is no tensor, or of another dtype.
@@ -249,6 +276,71 @@ def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w, v, info = autograd.apply(autograd.Eigh, _real(a))
         return w.to(a.dtype), v.to(a.dtype), info
     return dispatch.eigh(a)
+
+
+def _check_function(op: str, f: Any) -> tuple[Any, ...]:
+    """The rule of `_blocks_functions.py` that an argument stands for."""
+    expected = f"{', '.join(map(repr, NAMED))}, ('power', p) or callables (f, df) or (f, df, d2f)"
+    if isinstance(f, str) and f in NAMED:
+        return NAMED[f]
+    if isinstance(f, tuple) and len(f) == 2 and f[0] == "power":
+        p = f[1]
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not -MAX_POWER <= p <= MAX_POWER:
+            raise _gate.fail(op, "f", f"a power from -{MAX_POWER} to {MAX_POWER}", repr(p))
+        return ("integer", int(p)) if p == int(p) else ("root", float(p))
+    if isinstance(f, tuple) and len(f) in (2, 3) and all(callable(x) for x in f):
+        return ("given", f[0], f[1], f[2] if len(f) == 3 else None)
+    raise _gate.fail(op, "f", expected, repr(f))
+
+
+def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
+    """Functions of many small symmetric matrices: f(M) = V diag(f(w)) V^T for M = A + damping = V diag(w) V^T.
+
+    Args:
+        a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
+            triangle is read.
+        f: "exp"; "log" or "sqrt", of positive definite blocks; "abs"; ("power", p), -64 <= p <= 64: for integer p of
+            any block (p < 0: without an eigenvalue of zero), else of positive definite ones; or your own (f, df) or
+            (f, df, d2f): callables that map a float64 tensor of any shape to the function, its derivative and its
+            second derivative, entry by entry. Without d2f, second derivatives differentiate df.
+        damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
+            shape that broadcasts to the batch's.
+
+    Returns:
+        (x, info): x as `a`, exactly symmetric; info (...), int32: 0; -1 where the block has an entry that is not
+        finite; k > 0 where f is not defined or not finite at k eigenvalues, or where k off-diagonal entries were left
+        when the cap on sweeps was reached. Such blocks have NaN in x. Eigenvalues and products of a block do not depend
+        on its place, bitwise; f itself is evaluated by torch, whose exp, log and pow may round by the place of a
+        number.
+
+        Differentiable in `a` and `damping`, forward and reverse mode, twice, at any eigenvalues, equal ones included:
+        the derivative in the direction E has the entries f[w_i, w_j] E_ij in the eigenbasis, with divided differences
+        in forms where nothing cancels. Those of callables, which have to be right to float64, are the quotient or an
+        average of df between the two eigenvalues, whichever is estimated to be nearer; they keep about 1e-12 of a
+        smooth f, of second derivatives 1e-10. "abs" has the slope 0 at 0. The gradient is symmetric.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, layout, `f` or `damping` do not fit.
+
+    References:
+        Higham, Functions of Matrices, Theorem 3.11 (Daleckii and Krein); appendix B.16 (divided differences).
+
+    Example:
+        >>> x, info = secant.ops.block_function(torch.eye(3), "exp")
+        >>> # x equals e I, and its derivative in the direction E is e E
+        >>> soft, _ = secant.ops.block_function(torch.eye(3), (torch.tanh, lambda w: 1 / torch.cosh(w) ** 2))
+    """
+    op = "block_function"
+    _check_blocks(op, a)
+    rule = _check_function(op, f)
+    lam, value, scaled = _check_damping(op, damping, a)
+    m = autograd.damped(_real(a), lam, value, scaled)
+    if _gate.is_transformed(m):
+        x, info = autograd.apply(autograd.Spectral, m, rule)
+    else:
+        x, info = autograd.spectral(m, rule)
+    return x.to(a.dtype), info
 
 
 def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
