@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from secant.curvature import _errors, _evaluate
+from secant.curvature import _errors, _evaluate, _graph
 from secant.curvature._evaluate import Evaluator
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
 from secant.curvature._points import Point
+from secant.curvature._random import Meeting, Randomness
 from secant.ops import _gate
 
 #: Products per mode when modes are compared; the first warms up.
@@ -43,7 +47,8 @@ class CurvatureOperator(LinearOperator):
         op = self._name
         if not callable(closure):
             raise TypeError(f"{op}: closure: expected a function, got {_gate.describe(closure)}")
-        self.params = Parameters(op, params)
+        with torch.enable_grad():
+            self.params = Parameters(op, params)
         super().__init__(self.params.n, self.params.dtype, self.params.device)
         modes = ("auto", "r-operator", *self._MODES)
         if mode not in modes:
@@ -58,6 +63,16 @@ class CurvatureOperator(LinearOperator):
         self._points: list[Point] | None = None
         self._state: tuple[tuple[int, int], ...] = ()
         self._warned = False
+        self._slots: _graph.Slots = {}
+        self._used_slots: set[int] = set()
+        self._in_parts = self._is_visible = self._is_checked = False
+        self._start()
+
+    def _start(self) -> None:
+        """Begin a new point."""
+        self._points = None
+        self._randomness = Randomness(self.device)
+        self._first_values: dict[Any, Tensor] = {}
 
     def _check_batches(self, batches: Iterable[Any] | None, weights: Sequence[float] | None) -> None:
         op = self._name
@@ -90,9 +105,10 @@ class CurvatureOperator(LinearOperator):
     def refresh(self) -> None:
         """Forget the graph of the last point, so that the next product evaluates the closure again.
 
-        Needed only after a change that cannot be seen: of the data, of buffers, or of a parameter through `.data`.
+        Needed only after a change that cannot be seen: of the data, of buffers, of the random numbers to be used, or of
+        a parameter through `.data`.
         """
-        self._points = None
+        self._start()
 
     # Points -----------------------------------------------------------------------------------------------------------
 
@@ -102,10 +118,100 @@ class CurvatureOperator(LinearOperator):
 
     def _evaluators(self) -> Iterator[Evaluator]:
         if self.batches is None:
-            yield Evaluator(self.closure, self.device, self._warn)
+            yield self._evaluator(0, self.closure)
             return
-        for batch in self.batches:
-            yield Evaluator(functools.partial(self.closure, batch), self.device, self._warn)
+        iterator: Iterator[Any] | None = None
+        for key in itertools.count():
+            with self._randomness.section(("batch", key)) as meet, Meeting(meet):  # a loader that shuffles repeats it
+                iterator = iter(self.batches) if iterator is None else iterator
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield self._evaluator(key, functools.partial(self.closure, batch))
+
+    def _evaluator(self, key: int, closure: Callable[[], Any]) -> Evaluator:
+        tensors = self.params.tensors
+        return Evaluator(closure, key, self._randomness, tensors, self._warn, in_parts=self._in_parts)
+
+    def _evaluated(self, evaluator: Evaluator, read: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
+        """What the closure returns, and of it what is differentiated.
+
+        Args:
+            read: the latter from the former.
+
+        Raises:
+            ValueError: a parameter has no part in it, where that can only be a mistake.
+        """
+        self._slots = self.params.locate()
+        result = evaluator()
+        root = read(result)
+        found = _graph.survey([_graph.edge_of(root)], self._slots)
+        if found.unreliable and not evaluator.in_parts:
+            self._in_parts = evaluator.in_parts = True
+            result = evaluator()
+            root = read(result)
+            found = _graph.survey([_graph.edge_of(root)], self._slots)
+        if any(self._slots.get(edge) != i for edge, i in self.params.locate().items()):
+            raise _gate.fail(self._name, "closure", "parameters left as they are", "one changed in place")
+        self._note(found.used)
+        self._repeated((evaluator.key, "root"), root)
+        return result, root
+
+    def _note(self, used: set[int]) -> None:
+        """Remember which parameters were used; one with a graph of its own always has to be."""
+        self._used_slots |= used
+        for i, p in enumerate(self.params.tensors):
+            if not p.is_leaf and i not in used:
+                raise _gate.fail(
+                    self._name, f"params[{i}]", "a tensor that the closure uses",
+                    f"one with a graph of its own ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?",
+                )  # fmt: skip
+
+    def _visible(self, evaluator: Evaluator, read: Callable[[Any], Tensor]) -> None:
+        """Check once that every use of a parameter is one that can be replaced: that forward modes miss none.
+
+        Raises:
+            RuntimeError: a use is hidden from torch's function overrides, as in a torch.autograd.Function.
+        """
+        if self._is_visible:
+            return
+        slots = self.params.locate()
+        twins = [p.detach().requires_grad_() for p in self.params.tensors]
+        root = read(evaluator({id(p): twin for p, twin in zip(self.params.tensors, twins, strict=True)}))
+        edge = _graph.edge_of(root)
+        for i in sorted(_graph.survey([edge], slots).used):
+            functions = ", ".join(_graph.custom_functions([edge[0]]))
+            raise RuntimeError(
+                f"closure: a use of params[{i}] is hidden from torch's function overrides: computed before the closure "
+                f"ran{', or by ' + functions if functions else ', or returned as it is'}"
+            )
+        self._note(_graph.survey([edge], {_graph.edge_of(twin): i for i, twin in enumerate(twins)}).used)
+        self._is_visible = True
+
+    def _repeated(self, key: Any, value: Tensor) -> None:
+        """Compare what the closure gives with what it gave first at this point and batch.
+
+        Raises:
+            RuntimeError: something else, beyond rounding. Where looking means waiting (on a GPU) only the second
+                evaluation is compared.
+        """
+        now = value.detach()
+        now = torch.stack((now.double().sum(), torch.linalg.vector_norm(now.double()))) if now.numel() > 1 else now
+        now = now.double().reshape(-1)
+        before = self._first_values.get(key)
+        if before is None:
+            self._first_values[key] = now
+        elif self.device.type == "cpu" or (key, "compared") not in self._first_values:
+            self._first_values[(key, "compared")] = now
+            distance = torch.linalg.vector_norm(now - before)
+            if bool(distance > torch.finfo(value.dtype).eps ** 0.5 * torch.linalg.vector_norm(before)):
+                raise RuntimeError(
+                    f"{self._name}: closure: expected the same value whenever it is evaluated at one point, got "
+                    f"{float(now[0])!r} after {float(before[0])!r}: batches in another order, or random numbers that "
+                    "are not torch's, Python's or numpy's global ones (a numpy.random.Generator)? Draw them outside, "
+                    "or keep the graphs"
+                )
 
     def _warn(self) -> None:
         if not self._warned:
@@ -116,22 +222,29 @@ class CurvatureOperator(LinearOperator):
         """The points of all batches: those that are kept, or new ones."""
         state = self.params.state()
         if state != self._state:
-            self._points, self._state = None, state
+            self._start()
+            self._state = state
         if self._points is not None:
             yield from self._points
             return
-        points = []
+        points, count = [], 0
         for evaluator in self._evaluators():
             point = self._point(evaluator)
             if self.keep_graphs:
                 points.append(point)
+            count += 1
             yield point
+        if count and not self._used_slots:
+            raise _gate.fail(self._name, "params", "tensors that the closure uses", "none that it does")
         if self.keep_graphs:
             self._points = points
-            self._state = self.params.state()
+        self._state = self.params.state()
 
     def _rows(self, vectors: Tensor) -> Tensor:
-        with torch.no_grad():
+        self._check_surroundings()
+        with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
+            if vectors.is_inference():
+                vectors = vectors.clone()
             total = torch.empty_like(vectors)
             if self.batches is None:
                 for point in self._iterate():
@@ -139,6 +252,23 @@ class CurvatureOperator(LinearOperator):
             else:
                 self._accumulate(vectors, total)
             return self._reduced(total)
+
+    def _check_surroundings(self) -> None:
+        if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{self._name}: expected a product outside of torch.func transforms and forward mode, got one within: "
+                "it has no derivative, and takes several vectors as columns (matmat)"
+            )
+
+    @contextlib.contextmanager
+    def _kept_gradients(self) -> Iterator[None]:
+        """Leave `.grad` of the parameters alone; autograd writes it where retain_grad was called."""
+        retained = [(p, p.grad) for p in self.params.tensors if not p.is_leaf and p.retains_grad]
+        try:
+            yield
+        finally:
+            for p, gradient in retained:
+                p.grad = gradient
 
     def _write(self, point: Point, vectors: Tensor, out: Tensor) -> None:
         try:
@@ -182,37 +312,90 @@ class CurvatureOperator(LinearOperator):
 
     # Modes ------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, candidates: dict[str, Callable[[], Point]], nodes: Sequence[Any]) -> Point:
+    def _choose(self, candidates: dict[str, Callable[[], Point]], nodes: Sequence[Any], size: Tensor) -> Point:
         """The point of the fastest mode, and that mode from now on.
 
-        Each makes a few products with one random vector; one that fails, or that disagrees with the first that works,
-        is left out, and `timings` says why. Such cases are a closure that hides a use of the parameters from torch's
-        function overrides, and wrong formulas (torch 2.13: backward through the forward mode of layer_norm).
+        Each makes a few products with one random vector; one that fails, that is not symmetric, or that disagrees with
+        the first that works, is left out, and `timings` says why. Such cases are a closure that hides a use of the
+        parameters from torch's function overrides, and wrong formulas.
+
+        Args:
+            size: see `_asymmetry`.
         """
-        n, op = self.shape[0], self._name
-        v = torch.randn(n, dtype=self.dtype, device=self.device, generator=self.generator(0))
+        op, (u, v) = self._name, self._random_pair()
         reference: Tensor | None = None
         best: tuple[float, str, Point] | None = None
+        finite = True
         for mode, make in candidates.items():
             out = torch.empty_like(v)
             try:
                 point = make()
                 seconds = min(self._timed(point, v, out) for _ in range(_TRIALS))
+                if reference is not None and finite and not _agree(out, reference):
+                    self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
+                    continue
+                asymmetry = self._asymmetry(point, u, v, out, size)
             except RuntimeError as error:
                 self.timings[mode] = _errors.reason(op, mode, error, nodes)
                 continue
-            if reference is None:
-                reference = out
-            elif not torch.isfinite(reference).all() or not _agree(out, reference):
-                self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
+            if asymmetry is not None:
+                self.timings[mode] = _errors.asymmetric(op, mode, asymmetry, nodes)
                 continue
+            if reference is None:
+                reference, finite = out, bool(torch.isfinite(out).all())
             self.timings[mode] = seconds
             if best is None or seconds < best[0]:
                 best = seconds, mode, point
         if best is None:
             raise RuntimeError("; ".join(str(why) for why in self.timings.values()))
-        self._chosen = self._used = best[1]
+        self._used, self._is_checked = best[1], True
+        if finite:  # else nothing was compared: at the next point again
+            self._chosen = best[1]
         return best[2]
+
+    def _checked(self, point: Point, mode: str, nodes: Sequence[Any], size: Tensor) -> Point:
+        """The point of a mode that no other is compared with: once per operator, u.H v against v.H u.
+
+        Raises:
+            RuntimeError: they differ; the message names what can be the cause.
+        """
+        if not self._is_checked:
+            self._is_checked = True
+            u, v = self._random_pair()
+            out = torch.empty_like(v)
+            point.product(v, out)
+            asymmetry = self._asymmetry(point, u, v, out, size)
+            if asymmetry is not None:
+                raise RuntimeError(_errors.asymmetric(self._name, mode, asymmetry, nodes))
+        return point
+
+    def _random_pair(self) -> tuple[Tensor, Tensor]:
+        generator, n = self.generator(0), self.shape[0]
+        v, u = (torch.randn(n, dtype=self.dtype, device=self.device, generator=generator) for _ in range(2))
+        return u, v
+
+    def _asymmetry(self, point: Point, u: Tensor, v: Tensor, product: Tensor, size: Tensor) -> float | None:
+        """|u.H v - v.H u| / max(|H u|, |H v|) when it is more than half the digits, else None.
+
+        For independent normal u and v, u.H v is about |H v|. What rounding leaves of a matrix that is zero, or small
+        beside its terms, is not symmetric: so a part of the loss is allowed too, as if every parameter were doubled.
+
+        Args:
+            product: H v. size: of the loss, a scalar.
+        """
+        other = torch.empty_like(product)
+        point.product(u, other)
+        u, v, product, other = (x.double() for x in (u, v, product, other))
+        eps = torch.finfo(self.dtype).eps
+        norms = torch.stack([torch.linalg.vector_norm(x.double()) for x in self.params.tensors])
+        weights = torch.linalg.vector_norm(norms)
+        scale = torch.where(weights > 0, weights, 1.0).square()
+        slack = 1e3 * eps * size.double().abs() * torch.linalg.vector_norm(u) * torch.linalg.vector_norm(v) / scale
+        largest = torch.maximum(torch.linalg.vector_norm(product), torch.linalg.vector_norm(other))
+        difference = (torch.dot(u, product) - torch.dot(v, other)).abs()
+        if bool(difference > eps**0.5 * largest + slack):
+            return float(difference / largest)
+        return None
 
     def _timed(self, point: Point, v: Tensor, out: Tensor) -> float:
         cuda = self.device.type == "cuda"

@@ -20,6 +20,8 @@ def reason(op: str, mode: str, error: Exception, nodes: Sequence[Any]) -> str:
         nodes: of the graph, when there is one; they name the custom functions.
     """
     text = str(error)
+    if text.startswith(f"{op}: "):  # in these words already
+        return text
     if match := _NO_DERIVATIVE.search(text):
         return f"{op}: mode '{mode}': {match[1]} has no derivative of the order that is needed"
     if match := _NO_FORWARD.search(text):
@@ -37,6 +39,16 @@ def reason(op: str, mode: str, error: Exception, nodes: Sequence[Any]) -> str:
     if "modified by an inplace operation" in text:
         return f"{op}: something that the graph of this point holds was changed in place: call refresh()"
     return f"{op}: mode '{mode}': {text.splitlines()[0] if text else type(error).__name__}"
+
+
+def asymmetric(op: str, mode: str, asymmetry: float, nodes: Sequence[Any]) -> str:
+    """That products are not symmetric, and what the cause may be."""
+    found = _graph.survey([(node, 0) for node in nodes if node is not None], {})
+    names = ", ".join(found.unreliable or _graph.custom_functions(nodes) or found.higher) or "one of its operations"
+    return (
+        f"{op}: mode '{mode}': u.H v and v.H u differ by {asymmetry:.1e} of |H v|: the derivative of {names} is wrong "
+        "(a torch.autograd.Function that detaches, or a fused layer that torch differentiates wrongly)"
+    )
 
 
 @contextlib.contextmanager

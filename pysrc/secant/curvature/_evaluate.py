@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from secant._errors import SecantWarning
+from secant.curvature import _norms
+from secant.curvature._random import Meeting, Randomness
 
 _FUSED = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
 
 
-class _Watch(TorchFunctionMode):
-    """Sees every call of torch in a closure: replaces tensors by others, and notices attention.
+class _Watch(Meeting):
+    """Sees every call of torch in a closure: replaces tensors by others, and notices attention and generators.
 
     The parameters of a closure are captured by it, so that there is no argument through which others could be passed;
     but each use of one is an argument of some call.
     """
 
-    def __init__(self, substitutes: Mapping[int, Tensor] | None) -> None:
-        super().__init__()
-        self.substitutes, self.attention = substitutes, False
+    def __init__(
+        self, substitutes: Mapping[int, Tensor] | None, meet: Callable[[torch.Generator], None], *, in_parts: bool
+    ) -> None:
+        super().__init__(meet)
+        self.substitutes, self.in_parts, self.attention = substitutes, in_parts, False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,9 +42,13 @@ class _Watch(TorchFunctionMode):
             func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
         ):
             self.attention = True
+        self.look(args, kwargs)
         if self.substitutes:
             table = self.substitutes
             args, kwargs = tree_map_only(Tensor, lambda x: table.get(id(x), x), (args, kwargs))
+        if func in _norms.PARTS:
+            in_parts = self.in_parts or _norms.is_differentiated((*args, *kwargs.values()))
+            func = _norms.PARTS[func] if in_parts else _norms.FUSED.get(func, func)
         return func(*args, **kwargs)
 
 
@@ -49,26 +57,25 @@ class Evaluator:
 
     Args:
         closure: without arguments.
-        device: of the parameters, whose generator is kept too.
+        key: of the batch.
+        randomness: of the point.
+        params: of the operator; buffers that are among them are left alone.
         warn: called when attention had to leave its fused kernel.
+        in_parts: whether normalisations are made of operations that can be differentiated three times.
     """
 
-    def __init__(self, closure: Callable[[], Any], device: torch.device, warn: Callable[[], None]) -> None:
-        self.closure, self.device, self.warn = closure, device, warn
-        self._random: tuple[Tensor, Tensor | None] | None = None
-
-    @contextlib.contextmanager
-    def _same_random_numbers(self) -> Iterator[None]:
-        cuda = self.device.type == "cuda"
-        if self._random is None:
-            self._random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.device] if cuda else []):
-            torch.set_rng_state(self._random[0])
-            if self._random[1] is not None:
-                torch.cuda.set_rng_state(self._random[1], self.device)
-            yield
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        key: Hashable,
+        randomness: Randomness,
+        params: Collection[Tensor],
+        warn: Callable[[], None],
+        *,
+        in_parts: bool = False,
+    ) -> None:
+        self.closure, self.key, self.randomness, self.warn, self.in_parts = closure, key, randomness, warn, in_parts
+        self._params = {id(p) for p in params}
 
     def __call__(self, substitutes: Mapping[int, Tensor] | None = None) -> Any:
         """What the closure returns; dropout and sampling repeat those of the first evaluation.
@@ -76,19 +83,61 @@ class Evaluator:
         Args:
             substitutes: tensors to use in place of those with these ids.
         """
-        watch = _Watch(substitutes)
         fused = any(getattr(torch.backends.cuda, name, lambda: False)() for name in _FUSED)
         with (
-            torch.inference_mode(False),
             torch.enable_grad(),
-            self._same_random_numbers(),
+            self.randomness.section(("closure", self.key)) as meet,
+            _own_buffers(self._params),
             sdpa_kernel(SDPBackend.MATH),
-            watch,
+            _Watch(substitutes, meet, in_parts=self.in_parts) as watch,
         ):
             result = self.closure()
         if watch.attention and fused:
             self.warn()
         return result
+
+
+@contextlib.contextmanager
+def _own_buffers(kept: Collection[int]) -> Iterator[None]:
+    """Give every module in training that is called within copies of its buffers, and its own back at the end.
+
+    What it writes there (running statistics, counts, the vectors of a spectral norm) is then gone; a graph that holds
+    such a copy stays right. A copy rather than the old values written back: those would be a change in place.
+    """
+    thread, changed = threading.get_ident(), []
+    copies: dict[int, Tensor] = {}
+    seen: set[int] = set()
+
+    def lend(module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+            return
+        if not module.training or id(module) in seen or isinstance(module, torch.jit.ScriptModule):
+            return
+        seen.add(id(module))
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.requires_grad or id(buffer) in kept:
+                continue
+            changed.append((module, name, buffer))
+            module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+
+    handle = nn.modules.module.register_module_forward_pre_hook(lend)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, name, buffer in changed:
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """The state in which products are made, whatever the caller's: no inference mode, no autocast."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def warn_of_attention(op: str) -> None:

@@ -11,12 +11,13 @@ tensors were changed since raises there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Node = Any  # torch.autograd.graph.Node, whose saved tensors are attributes that only run time knows
 
@@ -26,6 +27,22 @@ _VIEWS = {
     "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
 }  # fmt: skip
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+#: A value in a graph: the node that made it, or that gathers a leaf's gradient, and which of its outputs it is.
+Edge = tuple[Node, int]
+#: Places of the parameters by their edges: a parameter is a leaf, or any tensor with a graph of its own below it.
+Slots = Mapping[Edge, int]
+
+
+def edge_of(x: Tensor) -> Edge:
+    """Where a tensor that requires gradients stands in the graph."""
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+def below(node: Node) -> list[Edge]:
+    """The arguments of a node that have a gradient."""
+    return [(n, nr) for n, nr in node.next_functions if n is not None]
 
 
 def name_of(node: Node) -> str:
@@ -132,10 +149,50 @@ def scalar_factor(node: Node) -> float | None:
     return 1 / float(other) if name == "DivBackward0" else float(other)
 
 
-def argument(node: Node) -> Node | None:
-    """The one node below a node of one differentiable argument."""
-    below = [n for n, _ in node.next_functions if n is not None]
-    return below[0] if len(below) == 1 else None
+def argument(node: Node) -> Edge | None:
+    """The one value below a node of one differentiable argument."""
+    edges = below(node)
+    return edges[0] if len(edges) == 1 else None
+
+
+# What a graph uses ----------------------------------------------------------------------------------------------------
+
+#: Of these the third derivative of torch is wrong (2.13: backward of their backward takes statistics for constants).
+_UNRELIABLE = re.compile(r"(Layer|Batch|Instance)Norm\w*BackwardBackward")
+
+
+class Survey(NamedTuple):
+    """What is below a value: slots of the parameters used, and names of nodes that are derivatives of derivatives.
+
+    unreliable: those of them that torch differentiates wrongly.
+    """
+
+    used: set[int]
+    higher: list[str]
+    unreliable: list[str]
+
+
+def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
+    """Walk the graph below these values, to the parameters and no further."""
+    used: set[int] = set()
+    higher: dict[str, None] = {}
+    seen: set[Node] = set()
+    waiting = list(edges)
+    while waiting:
+        edge = waiting.pop()
+        slot = slots.get(edge)
+        if slot is not None:
+            used.add(slot)
+            continue
+        node = edge[0]
+        if node in seen:
+            continue
+        seen.add(node)
+        name = name_of(node)
+        if "BackwardBackward" in name:
+            higher[name] = None
+        waiting += below(node)
+    return Survey(used, list(higher), [name for name in higher if _UNRELIABLE.search(name)])
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------
@@ -164,31 +221,34 @@ def _leaf(node: Node | None) -> Tensor | None:
     return node.variable if node is not None and name_of(node) == _ACCUMULATE else None
 
 
-def _matrix_nodes(node: Node) -> tuple[Node | None, Node | None, Node | None]:
-    below = [n for n, _ in node.next_functions]
-    return (below[0], below[1], below[2]) if name_of(node) == "AddmmBackward0" else (None, below[0], below[1])
+def _matrix_edges(node: Node) -> tuple[Edge | None, Edge | None, Edge | None]:
+    edges = [None if n is None else (n, nr) for n, nr in node.next_functions]
+    return (edges[0], edges[1], edges[2]) if name_of(node) == "AddmmBackward0" else (None, edges[0], edges[1])
 
 
-def read_layers(node: Node | None, slots: dict[int, int]) -> list[Affine] | str:
-    """The layers, first to last, that made the value of `node`, or the name of the first node that is not recognised.
+def read_layers(edge: Edge | None, slots: Slots, tensors: Sequence[Tensor]) -> list[Affine] | str:
+    """The layers, first to last, that made a value, or the name of the first node that is not recognised.
 
     Args:
-        node: grad_fn of a tensor. slots: place of each parameter by id.
+        edge: of a tensor. slots: of the parameters. tensors: the parameters.
     """
     layers: list[Affine] = []
     used: set[int] = set()
     chain: list[Node] = []
     while True:
-        if node is None:
+        if edge is None:
             return "a value that no parameter reaches"
+        if edge in slots:
+            return "a parameter used as an input"
+        node = edge[0]
         name = name_of(node)
         if name in _VIEWS:
-            node = argument(node)
+            edge = argument(node)
         elif name in ELEMENTWISE or scalar_factor(node) is not None:
             chain.insert(0, node)
-            node = argument(node)
+            edge = argument(node)
         elif name in ("AddmmBackward0", "MmBackward0"):
-            layer = _read_affine(node, slots, tuple(chain))
+            layer = _read_affine(node, slots, tensors, tuple(chain))
             if isinstance(layer, str):
                 return layer
             for slot in (layer.weight_slot, layer.bias_slot):
@@ -198,14 +258,14 @@ def read_layers(node: Node | None, slots: dict[int, int]) -> list[Affine] | str:
             layers.insert(0, layer)
             if layer.first:
                 return layers
-            chain, node = [], _matrix_nodes(node)[1]
+            chain, edge = [], _matrix_edges(node)[1]
         else:
             return name
 
 
-def _read_affine(node: Node, slots: dict[int, int], chain: tuple[Node, ...]) -> Affine | str:
+def _read_affine(node: Node, slots: Slots, tensors: Sequence[Tensor], chain: tuple[Node, ...]) -> Affine | str:
     name = name_of(node)
-    bias, inputs, matrix = _matrix_nodes(node)
+    bias, inputs, matrix = _matrix_edges(node)
     if name == "AddmmBackward0":
         if node._saved_alpha != 1 or node._saved_beta != 1:
             return "addmm with factors"
@@ -214,100 +274,103 @@ def _read_affine(node: Node, slots: dict[int, int], chain: tuple[Node, ...]) -> 
         saved, shape = node._saved_self, tuple(node._saved_self_sym_sizes)
     weight_slot = bias_slot = weight = None
     if matrix is not None:
-        leaf = _leaf(argument(matrix)) if name_of(matrix) == "TBackward0" else None
-        if leaf is None:
+        origin = None
+        if name_of(matrix[0]) == "TBackward0" and matrix not in slots:  # of a parameter that is a transpose, not this
+            origin = argument(matrix[0])
+        weight_slot = slots.get(origin) if origin is not None else None
+        found = _leaf(origin[0]) if origin is not None and weight_slot is None else None
+        if weight_slot is not None:
+            found = tensors[weight_slot]
+        if found is None:
             return f"{name} with a computed weight"
-        weight, weight_slot = leaf.detach(), slots.get(id(leaf))
+        weight = found.detach()
     elif node._saved_mat2 is not None:
         weight = node._saved_mat2.t()
     if bias is not None:
-        leaf = _leaf(bias)
-        if leaf is None or leaf.dim() != 1 or leaf.numel() != node._saved_mat2_sym_sizes[1]:
+        bias_slot = slots.get(bias)
+        vector = _leaf(bias[0]) if bias_slot is None else tensors[bias_slot]
+        if vector is None or vector.dim() != 1 or vector.numel() != node._saved_mat2_sym_sizes[1]:
             return f"{name} with a computed bias"
-        bias_slot = slots.get(id(leaf))
-    below = _leaf(inputs)
-    if below is not None and id(below) in slots:
+    if inputs is not None and inputs in slots:
         return "a parameter used as an input"
     kept = saved.detach() if weight_slot is not None else None
     out_shape = (shape[0], node._saved_mat2_sym_sizes[1])
-    return Affine(
-        node, weight, weight_slot, bias_slot, kept, shape, out_shape, chain, inputs is None or below is not None
-    )
+    first = inputs is None or _leaf(inputs[0]) is not None
+    return Affine(node, weight, weight_slot, bias_slot, kept, shape, out_shape, chain, first)
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
 class Term(NamedTuple):
-    """A summand of the loss: factor times the value of `node`."""
+    """A summand of the loss: factor times the value of an edge."""
 
-    node: Node
+    at: Edge
     factor: float
+
+    @property
+    def node(self) -> Node:
+        """What made it."""
+        return self.at[0]
 
     @property
     def edge(self) -> GradientEdge:
         """What `torch.autograd.grad` takes as an output."""
-        return GradientEdge(self.node, 0)
+        return GradientEdge(*self.at)
 
 
-def terms(node: Node, factor: float = 1.0) -> list[Term]:
-    """The summands of a scalar loss: sums, differences and multiples by constants, taken apart."""
+def terms(edge: Edge, slots: Slots, factor: float = 1.0) -> list[Term]:
+    """The summands of a scalar loss: sums, differences and multiples by constants, taken apart down to parameters."""
+    if edge in slots:
+        return [Term(edge, factor)]
+    node = edge[0]
     name = name_of(node)
     if name in ("AddBackward0", "SubBackward0"):
         sign = -1.0 if name == "SubBackward0" else 1.0
         factors = (factor, factor * sign * float(node._saved_alpha))
         return [
             term
-            for (below, _), f in zip(node.next_functions, factors, strict=False)
-            if below is not None
-            for term in terms(below, f)
+            for (n, nr), f in zip(node.next_functions, factors, strict=False)
+            if n is not None
+            for term in terms((n, nr), slots, f)
         ]
     scale = scalar_factor(node)
     if scale is not None:
-        below = argument(node)
-        return terms(below, factor * scale) if below is not None else []
-    return [Term(node, factor)]
+        argument_edge = argument(node)
+        return terms(argument_edge, slots, factor * scale) if argument_edge is not None else []
+    return [Term(edge, factor)]
 
 
-def boundary(node: Node, slots: dict[int, int]) -> Node | None:
-    """The one matrix product through which the parameters reach the value of `node`; None when there are others."""
+def boundary(edge: Edge, slots: Slots) -> Node | None:
+    """The one matrix product through which the parameters reach a value; None when there are others."""
     tops: dict[Node, None] = {}
     seen: set[Node] = set()
-    waiting = [node]
+    waiting = [edge]
     while waiting:
         here = waiting.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        if name_of(here) in ("AddmmBackward0", "MmBackward0"):
-            tops[here] = None
-            continue
-        leaf = _leaf(here)
-        if leaf is not None and id(leaf) in slots:
+        if here in slots:
             return None
-        waiting += [below for below, _ in here.next_functions if below is not None]
+        node = here[0]
+        if node in seen:
+            continue
+        seen.add(node)
+        if name_of(node) in ("AddmmBackward0", "MmBackward0"):
+            tops[node] = None
+            continue
+        waiting += below(node)
     return next(iter(tops)) if len(tops) == 1 else None
 
 
-def reaches(node: Node, target: Node) -> bool:
-    """Whether the value of `node` was computed from that of `target`."""
-    seen: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        here = waiting.pop()
-        if here is target:
-            return True
-        if here not in seen:
-            seen.add(here)
-            waiting += [below for below, _ in here.next_functions if below is not None]
-    return False
+def reaches(edge: Edge, target: Edge) -> bool:
+    """Whether a value was computed from another."""
+    return bool(survey([edge], {target: 0}).used)
 
 
-def below_views(node: Node | None) -> Node | None:
+def below_views(edge: Edge | None) -> Node | None:
     """The first node that is no view."""
-    while node is not None and name_of(node) in _VIEWS:
-        node = argument(node)
-    return node
+    while edge is not None and name_of(edge[0]) in _VIEWS:
+        edge = argument(edge[0])
+    return None if edge is None else edge[0]
 
 
 class CrossEntropy(NamedTuple):
@@ -320,12 +383,12 @@ class CrossEntropy(NamedTuple):
 _MEAN, _SUM = 1, 2  # at::Reduction
 
 
-def read_cross_entropy(node: Node, below: Node | None, factor: float = 1.0) -> CrossEntropy | None:
-    """The cross-entropy of class labels that `node` is, of the logits that come out of the node `below`."""
+def read_cross_entropy(node: Node, logits: Node | None, factor: float = 1.0) -> CrossEntropy | None:
+    """The cross-entropy of class labels that `node` is, of the logits that come out of the node `logits`."""
     if name_of(node) != "NllLossBackward0" or node._saved_reduction not in (_MEAN, _SUM):
         return None
     softmax = node.next_functions[0][0]
-    if softmax is None or name_of(softmax) != "LogSoftmaxBackward0" or below_views(argument(softmax)) is not below:
+    if softmax is None or name_of(softmax) != "LogSoftmaxBackward0" or below_views(argument(softmax)) is not logits:
         return None
     log_probs, target = softmax._saved_result.detach(), node._saved_target
     if log_probs.dim() != 2 or softmax._saved_dim not in (1, -1, 2**64 - 1):
@@ -359,7 +422,7 @@ def custom_functions(nodes: Sequence[Node], *, once: bool = False) -> list[str]:
         cls = getattr(here, "_forward_cls", None)
         if cls is not None and (not once or _is_once_differentiable(cls.backward)):
             found[cls.__name__] = None
-        waiting += [below for below, _ in here.next_functions if below is not None]
+        waiting += [n for n, _ in below(here)]
     return list(found)
 
 

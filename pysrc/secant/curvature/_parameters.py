@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+from secant.curvature import _graph
 from secant.ops import _gate
 
 
@@ -16,7 +17,8 @@ class Parameters:
 
     Args:
         op: the operator, for messages.
-        params: real, dense, distinct tensors that require gradients, all of one dtype and device.
+        params: real, dense, distinct tensors that require gradients, all of one dtype and device. Those that are no
+            leaves are variables of their own: none may be computed from another.
 
     Raises:
         TypeError, ValueError: something else was given.
@@ -34,6 +36,8 @@ class Parameters:
         for i, p in enumerate(self.tensors):
             name = f"params[{i}]"
             device = first.device if isinstance(first, Tensor) else None
+            if isinstance(p, Tensor) and (p.is_nested or p.is_meta):
+                raise _gate.fail(op, name, "a dense tensor with memory", "a nested" if p.is_nested else "a meta tensor")
             _gate.tensor(op, name, p, _gate.REAL + _gate.HALF, device)
             if p.dtype is not first.dtype:
                 raise TypeError(f"{op}: {name}: expected {first.dtype}, like the first, got {p.dtype}")
@@ -41,9 +45,35 @@ class Parameters:
                 raise _gate.fail(op, name, "a tensor that requires gradients", "requires_grad=False")
         if len({id(p) for p in self.tensors}) < len(self.tensors):
             raise _gate.fail(op, "params", "distinct tensors", "one of them twice")
+        self.op = op
+        self._check_independence()
         self.sizes = [p.numel() for p in self.tensors]
         self.n = sum(self.sizes)
         self.dtype, self.device = first.dtype, first.device
+
+    def _check_independence(self) -> None:
+        slots = self.locate()
+        for i, p in enumerate(self.tensors):
+            if p.is_leaf:
+                continue
+            others = {edge: j for edge, j in slots.items() if j != i}
+            for j in _graph.survey(_graph.below(_graph.edge_of(p)[0]), others).used:
+                expected = "a tensor that no other one of params is computed from"
+                raise _gate.fail(self.op, f"params[{j}]", expected, f"one below params[{i}]")
+
+    def locate(self) -> dict[_graph.Edge, int]:
+        """The places of the parameters in graphs that are made from now on.
+
+        Raises:
+            ValueError: one does not require gradients any more.
+        """
+        for i, p in enumerate(self.tensors):
+            if not p.requires_grad:
+                raise _gate.fail(self.op, f"params[{i}]", "a tensor that requires gradients", "requires_grad=False")
+        slots = {_graph.edge_of(p): i for i, p in enumerate(self.tensors)}
+        if len(slots) < len(self.tensors):
+            raise _gate.fail(self.op, "params", "distinct tensors", "two that are the same value of a graph")
+        return slots
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of a flat vector in the shapes of the parameters."""

@@ -22,15 +22,15 @@ class Point(Protocol):
         """Write the product with a flat vector."""
 
 
-def split_terms(loss: Tensor) -> list[_graph.Term]:
+def split_terms(loss: Tensor, slots: _graph.Slots) -> list[_graph.Term]:
     """The summands of a loss, each a scalar."""
-    return [whole(loss)] if loss.dim() > 0 else _graph.terms(loss.grad_fn)
+    return [whole(loss)] if loss.dim() > 0 else _graph.terms(_graph.edge_of(loss), slots)
 
 
 def whole(loss: Tensor) -> _graph.Term:
     """A loss of one element as it is."""
     with torch.enable_grad():
-        return _graph.Term(loss.reshape(()).grad_fn, 1.0)
+        return _graph.Term(_graph.edge_of(loss.reshape(())), 1.0)
 
 
 # Hessian --------------------------------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ class _Transformed:
     operations that another derivative cannot pass.
     """
 
-    def __init__(self, evaluate: Evaluate, params: Parameters) -> None:
-        self.closure, self.params = evaluate, params
+    def __init__(self, evaluate: Evaluate, params: Parameters, seen: Callable[[Tensor], None]) -> None:
+        self.closure, self.params, self.seen = evaluate, params, seen
 
     def loss(self, *points: Tensor) -> Tensor:
         """The loss with these tensors in the place of the parameters."""
@@ -89,9 +89,10 @@ class ForwardOverReverse(_Transformed):
     def product(self, vector: Tensor, out: Tensor) -> None:
         """Write the product with a flat vector."""
         points, tangents = tuple(p.detach() for p in self.params.tensors), tuple(self.params.split(vector))
-        gradient = torch.func.grad(self.loss, argnums=tuple(range(len(points))))
+        gradient = torch.func.grad_and_value(self.loss, argnums=tuple(range(len(points))))
         with torch.enable_grad():
-            found = torch.func.jvp(gradient, points, tangents)[1]
+            (_, value), (found, _) = torch.func.jvp(gradient, points, tangents)[:2]
+        self.seen(value)
         self.params.join(found, out)
 
 
@@ -102,7 +103,8 @@ class ReverseOverForward(_Transformed):
         """Write the product with a flat vector."""
         points, tangents = tuple(self.params.tensors), tuple(self.params.split(vector))
         with torch.enable_grad():
-            slope = torch.func.jvp(self.loss, points, tangents)[1]
+            value, slope = torch.func.jvp(self.loss, points, tangents)[:2]
+            self.seen(value)
             if slope.requires_grad:
                 self.params.join(torch.autograd.grad(slope, points, allow_unused=True), out)
             else:
@@ -141,19 +143,18 @@ class LayeredHessian:
             out.zero_()
 
 
-def layered_hessian(loss: Tensor, params: Parameters) -> LayeredHessian | str:
+def layered_hessian(loss: Tensor, params: Parameters, slots: _graph.Slots) -> LayeredHessian | str:
     """The structured product at the point where `loss` was evaluated, or what stands in its way."""
-    slots = {id(p): i for i, p in enumerate(params.tensors)}
     if params.dtype not in (torch.float32, torch.float64):
         return f"{params.dtype}"
     networks: dict[_graph.Node, list[_graph.Term]] = {}
     layers_of: dict[_graph.Node, list[_graph.Affine]] = {}
     rest: list[_graph.Term] = []
     reason = "no Linear layer"
-    for term in split_terms(loss):
-        top = _graph.boundary(term.node, slots)
+    for term in split_terms(loss, slots):
+        top = _graph.boundary(term.at, slots)
         if top is not None and top not in layers_of:
-            found = _graph.read_layers(top, slots)
+            found = _graph.read_layers((top, 0), slots, params.tensors)
             if isinstance(found, str):
                 reason, top = found, None
             else:
@@ -219,8 +220,8 @@ class GraphJacobian:
 class ForwardJacobian(GraphJacobian):
     """J v by forward mode, through the closure again at every product; J^T u on the kept graph."""
 
-    def __init__(self, outputs: Tensor, params: Parameters, evaluate: Evaluate) -> None:
-        self.outputs, self.params, self.closure = outputs, params, evaluate
+    def __init__(self, outputs: Tensor, params: Parameters, evaluate: Evaluate, seen: Callable[[Tensor], None]) -> None:
+        self.outputs, self.params, self.closure, self.seen = outputs, params, evaluate, seen
 
     def push(self, vector: Tensor) -> Tensor:
         """J v."""
@@ -230,7 +231,8 @@ class ForwardJacobian(GraphJacobian):
                 forward_ad.make_dual(p.detach(), t) for p, t in zip(tensors, self.params.split(vector), strict=True)
             )
             outputs = self.closure({id(p): x for p, x in zip(tensors, duals, strict=True)})
-            tangent = forward_ad.unpack_dual(outputs).tangent
+            primal, tangent = forward_ad.unpack_dual(outputs)
+            self.seen(primal)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.detach()
 
 
@@ -249,11 +251,11 @@ class LayeredJacobian:
         self.layers.pull(cotangent, out)
 
 
-def layered_jacobian(outputs: Tensor, params: Parameters) -> LayeredJacobian | str:
+def layered_jacobian(outputs: Tensor, params: Parameters, slots: _graph.Slots) -> LayeredJacobian | str:
     """The structured Jacobian at the point where `outputs` were evaluated, or what stands in its way."""
     if params.dtype not in (torch.float32, torch.float64):
         return f"{params.dtype}"
-    found = _graph.read_layers(outputs.grad_fn, {id(p): i for i, p in enumerate(params.tensors)})
+    found = _graph.read_layers(_graph.edge_of(outputs), slots, params.tensors)
     return found if isinstance(found, str) else LayeredJacobian(outputs, Layers(found, params), params)
 
 

@@ -37,18 +37,23 @@ class _JacobianOperator(CurvatureOperator):
     def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
         """M u in the shape of u, from an evaluation with its graph."""
 
+    def _rooted(self, result: Any) -> Tensor:
+        outputs = self._outputs(result)
+        if not outputs.requires_grad:
+            raise _gate.fail(
+                self._name, "closure", "outputs with their graph", "some without (detached, or under no_grad?)"
+            )
+        return outputs
+
     def _point(self, evaluator: Evaluator) -> Point:
         op, requested, chosen = self._name, self._requested, self._chosen
-        result = evaluator()
-        outputs = self._outputs(result)
-        if outputs.grad_fn is None:
-            raise _gate.fail(op, "closure", "outputs with their graph", "some without (detached, or under no_grad?)")
-        nodes = [outputs.grad_fn]
+        result, outputs = self._evaluated(evaluator, self._rooted)
+        nodes = [_graph.edge_of(outputs)[0]]
         with _errors.explained(op, self._used, nodes), torch.enable_grad():
             middle = self._middle(outputs, result)
         if requested in ("auto", "r-operator"):
             with _errors.explained(op, "r-operator", nodes):
-                found = _points.layered_jacobian(outputs, self.params)
+                found = _points.layered_jacobian(outputs, self.params, self._slots)
             if not isinstance(found, str):
                 self._used = "r-operator"
                 return _points.Sandwich(found, middle)
@@ -56,21 +61,36 @@ class _JacobianOperator(CurvatureOperator):
                 raise _gate.fail(op, "mode", "'auto' or another mode here", f"'r-operator', not for {found}")
 
         def forward() -> Jacobian:
-            return _points.ForwardJacobian(outputs, self.params, lambda ids: self._outputs(evaluator(ids)))
+            self._visible(evaluator, self._rooted)
+
+            def repeated(value: Tensor) -> None:
+                self._repeated((evaluator.key, "root"), value)
+
+            return _points.ForwardJacobian(outputs, self.params, lambda ids: self._outputs(evaluator(ids)), repeated)
 
         makers: dict[str, Callable[[], Jacobian]] = {
             "double-backward": lambda: _points.GraphJacobian(outputs, self.params),
             "forward": forward,
         }
+        size = self._size(result)
         if chosen is not None:
             self._used = chosen
             with _errors.explained(op, chosen, nodes):
-                return _points.Sandwich(makers[chosen](), middle)
+                point = _points.Sandwich(makers[chosen](), middle)
+                # On the kept graph J is the transpose of J^T by the way it is made.
+                return self._checked(point, chosen, nodes, size) if chosen == "forward" else point
         candidates: dict[str, Callable[[], Point]] = {
             mode: lambda make=make: _points.Sandwich(make(), middle)  # type: ignore[misc]
             for mode, make in makers.items()
         }
-        return self._choose(candidates, nodes)
+        return self._choose(candidates, nodes, size)
+
+    def _size(self, result: Any) -> Tensor:
+        """How large the loss is, for `_asymmetry`."""
+        loss = result[1] if isinstance(result, (tuple, list)) else None
+        if isinstance(loss, Tensor):
+            return loss.detach().abs().sum()
+        return torch.ones((), device=self.device)
 
 
 class GGN(_JacobianOperator):
@@ -129,8 +149,9 @@ class GGN(_JacobianOperator):
 
     def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
         loss = scalar(self._name, "closure", result[1])
-        terms = [] if loss.grad_fn is None else _points.split_terms(loss)
-        terms = [term for term in terms if _graph.reaches(term.node, outputs.grad_fn)]
+        top = _graph.edge_of(outputs)
+        terms = _points.split_terms(loss, {**self._slots, top: -1}) if loss.requires_grad else []
+        terms = [term for term in terms if _graph.reaches(term.at, top)]
         if not terms:
             raise _gate.fail(self._name, "closure", "a loss computed from the outputs", "one that does not use them")
-        return _losses.curvature(terms, _graph.below_views(outputs.grad_fn), outputs, loss)[1]
+        return _losses.curvature(terms, _graph.below_views(top), outputs, loss)[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secant.curvature import _errors, _points
+from secant.curvature import _errors, _graph, _points
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._evaluate import Evaluator
 from secant.curvature._points import Point
@@ -97,7 +97,7 @@ class Hessian(CurvatureOperator):
 
     def _loss(self, result: Any) -> Tensor:
         loss = scalar(self._name, "closure", result)
-        if loss.grad_fn is None:
+        if not loss.requires_grad:
             raise _gate.fail(
                 self._name, "closure", "a loss with its graph", "one without (detached, or under no_grad?)"
             )
@@ -106,15 +106,19 @@ class Hessian(CurvatureOperator):
     def _point(self, evaluator: Evaluator) -> Point:
         op, requested = self._name, self._requested
         if self._chosen in ("forward-over-reverse", "reverse-over-forward"):
-            return self._forward(self._chosen, evaluator)
-        loss = self._loss(evaluator())
-        nodes = [loss.grad_fn]
+            self._used = self._chosen
+            with _errors.explained(op, self._chosen):
+                point = self._forward(self._chosen, evaluator)
+                size = torch.zeros((), device=self.device) if self._is_checked else self._loss(evaluator()).detach()
+                return self._checked(point, self._chosen, (), size.reshape(()))
+        loss = self._evaluated(evaluator, self._loss)[1]
+        nodes, size = [_graph.edge_of(loss)[0]], loss.detach().reshape(())
         if requested in ("auto", "r-operator"):
             with _errors.explained(op, "r-operator", nodes):
-                found = _points.layered_hessian(loss, self.params)
-            if not isinstance(found, str):
-                self._used = "r-operator"
-                return found
+                found = _points.layered_hessian(loss, self.params, self._slots)
+                if not isinstance(found, str):
+                    self._used = "r-operator"
+                    return found if found.rest is None else self._checked(found, self._used, nodes, size)
             if requested == "r-operator":
                 raise _gate.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
         terms = [_points.whole(loss)]
@@ -122,17 +126,23 @@ class Hessian(CurvatureOperator):
             if self._chosen is not None:
                 self._used = self._chosen
                 with _errors.explained(op, self._chosen, nodes):
-                    return _points.DoubleBackward(terms, loss, self.params)
+                    point = _points.DoubleBackward(terms, loss, self.params)
+                    return self._checked(point, self._chosen, nodes, size)
             candidates: dict[str, Callable[[], Point]] = {
                 "double-backward": lambda: _points.DoubleBackward(terms, loss, self.params)
             }
         for mode in self._MODES[1:]:
             candidates[mode] = functools.partial(self._forward, mode, evaluator)
-        return self._choose(candidates, nodes)
+        return self._choose(candidates, nodes, size)
 
     def _forward(self, mode: str, evaluator: Evaluator) -> Point:
+        self._visible(evaluator, self._loss)
         cls = _points.ForwardOverReverse if mode == "forward-over-reverse" else _points.ReverseOverForward
-        return cls(lambda substitutes: scalar(self._name, "closure", evaluator(substitutes)), self.params)
+
+        def repeated(value: Tensor) -> None:
+            self._repeated((evaluator.key, "root"), value)
+
+        return cls(lambda ids: scalar(self._name, "closure", evaluator(ids)), self.params, repeated)
 
 
 def trainable(op: str, model: object) -> Iterable[Tensor]:
