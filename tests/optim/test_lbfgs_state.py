@@ -107,7 +107,7 @@ def test_load_hooks_may_change_the_state():
     assert torch.equal(other.step().x, run.ends[0])
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "dtype", "torch"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "dtype", "adam"])
 def test_states_of_something_else(change):
     run = Run(LBFGS, *PROBLEMS["mlp"]).step()
     saved = copy.deepcopy(run.optimizer.state_dict())
@@ -124,7 +124,7 @@ def test_states_of_something_else(change):
     elif change == "dtype":
         state["s"] = state["s"].float()
     else:
-        saved = Run(torch.optim.LBFGS, *PROBLEMS["mlp"]).step().optimizer.state_dict()
+        saved = Run(torch.optim.Adam, *PROBLEMS["mlp"]).step().optimizer.state_dict()
         message = "LBFGS.load_state_dict: state: expected keys"
     with pytest.raises(ValueError, match=message):
         Run(LBFGS, *PROBLEMS["mlp"]).optimizer.load_state_dict(saved)

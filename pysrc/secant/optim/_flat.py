@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class FlatParameters:
         self.grad = self.vector()
         self._grads = self.views(self.grad)
         self._gathered = False
+        self._learning: set[int] = set()  # parameters that were seen to require a gradient
+        self.absent: tuple[int, ...] = ()  # those that had no gradient at the last gathering
 
     def vector(self) -> Tensor:
         """A new vector of zeros."""
@@ -79,31 +82,58 @@ class FlatParameters:
         """Copy the parameters into a vector, given its views."""
         torch._foreach_copy_(views, self.params)
 
+    def differs(self, views: list[Tensor]) -> Tensor:
+        """Whether the parameters are apart from a vector, given its views: one element on the device."""
+        return torch.stack([(p != v).any() for p, v in zip(self.params, views, strict=True)]).any()
+
     def zero_grad(self) -> None:
         """Zero `grad` and make its pieces the gradients of the parameters.
 
-        Until a gradient has been gathered, the parameters' gradients become None instead, so that the first backward
-        shows of what kind they are: into a dense view a sparse gradient would be added without a word.
+        Until a gradient has been gathered, and afterwards for the parameters that had none, the gradient becomes None
+        instead, so that the next backward shows whether there is one, and of what kind: into a dense view a sparse
+        gradient would be added without a word.
         """
         self.grad.zero_()
-        for p, view in zip(self.params, self._grads, strict=True):
-            if p.grad is not view:
-                p.grad = view if self._gathered else None
+        for i, (p, view) in enumerate(zip(self.params, self._grads, strict=True)):
+            given = self._gathered and i not in self.absent
+            if p.grad is not (view if given else None):
+                p.grad = view if given else None
+
+    def grads(self) -> list[tuple[Tensor | None, bool]]:
+        """The gradients as they are, and of each whether it is a piece of `grad`."""
+        return [(p.grad, p.grad is view) for p, view in zip(self.params, self._grads, strict=True)]
+
+    def knowledge(self) -> tuple[Any, ...]:
+        """What this remembers of earlier gradients, for `recall`."""
+        return self._gathered, set(self._learning), self.absent
+
+    def recall(self, knowledge: tuple[Any, ...]) -> None:
+        """Remember what `knowledge` said, and nothing later."""
+        self._gathered, self._learning, self.absent = knowledge
 
     def gather_grad(self) -> None:
         """Bring into `grad` what backward left elsewhere: only gradients that someone replaced are copied.
 
-        A gradient of None counts as zero.
+        A parameter without a gradient, or frozen since it had one, is listed in `absent`; its part of `grad` is zero.
 
         Raises:
             ValueError: a gradient is not dense.
         """
+        absent = []
         for i, (p, view) in enumerate(zip(self.params, self._grads, strict=True)):
+            if i in self._learning and not p.requires_grad:
+                self._learning.discard(i)  # what is left of its gradient is old; one that is set from now on counts
+                p.grad = None
+            elif p.requires_grad:
+                self._learning.add(i)
             g = p.grad
             if g is view:
                 continue
             if g is None:
                 view.zero_()
+                absent.append(i)
+                if not p.requires_grad:
+                    continue
             elif g.layout is not torch.strided:
                 raise _gate.fail(
                     self.owner, f"params[{i}].grad", "a dense gradient (for an embedding: sparse=False)", g.layout
@@ -111,4 +141,4 @@ class FlatParameters:
             else:
                 view.copy_(g)
             p.grad = view
-        self._gathered = True
+        self._gathered, self.absent = True, tuple(absent)

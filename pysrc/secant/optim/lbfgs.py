@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,37 +13,48 @@ import torch
 from torch import Tensor
 
 from secant.ops import _gate
-from secant.ops.lbfgs import MAX_HISTORY, STORAGE, LBFGSHistory, Stats
+from secant.ops.lbfgs import LBFGSHistory, Stats
 from secant.optim._flat import FlatParameters, check_parameters
+from secant.optim._options import LAYOUT, RATE, SHARED, check_groups, check_options, is_integer, rate
+from secant.optim._state import NUMBERS, OP, check_state, from_torch, is_of_torch, offer, pairs_of
+from secant.optim._undo import Undo
 from secant.solvers.line_search import Trial, strong_wolfe
 
-#: The options that decide which buffers there are, and all that the groups share.
-_LAYOUT = ("history_size", "history_dtype", "curvature_tol", "line_search_fn", "maximize")
-_TOLERANCES = ("tolerance_grad", "tolerance_change", "tolerance_grad_rel", "tolerance_change_rel")
-_SHARED = (*_LAYOUT, *_TOLERANCES, "max_iter", "max_eval")
-_GD, _G_MAX = Stats._fields.index("gd"), Stats._fields.index("g_max")
+_G_MAX, _Y_NORM = Stats._fields.index("g_max"), Stats._fields.index("y_norm")
+#: What the statistics say of the pair that was offered.
+_OF_PAIR = slice(Stats._fields.index("sy"), Stats._fields.index("accepted") + 1)
 #: Trials beyond the default max_eval for a search whose first trial is not finite; eight undo a step 1e9 too long.
 _SPARE_TRIALS = 10
+#: Halvings of a step, without a search, before it is shortened by more each time, as a search does.
+_HALVINGS = 8
+#: Options that states of earlier versions lack.
+_LATER = {"on_error": "raise"}
 _VECTORS = ("prev_grad", "direction", "start")
+#: What on_error="backtrack" takes for an infinite loss, and what of it is no matter of numbers after all.
+_NUMERICAL = (RuntimeError, ValueError, ArithmeticError)
+_OTHER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
 
 
 class _Direction(NamedTuple):
     """What the host knows of the direction d at the current point, with gradient g.
 
-    slope: g.d. grad_max: |g|_inf. size: |d|_inf. total: |d|_1, computed for the first iteration of a run only.
+    slope: g.d. grad_max: |g|_inf. learned: whether the gradient has changed since the last point. size: |d|_inf.
+    total: |d|_1, computed for the first iteration of a run only.
     """
 
     slope: float
     grad_max: float
+    learned: bool
     size: float
     total: float
 
 
 class _Moved(NamedTuple):
-    """A step that was taken: the loss where it led, and the largest change of a parameter."""
+    """A step that was taken: the loss where it led, the largest change of a parameter, and whether y.d is not 0."""
 
     value: float
     change: float
+    learned: bool = True
 
 
 class LBFGS(torch.optim.Optimizer):
@@ -112,7 +125,10 @@ class LBFGS(torch.optim.Optimizer):
     """
 
     _own: dict[str, Any]  # the state, filed in self.state under the first parameter
+    _layout: tuple[Any, ...] | None = None
+    _seen: list[Any]  # options as they were checked
     _flat: FlatParameters
+    _adopted: bool = False  # whether the last step was made by torch
     _history: LBFGSHistory
     _stats: Tensor
     _grad: Tensor  # of the function that is minimized, at the current point
@@ -124,7 +140,16 @@ class LBFGS(torch.optim.Optimizer):
     _scale: Tensor | None
     _unread: tuple[Tensor, ...]  # what describes the direction, while it is only on the device
     _about: _Direction
+    _undo: Undo
+    _absent: tuple[int, ...] | None  # parameters that do not move; None: not known yet
+    _stale: bool  # whether d is not what the pairs and lr make of the last gradient
+    _slot: int  # where the next pair goes
+    _full: bool  # whether another pair is there
     _maximize: bool
+    _searching: bool
+    _forgiving: bool
+    _unit: float  # of rounding: of the loss, and of the parameters
+    _rounding: float
     _packed: bool
     _away: bool
     _longest: float
@@ -146,6 +171,7 @@ class LBFGS(torch.optim.Optimizer):
         tolerance_change_rel: float = 0.0,
         history_dtype: torch.dtype | None = None,
         curvature_tol: float | None = None,
+        on_error: str = "raise",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -160,42 +186,74 @@ class LBFGS(torch.optim.Optimizer):
             "tolerance_change_rel": tolerance_change_rel,
             "history_dtype": history_dtype,
             "curvature_tol": curvature_tol,
+            "on_error": on_error,
         }
-        _check_options(defaults)
-        self._layout: tuple[Any, ...] | None = None
+        check_options("LBFGS", defaults)
+        self._forget()
         super().__init__(params, defaults)
 
     # The algorithm ----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
         """Run up to `max_iter` iterations.
 
+        Under `torch.compile` this is run as it is; a closure that is itself compiled stays so.
+
         Args:
             closure: computes the loss, calls backward on it and returns it: a real number or a tensor of one element.
-                It is called several times, with gradients enabled.
+                It is called several times, with gradients enabled. It need not call backward, if the gradients are
+                already there; then the step is not a pair until the next call has brought the gradient at its end.
 
         Returns:
-            What the closure returned at its first evaluation: the loss at the start.
+            What the closure returned at its first evaluation: the loss at the start. With on_error="backtrack", the
+            first that it returned, and NaN if there is none.
 
         Raises:
             TypeError: `closure` is not callable, or returns None or something that is no real number.
-            ValueError: a gradient is sparse.
+            ValueError: a gradient is sparse, or an option was changed to something invalid.
+            Whatever the closure raises, see on_error. After any of these the parameters, their gradients and the state
+                are what they were before the call.
         """
         if not callable(closure):
             raise TypeError(f"LBFGS.step: closure: expected a function that returns the loss, got {closure!r}")
-        state, options = self._bind(), self.param_groups[0]
+        first = not self.state.get(self._params[0])
+        self._bind()
+        self._undo.begin()
+        try:
+            return self._iterate(closure)
+        except BaseException:
+            if self._undo.restore():
+                self._synchronize()
+                if first:
+                    self.state.pop(self._params[0])
+                    self._forget()
+            raise
+        finally:
+            self._undo.end()
+
+    def _iterate(self, closure: Callable[[], Any]) -> Any:
+        state, options = self._own, self.param_groups[0]
         searching, max_iter = options["line_search_fn"] is not None, options["max_iter"]
         lr = self._learning_rate()
         self._limit = state["func_evals"] + _evaluations(options)
+        if self._adopted:  # where that step began, torch does not say: if its end is not finite, it stays
+            self._flat.save(self._start)
+            self._adopted = False
 
-        unseen = 0.0 if searching else state["t"]
-        original, value = self._observe(closure)
+        # A step that ended the last call without a gradient at its end.
+        pending = state["t"]
+        self._forgiving = pending != 0.0 and options["on_error"] == "backtrack"
+        original, value, _ = self._observe(closure)
+        self._forgiving = options["on_error"] == "backtrack"
         if not math.isfinite(value):
-            value = self._step_back(closure, unseen)
+            other, value = self._step_back(closure, pending) if pending else (None, value)
+            original = other if original is None else original
             if not math.isfinite(value):
-                return original
+                return self._direction.new_tensor(math.nan) if original is None else original
 
+        new = None
         for iteration in range(1, max_iter + 1):
             if self._is_optimal():
                 break
@@ -215,76 +273,149 @@ class LBFGS(torch.optim.Optimizer):
                 self._update_direction()
                 if not self._packed:
                     self._read()
+        if searching and new is not None and new.learned:
+            # The gradient at the end is of this call's batch; the next call may bring another.
+            self._undo.end()
+            self._update_direction()
         return original
 
-    def _observe(self, closure: Callable[[], Any]) -> tuple[Any, float]:
-        """Evaluate at the parameters and go on to the next direction: what the closure returned, and f.
+    def _observe(self, closure: Callable[[], Any], *scalars: Tensor) -> tuple[Any, float, list[float]]:
+        """Evaluate at the parameters and go on to the next direction: what the closure returned, f, and other scalars.
 
         Everything is read back in one transfer. f is NaN when the gradient is not finite; then the pair was rejected,
-        and the direction means nothing.
+        and the direction means nothing. A closure that failed and may returned None: f is NaN, nothing else changed.
         """
         loss = self._evaluate(closure)
-        self._update_direction()
-        (value,) = self._read(loss)
-        return loss, value if math.isfinite(self._about.grad_max) else math.nan
+        if loss is None:
+            return None, math.nan, [x.item() for x in scalars]
+        if self._may_evaluate():
+            self._undo.keep_vectors()
+        else:
+            self._undo.end()
+        offered = self._update_direction()
+        value, *others = self._read(loss, *scalars)
+        if not self._about.learned:  # the gradient was left as it was, and so is d: the next one makes the pair
+            self._own["t"] = offered
+        return loss, value if math.isfinite(self._about.grad_max) else math.nan, others
 
-    def _update_direction(self) -> None:
+    def _update_direction(self) -> float:
         """Offer the pair of the last step, s = t d, y = g - g_prev, to the history; then d = -H g and g_prev = g.
 
         Nothing is read back. With unequal lr, d = -R^(1/2) H R^(1/2) g, and y is taken on the groups that move.
+        Parameters without a gradient do not move, and a step that ended with others of them than it began with is no
+        pair: what y is there, nobody knows. Returns the t of the pair that was offered.
         """
-        state, g, d = self._own, self._grad, self._direction
-        if self._scale is None:
-            self._history.step(g, self._prev_grad, d, state["t"])
+        state, g, d, history = self._own, self._grad, self._direction, self._history
+        if self._absent != self._flat.absent:
+            if self._absent is not None:
+                state["t"] = 0.0
+            self._absent = self._flat.absent
+        t = state["t"]
+        if t != 0.0 and self._may_evaluate():
+            self._undo.keep_pair(self._slot, full=self._full)
+        stale, self._stale = self._stale, False
+        if t == 0.0 and not stale and self._is_current():
+            self._stats[_G_MAX], self._stats[_Y_NORM] = g.abs().max(), 0.0
+        elif self._scale is None:
+            before = (d.clone(), (g == self._prev_grad).all()) if t == 0.0 and not stale and self._packed else None
+            history.step(g, self._prev_grad, d, t)
+            if before is not None:
+                torch.where(before[1], before[0], d, out=d)
         else:
-            self._history.append(d * state["t"], (g - self._prev_grad).mul_(self._scale != 0))
+            history.append(*self._pair())
+            offer = self._stats.clone()
             self._prev_grad.copy_(g)
-            self._history.direction(torch.mul(g, self._scale, out=d), out=d)
+            history.direction(torch.mul(g, self._scale, out=d), out=d)
             d.mul_(self._scale)
+            self._stats[_OF_PAIR] = offer[_OF_PAIR]
+        for i in self._absent:
+            self._direction_views[i].zero_()
         state["t"] = 0.0
-        self._unread = (self._stats, *torch.aminmax(d))
+        self._unread = (self._stats, history.head, history.count, self._slope(g), *torch.aminmax(d))
         if state["n_iter"] == 0:
-            self._unread += (d.abs().sum(),)
+            self._unread += (d.abs().sum(dtype=torch.float64),)
+        return t
+
+    def _is_current(self) -> bool:
+        """Whether d is -H g already, since this is the point where the last call ended.
+
+        Computed once more, without the pair that was new then, d would differ by rounding from what a call that had
+        gone on would use. Where numbers travel together, the device decides.
+        """
+        return not self._packed and self._scale is None and torch.equal(self._grad, self._prev_grad)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """The last step and the change of the gradient on the way, where lr is not 0."""
+        y = self._grad - self._prev_grad
+        return self._direction * self._own["t"], y if self._scale is None else y.mul_(self._scale != 0)
 
     def _move(self, closure: Callable[[], Any], t: float, *, last: bool) -> _Moved | None:
         """Move by t d, and evaluate there unless this is the last step of the call.
 
-        While the loss or the gradient is not finite the move is halved; when the evaluations run out before it is, the
-        parameters return to the start. None: nothing more is known than that this call ends here.
+        While the loss or the gradient is not finite the move is shortened; when the evaluations run out before it is,
+        or the move is at most tolerance_change or below rounding, the parameters return to the start. None: nothing
+        more is known than that this call ends here.
         """
         state, change = self._own, t * self._about.size
         if not change < self._longest:
-            self._history.reset()
+            self._drop_pairs()
             return None
         self._flat.add_(self._direction_views, t)
         state["t"] = t
         if last or self._is_spent():
             return None
-        _, value = self._observe(closure)
-        while not math.isfinite(value):
-            if self._is_spent():
+        _, value, _ = self._observe(closure)
+        for share in _shares():
+            if math.isfinite(value):
+                break
+            change *= share
+            apart = change > self.param_groups[0]["tolerance_change"] and not self._is_spent()
+            if apart:
+                _, value, apart = self._shorten(closure, share)
+            if not apart:
                 self._flat.set_(self._start)
+                state["t"] = 0.0
                 return None
-            self._flat.toward_(self._start, 0.5)
-            change *= 0.5
-            _, value = self._observe(closure)
         return _Moved(value, change)
 
-    def _step_back(self, closure: Callable[[], Any], unseen: float) -> float:
-        """Halve the unevaluated step that ended the last call, until the loss is finite: that loss, or NaN.
+    def _step_back(self, closure: Callable[[], Any], unseen: float) -> tuple[Any, float]:
+        """Shorten the unevaluated step that ended the last call, until the loss is finite.
 
         With evaluations spent (max_iter = 1 allows for one), one more halving is left for the next call to look at.
+        Returns what the closure returned first, and the loss or NaN.
         """
-        if unseen == 0.0:
-            return math.nan
-        while not self._is_spent():
-            self._flat.toward_(self._start, 0.5)
-            _, value = self._observe(closure)
+        state, original = self._own, None
+        for share in _shares():
+            if self._is_spent():
+                break
+            loss, value, apart = self._shorten(closure, share)
+            original = loss if original is None else original
             if math.isfinite(value):
-                return value
+                return original, value
+            if not apart:
+                self._flat.set_(self._start)
+                state["t"] = 0.0
+                return original, math.nan
         self._flat.toward_(self._start, 0.5)
-        self._own["t"] = unseen
-        return math.nan
+        if state["t"] == 0.0:  # evaluated in vain: there is still a step to shorten, but no pair
+            self._direction.zero_()
+            state["t"] = 2.0 * unseen
+        state["t"] *= 0.5
+        return original, math.nan
+
+    def _shorten(self, closure: Callable[[], Any], share: float) -> tuple[Any, float, bool]:
+        """Leave of the last step only a share, and evaluate there.
+
+        Returns what the closure returned, the loss or NaN, and whether a step is left. Where numbers travel together
+        this is known after an evaluation at the start.
+        """
+        self._flat.toward_(self._start, 1.0 - share)
+        self._own["t"] *= share
+        apart = self._flat.differs(self._start)
+        if not self._packed and not apart:
+            return None, math.nan, False
+        loss, value, (left,) = self._observe(closure, apart)
+        return loss, value, bool(left)
 
     def _search(self, closure: Callable[[], Any], value: float, t: float) -> _Moved | None:
         """Strong Wolfe search along d from the parameters; they, and `_grad`, end at the step it chose.
@@ -319,16 +450,32 @@ class LBFGS(torch.optim.Optimizer):
         if chosen.t != here.t:
             self._return_to(chosen.t)
         self._own["t"] = chosen.t
-        return _Moved(chosen.value, chosen.t * self._about.size)
+        return _Moved(chosen.value, chosen.t * self._about.size, chosen.slope != self._about.slope)
 
     def _try(self, closure: Callable[[], Any], t: float) -> Trial:
-        """Evaluate at start + t d. A step that could overflow a parameter counts as non-finite and is not evaluated."""
+        """Evaluate at start + t d.
+
+        A step that could overflow a parameter counts as non-finite and is not evaluated; one where the closure failed
+        and may counts likewise.
+        """
         if not self._unread and not t * self._about.size < self._longest:
             return Trial(t, math.nan, math.nan)
         self._place(t)
         loss = self._evaluate(closure)
-        value, slope = self._read(loss, torch.dot(self._grad, self._direction))
+        if loss is None:
+            if self._unread:
+                self._read()
+            return Trial(t, math.nan, math.nan)
+        value, slope = self._read(loss, self._slope(self._grad))
         return Trial(t, value, slope) if t * self._about.size < self._longest else Trial(t, math.nan, math.nan)
+
+    def _slope(self, grad: Tensor) -> Tensor:
+        """g.d, in float64 where the products of finite numbers overflow in float32."""
+        if not self._packed:
+            slope = torch.dot(grad, self._direction)
+            if grad.dtype is torch.float64 or math.isfinite(slope.item()):
+                return slope
+        return torch.dot(grad.double(), self._direction.double())
 
     def _place(self, t: float) -> None:
         """Set the parameters to start + t d, rounded as torch rounds it."""
@@ -356,7 +503,7 @@ class LBFGS(torch.optim.Optimizer):
             return True
         slope = self._about.slope
         if not (-math.inf < slope < 0.0 and self._about.size < math.inf):
-            self._history.reset()
+            self._drop_pairs()
             return False
         return slope <= -self.param_groups[0]["tolerance_change"]
 
@@ -372,15 +519,33 @@ class LBFGS(torch.optim.Optimizer):
     def _is_spent(self) -> bool:
         return self._own["func_evals"] >= self._limit
 
+    def _may_evaluate(self) -> bool:
+        """Whether an evaluation may follow in this call; a search may go one over the limit."""
+        return self._searching or not self._is_spent()
+
+    def _drop_pairs(self) -> None:
+        """Forget all pairs; the call ends with this."""
+        self._undo.end()
+        self._history.reset()
+        self._prev_grad.fill_(math.nan)  # so that d is never taken for the direction here
+
     # Evaluation and transfer ------------------------------------------------------------------------------------------
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """Call the closure; its gradient is then in `_grad`, its loss still where it was computed."""
-        with torch.enable_grad():
-            loss = closure()
+        """Call the closure; its gradient is then in `_grad`, its loss still where it was computed.
+
+        None: it raised something that stands for an infinite loss (see on_error).
+        """
         self._own["func_evals"] += 1
-        if loss is None:
-            raise TypeError("LBFGS.step: closure: expected it to return the loss, got None")
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        except _NUMERICAL as error:
+            if self._forgiving and not isinstance(error, _OTHER):
+                return None
+            raise
+        loss = _checked_loss(loss)
+        self._unit = torch.finfo(loss.dtype).eps if _is_floating(loss) else self._rounding
         self._flat.gather_grad()
         if self._maximize:
             torch.neg(self._flat.grad, out=self._grad)
@@ -390,32 +555,29 @@ class LBFGS(torch.optim.Optimizer):
         """Bring a loss and other scalars to the host, and what is not yet known of the direction: one transfer."""
         tensors = (*scalars, *self._unread)
         values: list[float] = []
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-            if loss.device == self._flat.device:
-                tensors = (loss, *tensors)
-            else:
-                values.append(loss.item())
-        elif isinstance(loss, Real):
-            values.append(float(loss))
+        if isinstance(loss, Tensor) and loss.device == self._flat.device:
+            tensors = (loss, *tensors)
         elif loss is not None:
-            raise TypeError(
-                f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_gate.describe(loss)}"
-            )
+            values.append(_as_float(loss.item() if isinstance(loss, Tensor) else loss))
         if self._packed:
-            values += torch.cat([x.reshape(-1) for x in tensors]).tolist()
+            values += torch.cat([x.reshape(-1) for x in tensors]).tolist() if tensors else []
         else:
             for x in tensors:
-                values += x.tolist() if x.dim() else (x.item(),)
+                values += x.reshape(-1).tolist() if x.dim() else (x.item(),)
         if self._maximize and loss is not None:
             values[0] = -values[0]
         if self._unread:
             known = len(scalars) + (loss is not None)
             values, about = values[:known], values[known:]
-            low, high, *total = about[len(Stats._fields) :]
-            self._about = _Direction(about[_GD], about[_G_MAX], max(-low, high), total[0] if total else 0.0)
+            head, count, slope, low, high, *total = about[len(Stats._fields) :]
+            self._slot, self._full = int(head), count == self._history.history_size
+            self._about = _Direction(
+                slope, about[_G_MAX], about[_Y_NORM] != 0.0, max(-low, high), total[0] if total else 0.0
+            )
             self._unread = ()
-            if self._own["n_iter"] == 0:
-                self._own["first_grad_max"] = self._about.grad_max
+            state = self._own
+            if (state["n_iter"] == 0 or state["first_grad_max"] == 0.0) and math.isfinite(self._about.grad_max):
+                state["first_grad_max"] = self._about.grad_max
         return values
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -446,53 +608,60 @@ class LBFGS(torch.optim.Optimizer):
                 from the first group's, or parameters of another dtype or device.
         """
         super().add_param_group(param_group)
-        group, first = self.param_groups[-1], self.param_groups[0]
         try:
-            if not group["params"]:
+            if not self.param_groups[-1]["params"]:
                 raise _gate.fail("LBFGS", "params", "at least one parameter in every group", "an empty group")
-            _check_options(group)
-            for key in _SHARED:
-                if group[key] != first[key]:
-                    raise _gate.fail(
-                        "LBFGS", key, f"{first[key]!r} in every group (only lr may differ)", repr(group[key])
-                    )
+            check_groups("LBFGS", self.param_groups)
             check_parameters("LBFGS", self._params)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._layout = None
+        self._forget()
+        self.__dict__.pop("_flat", None)
         self.state.clear()
 
     def _learning_rate(self) -> float:
         """The largest lr; `_scale` becomes R^(1/2), or None when all are equal."""
-        rates = [float(group["lr"]) for group in self.param_groups]
+        rates = []
+        for group in self.param_groups:
+            rates.append(rate(group["lr"]))
+            if math.isnan(rates[-1]):
+                raise _gate.fail("LBFGS", "lr", RATE, repr(group["lr"]))
         top = max(rates)
-        if min(rates) == top:
-            self._scale = None
-        else:
-            self._scale = torch.cat(
-                [
-                    torch.full((p.numel(),), math.sqrt(rate / top), dtype=p.dtype, device=p.device)
-                    for rate, group in zip(rates, self.param_groups, strict=True)
-                    for p in group["params"]
-                ]
-            )
+        scaled = min(rates) != top
+        self._stale |= scaled != (self._scale is not None)
+        self._scale = self._root_of_rates(rates, top) if scaled else None
         return top
 
-    def _bind(self) -> dict[str, Any]:
-        """Build the buffers, at the first step or after a load, from what `self.state` holds; return the state.
+    def _root_of_rates(self, rates: list[float], top: float) -> Tensor:
+        """The diagonal of R^(1/2)."""
+        return torch.cat(
+            [
+                torch.full((p.numel(),), math.sqrt(rate / top), dtype=p.dtype, device=p.device)
+                for rate, group in zip(rates, self.param_groups, strict=True)
+                for p in group["params"]
+            ]
+        )
 
-        Like torch's, the state is global and filed under the first parameter.
+    def _bind(self) -> dict[str, Any]:
+        """Build the buffers, at the first step, after a load and after a change of options; return the state.
+
+        Like torch's, the state is global and filed under the first parameter. Pairs of another length of history or
+        another dtype are offered to the new history, newest last.
 
         Raises:
-            TypeError, ValueError: the state in `self.state` does not fit the parameters and options.
+            TypeError, ValueError: an option is invalid, or the state in `self.state` does not fit the parameters and
+                options. Then nothing has changed.
         """
-        options = self.param_groups[0]
-        layout = tuple(options[key] for key in _LAYOUT)
-        state = self.state[options["params"][0]]
-        if layout == self._layout and state is self._own and not self._flat.moved():
-            return state
-        flat = FlatParameters("LBFGS", self._params)
+        self._check_changes()
+        options, key = self.param_groups[0], self.param_groups[0]["params"][0]
+        layout = tuple(options[name] for name in LAYOUT)
+        state = self.state.get(key)
+        mine = bool(state) and state is self._own
+        stayed = hasattr(self, "_flat") and not self._flat.moved()
+        if mine and stayed and layout == self._layout:
+            return self._own
+        flat = self._flat if stayed else FlatParameters("LBFGS", self._params)
         history = LBFGSHistory(
             flat.numel,
             options["history_size"],
@@ -501,58 +670,130 @@ class LBFGS(torch.optim.Optimizer):
             storage_dtype=options["history_dtype"],
             curvature_tol=options["curvature_tol"],
         )
-        tensors = {name: flat.vector() for name in _VECTORS} | history.state_dict()
-        numbers = {"func_evals": 0, "n_iter": 0, "t": 0.0, "first_grad_max": 0.0}
+        vectors = {name: flat.vector() for name in _VECTORS}
+        numbers, adopted = dict(NUMBERS), False
         if state:
-            _check_state(state, tensors, numbers)
-            for name, x in tensors.items():
-                x.copy_(state[name])
-        state.update(tensors)
-        for name, number in numbers.items():
-            state.setdefault(name, number)
+            if mine:
+                numbers = {name: state[name] for name in NUMBERS}
+                if options["maximize"] == self._maximize:
+                    offer(history, pairs_of(self._history))
+                else:  # the curvature of the function that is minimized now is the opposite
+                    numbers["t"] = 0.0
+                adopted = self._adopted
+            elif is_of_torch(state):
+                state, pairs = from_torch(state, flat.grad)
+                numbers, adopted = {name: state[name] for name in NUMBERS}, True
+                offer(history, pairs)
+            else:
+                check_state(state, vectors | history.state_dict())
+                history.load_state_dict({name: state[name] for name in history.state_dict()})
+                numbers = {name: state[name] for name in NUMBERS}
+            for name, x in vectors.items():
+                if name in state:
+                    x.copy_(state[name])
 
-        self._layout, self._own, self._flat, self._history = layout, state, flat, history
-        self._prev_grad, self._direction, start = (tensors[name] for name in _VECTORS)
+        self._own = self.state[key] = vectors | history.state_dict() | numbers
+        self._layout, self._flat, self._history, self._adopted = layout, flat, history, adopted
+        self._prev_grad, self._direction, start = vectors.values()
         self._direction_views, self._start = flat.views(self._direction), flat.views(start)
-        self._stats, self._unread = history.stats_tensor, ()
-        self._maximize = options["maximize"]
+        self._undo = Undo(flat, history, self._own, list(vectors.values()))
+        self._stats = history.stats_tensor
+        self._maximize, self._searching = options["maximize"], options["line_search_fn"] is not None
         self._grad = flat.vector() if self._maximize else flat.grad
-        if options["line_search_fn"] is not None:
+        if self._searching:
             self._best_grad = flat.vector()
         # Where a transfer costs nothing every number is read at once; elsewhere they travel together.
         self._packed = flat.device.type != "cpu"
         # x + s cannot overflow for any finite x when |s| is below half a unit in the last place of the largest number,
         # max * eps / 4; half of that leaves room for the rounding of s.
         info = torch.finfo(flat.dtype)
-        self._longest = 0.125 * info.max * info.eps
-        return state
+        self._longest, self._rounding = 0.125 * info.max * info.eps, info.eps
+        self._absent = self._scale = None
+        self._stale = mine
+        if not mine:
+            self._learning_rate()
+            self._stale = False
+        self._synchronize()
+        return self._own
+
+    def _synchronize(self) -> None:
+        """Learn from the state what the host keeps in mind of it."""
+        self._slot, self._full = int(self._history.head), int(self._history.count) == self._history.history_size
+        self._unread = ()
+
+    def _check_changes(self) -> None:
+        """Check options that someone changed since the last step; what the first group says goes for all."""
+        values = [group[name] for group in self.param_groups for name in SHARED]
+        seen = self._seen
+        if len(seen) == len(values) and all(map(operator.is_, values, seen)):
+            return
+        first, *others = self.param_groups
+        check_options("LBFGS", first)
+        for group in others:
+            for name, old in zip(SHARED, seen, strict=False):
+                if group[name] is old:
+                    group[name] = first[name]
+        check_groups("LBFGS", self.param_groups)
+        self._seen = [group[name] for group in self.param_groups for name in SHARED]
+
+    def _forget(self) -> None:
+        """Let the next step look at `self.state` anew."""
+        self._layout, self._own, self._seen = None, {}, []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layout = None
+        self._forget()
         for group in self.param_groups:
-            for key in _SHARED:
-                group.setdefault(key, self.defaults[key])
+            for key in ("lr", *SHARED):
+                group.setdefault(key, self.defaults.get(key, _LATER.get(key)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options, as `torch.optim.Optimizer.state_dict`; for the options as they are now."""
+        if self._layout is not None and self.state.get(self._params[0]):
+            self._bind()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the run continues from it bit for bit.
+
+        The state of a `torch.optim.LBFGS` is taken, too: the run continues as torch would have, with the options that
+        torch does not have at their defaults. A max_eval that is what torch makes of None becomes None.
 
         Args:
             state_dict: of an `LBFGS` with the same parameters. It is copied, not referenced.
 
         Raises:
-            TypeError, ValueError: the state is of something else, or its tensors have other shapes or dtypes.
+            TypeError, ValueError: the state is of something else, its tensors have other shapes or dtypes, or an option
+                or a number in it is invalid. Then nothing has changed.
         """
+        before = dict(self.__dict__)
+        try:
+            self._load(state_dict)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         given: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group, loaded in zip(self.param_groups, given["param_groups"], strict=True):
+            if "curvature_tol" not in loaded:  # a group of torch.optim.LBFGS
+                group["maximize"] = False
+                if is_integer(group["max_iter"], 1) and group["max_eval"] == group["max_iter"] * 5 // 4:
+                    group["max_eval"] = None
+        check_groups(OP, self.param_groups)
         # torch casts every tensor of the state to the dtype of the parameters; the float64 ones must stay as they are.
         key = given["param_groups"][0]["params"][0]
         if key in given["state"]:
-            self.state[self._params[0]] = dict(given["state"][key])
+            state = given["state"][key]
+            if not isinstance(state, dict):
+                raise _gate.fail(OP, "state", "a dictionary", _gate.describe(state))
+            self.state[self._params[0]] = dict(state)
             self._bind()
 
 
@@ -560,45 +801,34 @@ def _evaluations(options: dict[str, Any]) -> int:
     return options["max_iter"] * 5 // 4 if options["max_eval"] is None else options["max_eval"]
 
 
-def _check_state(state: dict[str, Any], tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    op = "LBFGS.load_state_dict"
-    expected = tensors.keys() | numbers.keys()
-    if state.keys() != expected:
-        raise _gate.fail(op, "state", f"keys {sorted(expected)}", sorted(state))
-    for name, x in tensors.items():
-        got = state[name]
-        if not isinstance(got, Tensor) or got.shape != x.shape or got.dtype != x.dtype:
-            raise _gate.fail(op, f"state[{name!r}]", _gate.describe(x), _gate.describe(got))
+def _shares() -> Iterator[float]:
+    """What is left of a step that is too long: half, a few times, then less each time, until nothing is."""
+    return (0.5 ** max(1, k - _HALVINGS) for k in itertools.count(1))
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    def check(name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise _gate.fail("LBFGS", name, expected, repr(options[name]))
-
-    def is_int(name: str, low: int) -> bool:
-        return isinstance(options[name], int) and options[name] >= low
-
-    lr, searching = options["lr"], options["line_search_fn"] is not None
-    one = not isinstance(lr, Tensor) or lr.numel() == 1
-    check("lr", one and 0.0 <= float(lr) < math.inf, "a finite number >= 0, or a tensor of one")
-    check("line_search_fn", options["line_search_fn"] in (None, "strong_wolfe"), "None or 'strong_wolfe'")
-    check("max_iter", is_int("max_iter", 1), "an integer >= 1")
-    check(
-        "max_eval",
-        options["max_eval"] is None or is_int("max_eval", 1 + searching),
-        "None or an integer >= " + ("2 (a line search needs one trial)" if searching else "1"),
+def _checked_loss(loss: Any) -> Any:
+    """What a closure returned, if it is a real number or one element: a tensor, or a number."""
+    if isinstance(loss, Tensor):
+        if loss.numel() == 1 and not loss.is_complex():
+            return loss
+    else:
+        if not isinstance(loss, Real) and getattr(loss, "size", None) == 1 and hasattr(loss, "item"):
+            loss = loss.item()  # an array of NumPy
+        if isinstance(loss, Real):
+            return loss
+    if loss is None:
+        raise TypeError("LBFGS.step: closure: expected it to return the loss, got None")
+    raise TypeError(
+        f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_gate.describe(loss)}"
     )
-    for name in _TOLERANCES:
-        value = options[name]
-        check(name, isinstance(value, (int, float)) and 0.0 <= value < math.inf, "a finite number >= 0")
-    size = options["history_size"]
-    check("history_size", is_int("history_size", 1) and size <= MAX_HISTORY, f"an integer, 1 to {MAX_HISTORY}")
-    check("maximize", isinstance(options["maximize"], bool), "True or False")
-    dtype, tol = options["history_dtype"], options["curvature_tol"]
-    check("history_dtype", dtype is None or dtype in STORAGE, "None, torch.float32, torch.float64 or torch.bfloat16")
-    check(
-        "curvature_tol",
-        tol is None or (isinstance(tol, (int, float)) and 0.0 <= tol < 1.0),
-        "None or a number in [0, 1)",
-    )
+
+
+def _is_floating(loss: Any) -> bool:
+    return isinstance(loss, Tensor) and loss.is_floating_point()
+
+
+def _as_float(x: Any) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
