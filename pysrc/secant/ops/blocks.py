@@ -16,7 +16,6 @@ do. It belongs to the matrix: `a` stays as it is. There is no other jitter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -221,7 +220,7 @@ def _broadcast(op: str, a: Tensor, b: Tensor, vector: bool | None) -> tuple[Tens
     elif vector is False:
         expected = f"matrices, shape (..., {a.shape[-1]}, k),"
     else:
-        raise _gate.fail(op, "vector", "True, False or None", repr(vector))
+        raise _gate.fail(op, "vector", "True, False or None", _gate.show(vector))
     n, given = a.shape[-1], b.shape
     if vector and given:
         b = b.unsqueeze(-1)
@@ -286,11 +285,11 @@ def _check_function(op: str, f: Any) -> tuple[Any, ...]:
     if isinstance(f, tuple) and len(f) == 2 and f[0] == "power":
         p = f[1]
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not -MAX_POWER <= p <= MAX_POWER:
-            raise _gate.fail(op, "f", f"a power from -{MAX_POWER} to {MAX_POWER}", repr(p))
+            raise _gate.fail(op, "f", f"a power from -{MAX_POWER} to {MAX_POWER}", _gate.show(p))
         return ("integer", int(p)) if p == int(p) else ("root", float(p))
     if isinstance(f, tuple) and len(f) in (2, 3) and all(callable(x) for x in f):
         return ("given", f[0], f[1], f[2] if len(f) == 3 else None)
-    raise _gate.fail(op, "f", expected, repr(f))
+    raise _gate.fail(op, "f", expected, _gate.show(f))
 
 
 def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
