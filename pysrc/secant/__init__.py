@@ -7,7 +7,7 @@ optimizers over them, `secant.curvature` Hessians as operators, `secant.glm` gen
 import torch as _torch  # noqa: F401  (first: the extension binds to the OpenMP runtime that torch loads)
 
 from secant import curvature, glm, ops, optim
-from secant._errors import BackendError, SecantWarning
+from secant._errors import BackendError, SecantWarning, SingularWarning
 from secant._version import __version__
 from secant.backends import current_backend, use_backend
 from secant.ops.lbfgs import LBFGSHistory
@@ -16,6 +16,7 @@ __all__ = [
     "BackendError",
     "LBFGSHistory",
     "SecantWarning",
+    "SingularWarning",
     "__version__",
     "current_backend",
     "curvature",

@@ -7,3 +7,7 @@ class SecantWarning(UserWarning):
 
 class BackendError(RuntimeError):
     """An explicitly chosen backend cannot serve the call."""
+
+
+class SingularWarning(UserWarning):
+    """A problem has many solutions, of which one came back."""

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import math
 import warnings
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secant.glm.gram import row_blocks
 from secant.glm.objective import Objective
 from secant.ops import _gate, hvp
 
 OP = "glm.fit"
 LOSSES = (*hvp.LOSSES, "multinomial")
-SOLVERS = ("auto", "newton-cg", "newton-cholesky", "lbfgs")
+SOLVERS = ("auto", "newton-cg", "newton-cholesky", "lbfgs", "min-norm")
+
+
+#: Rows that are looked at to see how far from zero the features are for their spread.
+_LOOK = 4096
+#: Mean over standard deviation of a feature above which it is centred: the rounding of a product that cancels to its
+#: centred part is then worth a slower pass.
+_FAR = {torch.float32: 64.0, torch.float64: 1e5}
 
 
 def objective(
-    X: Any, y: Any, *, loss: str, l2: float, sample_weight: Any, fit_intercept: bool, delta: float
+    X: Any,
+    y: Any,
+    *,
+    loss: str,
+    l2: float,
+    sample_weight: Any,
+    fit_intercept: bool,
+    delta: float,
+    power: float = 1.5,
+    offset: Any = None,
 ) -> Objective:
     """The objective of these arguments.
 
@@ -27,9 +43,9 @@ def objective(
         TypeError, ValueError: see `secant.glm.fit`; non-finite values of X are left to the first evaluation.
     """
     if loss not in LOSSES:
-        raise _gate.fail(OP, "loss", f"one of {', '.join(LOSSES)}", repr(loss))
-    number("l2", l2, low=0.0)
-    number("delta", delta, low=0.0, strict=True)
+        raise _gate.fail(OP, "loss", f"one of {', '.join(LOSSES)}", _gate.show(loss))
+    l2, delta = _gate.nonnegative(OP, "l2", l2), _gate.positive(OP, "delta", delta)
+    power = _gate.number(OP, "power", power, "a number between 1 and 2, neither included", lambda p: 1.0 < p < 2.0)
     x = design(X)
     n = x.shape[0]
     target = _vector("y", y, n, x)
@@ -41,32 +57,82 @@ def objective(
         total = float(c.double().sum())
         if total == 0.0:
             raise _gate.fail(OP, "sample_weight", "at least one positive weight", "only zeros")
-    target, classes = _targets(target, c, loss, bool(fit_intercept), x.dtype)
-    return Objective(x, target, loss, float(delta), c, float(l2), bool(fit_intercept), classes, total)
+    level = _level(target) if fit_intercept and loss in ("squared", "huber") else 0.0
+    target, classes = _targets(target.double() - level if level else target, loss, x.dtype)
+    o = None if offset is None else _offset(offset, x, classes)
+    shift = _shift(x) if fit_intercept else None
+    return Objective(x, target, loss, delta, c, l2, bool(fit_intercept), classes, total, o, shift, level, power)
 
 
-def number(name: str, value: Any, *, low: float, strict: bool = False) -> None:
-    """Check a finite real number >= low, or > low."""
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < low or (strict and value == low):
-        raise _gate.fail(OP, name, f"a finite number {'>' if strict else '>='} {low:g}", repr(value))
+def _offset(value: Any, x: Tensor, classes: int) -> Tensor:
+    o = as_tensor("offset", value)
+    shape = (x.shape[0], classes) if classes else (x.shape[0],)
+    if o.layout is not torch.strided or o.shape != shape:
+        raise _gate.fail(OP, "offset", f"shape {shape}", f"shape {tuple(o.shape)}")
+    if o.device != x.device:
+        raise _gate.fail(OP, "offset", f"device {x.device}, like X", o.device)
+    if o.is_complex():
+        raise TypeError(f"{OP}: offset: expected real numbers, got {o.dtype}")
+    o = o.to(x.dtype).contiguous()
+    if not bool(torch.isfinite(o).all()):
+        raise _gate.fail(OP, "offset", "finite values", f"{float(o[~torch.isfinite(o)][0])}")
+    return o
 
 
-def count(name: str, value: Any) -> None:
-    """Check an integer >= 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise _gate.fail(OP, name, "an integer >= 1", repr(value))
+def _level(y: Tensor) -> float:
+    """What to take off the targets of a loss that knows differences only: their mean, if that is far from zero."""
+    y = y.double()
+    mean, spread = float(y.mean()), float(y.std(correction=0))
+    return mean if math.isfinite(mean) and abs(mean) > _FAR[torch.float32] * spread else 0.0
+
+
+def _shift(x: Tensor) -> Tensor | None:
+    """What to take off the features: the mean of those that are far from zero for their spread; None if none is.
+
+    Means of some rows serve as well as those of all: what is left has to be of the size of the spread, no more.
+    """
+    n, d = x.shape
+    step = max(1, n // _LOOK)
+    if x.layout is torch.strided:
+        some = x[::step]
+    else:
+        # A column with few zeros alone can be far from zero for its spread.
+        full = torch.bincount(x.col_indices(), minlength=d) >= 0.9 * n
+        if not bool(full.any()):
+            return None
+        _, _, some = next(row_blocks(x, min(n, max(64, (1 << 22) // d))))
+    some = some.double()
+    mean, spread = some.mean(0), some.std(0, correction=0)
+    # Of a column that does not vary the size itself counts.
+    ratio = mean.abs() / torch.where(spread > 0.0, spread, 1.0)
+    far = torch.isfinite(mean) & torch.isfinite(ratio) & (ratio > _FAR[x.dtype])
+    return torch.where(far, mean, 0.0).to(x.dtype) if bool(far.any()) else None
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor of an array or tensor, sharing its memory where possible."""
+    """A tensor of an array or tensor, sharing its memory where possible.
+
+    An array of another byte order, or with a negative stride, is copied: no tensor has such memory.
+    """
     if isinstance(value, Tensor):
-        return value.detach()
+        if value.is_nested or value.is_meta:
+            kind = "a nested tensor" if value.is_nested else "a tensor without memory, on device meta"
+            raise TypeError(f"{OP}: {name}: expected a tensor or an array of numbers, got {kind}")
+        return value.detach().resolve_neg()
     try:
+        array = value.__array__() if hasattr(value, "__array__") else value
+        if hasattr(array, "dtype") and hasattr(array, "strides"):
+            if not array.dtype.isnative:
+                array = array.astype(array.dtype.newbyteorder("="))
+            if any(stride < 0 for stride in array.strides):
+                array = array.copy()
         with warnings.catch_warnings():  # of an array that may not be written to: nothing here writes
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.as_tensor(value.__array__() if hasattr(value, "__array__") else value)
-    except (TypeError, ValueError, RuntimeError) as error:
+            x = torch.as_tensor(array)
+            # Python's floats have 53 bits; torch takes them for its default dtype.
+            plain = not hasattr(array, "dtype") and x.is_floating_point() and name != "X"
+            return torch.as_tensor(array, dtype=torch.float64) if plain else x
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{OP}: {name}: expected a tensor or an array of numbers ({error})") from None
 
 
@@ -112,7 +178,7 @@ def _vector(name: str, value: Any, n: int, x: Tensor) -> Tensor:
     return v.contiguous()
 
 
-def _targets(y: Tensor, c: Tensor | None, loss: str, intercept: bool, dtype: torch.dtype) -> tuple[Tensor, int]:
+def _targets(y: Tensor, loss: str, dtype: torch.dtype) -> tuple[Tensor, int]:
     if loss == "multinomial":
         if y.is_floating_point() or y.dtype is torch.bool:
             raise TypeError(f"{OP}: y: expected integer classes 0, 1, ..., K - 1, got {y.dtype}")
@@ -120,25 +186,16 @@ def _targets(y: Tensor, c: Tensor | None, loss: str, intercept: bool, dtype: tor
         low, high = (int(k) for k in torch.aminmax(y))
         if low < 0 or high < 1:
             raise _gate.fail(OP, "y", "classes 0, 1, ..., K - 1 with K >= 2", f"values from {low} to {high}")
-        weight = torch.bincount(y, weights=c, minlength=high + 1)
-        if intercept and bool((weight == 0.0).any()):
-            empty = int((weight == 0.0).nonzero()[0])
-            raise _gate.fail(OP, "y", "a row of positive weight for every class", f"none for class {empty}")
         return y, high + 1
     y = y.to(dtype)
     if not bool(torch.isfinite(y).all()):
         raise _gate.fail(OP, "y", "finite values", _worst(y))
-    if loss in ("logistic", "poisson"):
-        if bool((y < 0.0).any()) or (loss == "logistic" and bool((y > 1.0).any())):
-            expected = "values in [0, 1]" if loss == "logistic" else "values >= 0"
-            raise _gate.fail(
-                OP, "y", f"{expected} for loss {loss!r}", f"values from {float(y.min())} to {float(y.max())}"
-            )
-        weights = torch.ones_like(y) if c is None else c
-        if intercept and not bool(weights @ y > 0.0):
-            raise _gate.fail(OP, "y", "a positive target (there is no best intercept)", "only zeros")
-        if intercept and loss == "logistic" and not bool(weights @ (1.0 - y) > 0.0):
-            raise _gate.fail(OP, "y", "a target below 1: two classes (there is no best intercept)", "only ones")
+    counts = "values >= 0"
+    ranges = {"logistic": "values in [0, 1]", "poisson": counts, "tweedie": counts, "gamma": "values > 0"}
+    low = bool((y <= 0.0).any()) if loss == "gamma" else bool((y < 0.0).any())
+    if loss in ranges and (low or (loss == "logistic" and bool((y > 1.0).any()))):
+        got = f"values from {float(y.min())} to {float(y.max())}"
+        raise _gate.fail(OP, "y", f"{ranges[loss]} for loss {loss!r}", got)
     return y, 0
 
 

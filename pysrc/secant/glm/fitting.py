@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secant._errors import SingularWarning
 from secant.glm import arguments
 from secant.glm.lbfgs import HistorySystem
+from secant.glm.least_squares import smallest
 from secant.glm.newton import DiagonalSystem, FactorSystem, Outcome, System, newton
 from secant.glm.objective import Objective, Point
-from secant.glm.recession import falls_forever
+from secant.glm.preconditioners import Factor
+from secant.glm.recession import falls_forever, intercept_falls_forever
 from secant.glm.result import GLMResult, Iteration, Recorder
 from secant.ops import _gate
 
@@ -42,6 +46,7 @@ _SYSTEMS: dict[str, Callable[[int], System]] = {
     "newton-cholesky": FactorSystem,
     "newton-cg": DiagonalSystem,
     "lbfgs": lambda _: HistorySystem(),
+    "min-norm": DiagonalSystem,
 }
 
 _MESSAGES = {
@@ -53,6 +58,11 @@ _MESSAGES = {
     "use l2 > 0",
     "stopped": "the callback stopped the fit at a gradient of {grad:.2e}, tol = {tol:.2e}",
 }
+#: Another reason for "no_minimum".
+_NO_INTERCEPT = (
+    "the objective has no minimum: the targets of positive weight are all at one end, or a class has none, and the "
+    "intercept falls forever; leave out the class, or use fit_intercept=False"
+)
 
 
 def fit(
@@ -68,22 +78,29 @@ def fit(
     max_cg_iter: int = 200,
     solver: str = "auto",
     delta: float = 1.0,
+    power: float = 1.5,
+    offset: Any = None,
     start: GLMResult | tuple[Any, Any] | None = None,
     callback: Callable[[Iteration], object] | None = None,
 ) -> GLMResult:
     r"""Fit a generalised linear model by a second-order method.
 
-    Minimises over w and b, with z_i = x_i . w + b,
+    Minimises over w and b, with z_i = x_i . w + b + o_i,
 
         f(w, b) = sum_i c_i l(z_i, y_i) + l2 / 2 |w|^2
 
     until max_j |df / d(w, b)_j| / sum_i c_i <= tol: the largest component of the gradient of the mean objective. The
-    intercept is not penalised. The losses:
+    intercept is not penalised. A feature whose mean is more than 64 (float32) or 1e5 (float64) times its standard
+    deviation is centred first where there is an intercept, block by block as X is read, so that neither its products
+    nor the gradient, which is then that of the centred feature, drown in rounding. So are targets of the first and the
+    fourth loss. The losses:
 
         "squared"      1/2 (z - y)^2
         "logistic"     log(1 + e^z) - y z,               y in [0, 1]
         "poisson"      e^z - y z,                        y >= 0 (log link; log y! left out)
         "huber"        1/2 r^2 if |r| <= delta, else delta (|r| - delta / 2),   r = z - y
+        "gamma"        y e^-z + z,                       y > 0 (log link)
+        "tweedie"      e^((2-p) z) / (2-p) - y e^((1-p) z) / (1-p),   y >= 0, 1 < p < 2 (log link)
         "multinomial"  log sum_k e^(z_k) - z_y,          y in {0, ..., K - 1}; w (d, K), b (K,)
 
     Solvers, all with a strong Wolfe line search:
@@ -94,6 +111,9 @@ def fit(
         "newton-cg"        the same preconditioned with the diagonal of the Hessian after centring.
         "lbfgs"            limited-memory BFGS in the coordinates of that diagonal.
         "auto"             "newton-cholesky" for dense X with at most 2048 coefficients, else "newton-cg".
+        "min-norm"         for the squared loss and dense X: of all minimisers that with the smallest |w|, by the
+                           singular values of the centred X, in float64; those below eps max(N, d) of the largest count
+                           as zero. Takes a copy of X.
 
     X is not copied: the intercept is a column of ones that is never formed, rescaling and centring act on vectors of
     coefficients, Gram matrices are summed over row blocks that fit the cache. A column-major X is copied once.
@@ -106,22 +126,26 @@ def fit(
         sample_weight: (N,) c, >= 0; None: ones. Weights are the same as repeated rows.
         fit_intercept: whether b is fitted; otherwise it is zero.
         tol: of the gradient criterion, > 0.
-        max_iter: iterations over all rows, >= 1; None: 100, for "lbfgs" 1000.
+        max_iter: iterations over all rows, >= 0 (then the result is the start); None: 100, for "lbfgs" 1000.
         max_cg_iter: products with the Hessian per Newton system, >= 1.
         solver: see above.
-        delta: of the Huber loss, > 0.
+        delta: of the Huber loss, > 0. power: p of the Tweedie loss.
+        offset: (N,), for the multinomial loss (N, K): known terms o_i of the predictors, such as the logarithm of an
+            exposure. An evaluation then reads X twice. None: zeros.
         start: where to start: a `GLMResult` or (coef, intercept). None: zero.
         callback: called with an `Iteration` after each; a true value stops the fit.
 
     Returns:
         A `GLMResult`. A fit that did not reach the criterion does not raise, its `status` says why. Where the Hessian
-        is singular (l2 = 0 and collinear or constant columns) the minimiser found is one of many. That there is no
-        minimum is told from the last point and the Newton step there; a loose `tol` may end a fit before they show it.
+        is singular (l2 = 0 and collinear or constant columns) the minimiser found is one of many, and "newton-cholesky"
+        warns with `secant.SingularWarning`. That there is no minimum is told from the targets (all at one end, or a
+        class without weight), and from the last point and the Newton step there; a loose `tol` may end a fit before
+        they show it.
 
     Raises:
         TypeError: an argument is no array of numbers, or of another dtype.
         ValueError: shapes do not fit; X, y or sample_weight have values that are not finite or not allowed for the
-            loss; the targets are all of one class and an intercept is fitted; the objective overflows at the start.
+            loss; the objective overflows at the start; "min-norm" does not fit the loss or the layout of X.
 
     References:
         McCullagh and Nelder, Generalized Linear Models, 2nd ed. (1989), section 2.5. Huber, Robust estimation of a
@@ -132,14 +156,28 @@ def fit(
         >>> result = secant.glm.fit(X, y, loss="squared")       # coef 2, intercept 1
     """
     if solver not in arguments.SOLVERS:
-        raise _gate.fail(arguments.OP, "solver", f"one of {', '.join(arguments.SOLVERS)}", repr(solver))
-    arguments.number("tol", tol, low=0.0, strict=True)
-    arguments.count("max_cg_iter", max_cg_iter)
+        raise _gate.fail(arguments.OP, "solver", f"one of {', '.join(arguments.SOLVERS)}", _gate.show(solver))
+    tol = _gate.positive(arguments.OP, "tol", tol)
+    max_cg_iter = _gate.integer(arguments.OP, "max_cg_iter", max_cg_iter, 1)
     if max_iter is not None:
-        arguments.count("max_iter", max_iter)
+        max_iter = _gate.integer(arguments.OP, "max_iter", max_iter, 0)
     objective = arguments.objective(
-        X, y, loss=loss, l2=l2, sample_weight=sample_weight, fit_intercept=fit_intercept, delta=delta
+        X,
+        y,
+        loss=loss,
+        l2=l2,
+        sample_weight=sample_weight,
+        fit_intercept=fit_intercept,
+        delta=delta,
+        power=power,
+        offset=offset,
     )
+    if solver == "min-norm":
+        if objective.loss != "squared" or objective.x.layout is not torch.strided:
+            got = f"loss {loss!r}, layout {objective.x.layout}"
+            raise _gate.fail(arguments.OP, "solver", 'loss "squared" and dense X for "min-norm"', got)
+        if start is not None:
+            raise _gate.fail(arguments.OP, "start", 'None for "min-norm", which has one answer', "a start")
     theta = objective.zeros() if start is None else _start(objective, start)
     if solver == "auto":
         solver = choose(objective)
@@ -156,24 +194,38 @@ def fit(
         record = Recorder(callback, objective.total)
         stop = record(point.value, point.largest, 0.0, 0, objective.rows)
         system = _SYSTEMS[solver](max_cg_iter)
-        if not stop and solver == "newton-cholesky" and start is None and point.largest > tol * objective.total:
-            point, stop = _sampled_start(objective, point, system, record)
         if stop:
             outcome = Outcome(point, "stopped", 0)
+        elif solver == "min-norm":
+            outcome = smallest(objective, tol, max_iter, record)
         else:
-            if objective.loss == "huber" and start is None and solver != "lbfgs":
-                point = _towards_delta(objective, point, system)
-            outcome = newton(objective, point, system, tol=tol, max_iter=max_iter, record=record)
+            if max_iter and solver == "newton-cholesky" and start is None and point.largest > tol * objective.total:
+                point, stop = _sampled_start(objective, point, system, record)
+            if stop:
+                outcome = Outcome(point, "stopped", 0)
+            else:
+                if max_iter and objective.loss == "huber" and start is None and solver != "lbfgs":
+                    point = _towards_delta(objective, point, system)
+                outcome = newton(objective, point, system, tol=tol, max_iter=max_iter, record=record)
         point, status, n_iter, step = outcome
         newton_system = DiagonalSystem(max_cg_iter) if solver == "lbfgs" else system
-        if status != "stopped" and falls_forever(objective, point, step, newton_system):
+        sentence = None
+        if status != "stopped" and intercept_falls_forever(objective):
+            status, sentence = "no_minimum", _NO_INTERCEPT
+        elif status != "stopped" and max_iter and falls_forever(objective, point, step, newton_system):
             status = "no_minimum"
+        elif status == "converged" and objective.l2 == 0.0 and _is_singular(objective, point, system):
+            warnings.warn(
+                f"{arguments.OP}: the Hessian is singular to the precision of {str(theta.dtype)[6:]}: this minimiser "
+                'is one of many; use l2 > 0, or solver="min-norm" with the squared loss',
+                SingularWarning,
+                stacklevel=2,
+            )
     grad = point.largest / objective.total
-    message = _MESSAGES[status].format(grad=grad, tol=tol, max_iter=max_iter, dtype=str(theta.dtype)[6:])
-    d = objective.x.shape[1]
-    intercept = point.theta[d] if objective.intercept else torch.zeros_like(point.theta[0])
+    message = sentence or _MESSAGES[status].format(grad=grad, tol=tol, max_iter=max_iter, dtype=str(theta.dtype)[6:])
+    coef, intercept = objective.uncentred(point.theta)
     return GLMResult(
-        coef=point.theta[:d].clone(),
+        coef=coef.clone(),
         intercept=intercept.clone(),
         status=status,
         message=message,
@@ -183,6 +235,16 @@ def fit(
         solver=solver,
         history=record.history,
     )
+
+
+def _is_singular(objective: Objective, point: Point, system: System) -> bool:
+    """Whether the Hessian at the point is, where a system has a factor that had to be made regular."""
+    if not isinstance(system, FactorSystem) or system.factor is None or system.factor.exact:
+        return False
+    if system.at is not point:
+        tail = max(1, objective.classes) if objective.intercept else 0
+        return not Factor(objective.gram(point), tail, torch.finfo(point.grad.dtype).eps).exact
+    return True
 
 
 def choose(objective: Objective) -> str:
@@ -202,7 +264,7 @@ def _start(objective: Objective, start: GLMResult | tuple[Any, Any]) -> Tensor:
         if part.shape != shape:
             raise _gate.fail(arguments.OP, "start", f"{name} of shape {shape}", f"shape {tuple(part.shape)}")
         parts.append(part.to(dtype=x.dtype, device=x.device))
-    return torch.cat([parts[0], parts[1][None]]) if objective.intercept else parts[0].clone()
+    return objective.centred(*parts)
 
 
 def _sampled_start(objective: Objective, point: Point, system: System, record: Recorder) -> tuple[Point, bool]:
@@ -255,7 +317,8 @@ def _towards_delta(objective: Objective, point: Point, system: System) -> Point:
             stage, here, system, tol=1e-12, max_iter=_STAGE_ITERATIONS, record=silent, decrement_tol=accuracy
         ).point.theta
         if math.isinf(delta):
-            delta = _STAGE_FACTOR * float((objective.product(theta) - objective.target).abs().median())
+            z = objective.product(theta) if objective.offset is None else objective.product(theta) + objective.offset
+            delta = _STAGE_FACTOR * float((z - objective.target).abs().median())
         delta /= _STAGE_FACTOR
     found = objective.evaluate(theta)
     return found if found.finite and found.value < point.value else point

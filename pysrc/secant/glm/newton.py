@@ -204,7 +204,7 @@ def search(objective: Objective, point: Point, p: Tensor, slope: float) -> Step 
         Hager and Zhang, A new conjugate gradient method with guaranteed descent and an efficient line search, SIAM J.
         Optim. 16 (2005), section 4 (the approximate Wolfe conditions).
     """
-    if not slope < 0.0:
+    if not -math.inf < slope < 0.0:  # products that overflow may tell nothing of a finite objective
         return None
     trials = {0.0: point}
 

@@ -20,6 +20,17 @@ _STEP = 0.5
 _SLACK = 1e-3
 
 
+def intercept_falls_forever(objective: Objective) -> bool:
+    """Whether an intercept alone has no best value, whatever the penalty: targets at one end, a class of no weight."""
+    if not objective.intercept or objective.loss in ("squared", "huber", "gamma"):
+        return False
+    t, c = objective.target, objective.sample_weight
+    if objective.loss == "multinomial":
+        return bool((torch.bincount(t, weights=c, minlength=objective.classes) == 0.0).any())
+    used = t if c is None else t[c > 0.0]
+    return not bool((used > 0.0).any()) or (objective.loss == "logistic" and not bool((used < 1.0).any()))
+
+
 def falls_forever(objective: Objective, point: Point, step: Tensor | None, system: System) -> bool:
     """Whether the point, or the Newton step from it, shows that the objective has no minimum.
 
@@ -27,7 +38,7 @@ def falls_forever(objective: Objective, point: Point, step: Tensor | None, syste
     loss falls to its infimum. The second is one up to `_SLACK`: a direction along which no row's loss grows and some
     row's falls (quasi-complete separation). It is not computed where the last step that was taken was too short for it.
     """
-    if objective.l2 > 0.0 or objective.loss not in ("logistic", "poisson", "multinomial"):
+    if objective.l2 > 0.0 or objective.loss not in ("logistic", "poisson", "tweedie", "multinomial"):
         return False
     worst, _ = _margins(objective, objective.product(point.theta))
     if worst > 0.0:
