@@ -2,6 +2,9 @@
 
 Needs scikit-learn; nothing else in the package imports this module.
 
+Arrays in, arrays out; and torch tensors in, tensors out, of the dtype and on the device of X, with scikit-learn's array
+API dispatch or without: whatever the type of X, attributes and predictions are of it.
+
 Example:
     >>> from secant.sklearn import LogisticRegression
     >>> model = LogisticRegression(C=0.1).fit(X, y)
@@ -16,17 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.optimize import nnls
+from sklearn import config_context
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import d2_tweedie_score
+from sklearn.metrics import d2_tweedie_score, r2_score
 from sklearn.utils import Tags
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from secant import glm
+from secant.ops import _gate
 
-__all__ = ["LogisticRegression", "PoissonRegressor", "Ridge"]
+__all__ = ["GammaRegressor", "LogisticRegression", "PoissonRegressor", "Ridge", "TweedieRegressor"]
 
 
 class _Linear(BaseEstimator):
@@ -42,7 +49,11 @@ class _Linear(BaseEstimator):
         return tags
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, **options: Any) -> tuple[Any, Any, Any]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], order="C", **options)
+        """X, y and the weights as arrays that share their memory; what a GPU holds is checked in a copy."""
+        self._kind = _Kind(X)
+        X, y, sample_weight = _array(X), _array(y), _array(sample_weight)
+        with config_context(array_api_dispatch=False):
+            X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], order="C", **options)
         if sample_weight is not None:
             sample_weight = np.asarray(sample_weight, dtype=X.dtype)
             if sample_weight.ndim == 0:
@@ -57,13 +68,22 @@ class _Linear(BaseEstimator):
                 )
         return X, y, sample_weight
 
-    def _minimise(self, X: Any, y: Any, loss: str, l2: float, sample_weight: Any, start: Any) -> glm.GLMResult:
+    def _minimise(
+        self, X: Any, y: Any, loss: str, l2: float, sample_weight: Any, start: Any, **options: Any
+    ) -> glm.GLMResult:
+        device = self._kind.device
+        y, sample_weight, offset = (
+            x if x is None or device is None else torch.as_tensor(x, device=device)
+            for x in (y, sample_weight, options.pop("offset", None))
+        )
         result = glm.fit(
-            _tensor(X),
+            _tensor(X, device),
             y,
             loss=loss,
             l2=l2,
             sample_weight=sample_weight,
+            offset=offset,
+            **options,
             fit_intercept=self.fit_intercept,
             tol=self.tol,
             max_iter=self.max_iter,
@@ -74,19 +94,62 @@ class _Linear(BaseEstimator):
             warnings.warn(f"{type(self).__name__}: {result.message}", ConvergenceWarning, stacklevel=4)
         return result
 
+    def _iterations(self, result: glm.GLMResult) -> int:
+        """At least one, by convention, unless none was allowed."""
+        return min(max(1, result.n_iter), self.max_iter)
+
     def _start(self, coef_shape: tuple[int, ...]) -> tuple[Any, Any] | None:
         """(coef, intercept) of the last fit in the shapes of `fit`, when it is asked for and fits."""
-        if not (self.warm_start and hasattr(self, "coef_") and self.coef_.shape == coef_shape):
+        if not (self.warm_start and hasattr(self, "coef_") and tuple(self.coef_.shape) == coef_shape):
             return None
-        coef, intercept = np.asarray(self.coef_), np.asarray(self.intercept_)
+        coef, intercept = _array(self.coef_), _array(self.intercept_)
+        coef, intercept = np.asarray(coef), np.asarray(intercept)
         if coef.ndim == 2:
             return (coef[0], intercept[0]) if len(coef) == 1 else (coef.T, intercept)
         return coef, intercept
 
     def _predictor(self, X: Any) -> Any:
+        """X w + b as a tensor, whatever X is: that is what the predictions are computed from."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        return X @ self.coef_.T + self.intercept_
+        kind, array = _Kind(X), _array(X)
+        with config_context(array_api_dispatch=False):
+            array = validate_data(self, array, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        coef, intercept = np.asarray(_array(self.coef_)), np.asarray(_array(self.intercept_))
+        if kind.device is None:
+            return torch.from_numpy(np.asarray(array @ coef.T + intercept))
+        x = _tensor(array, kind.device)
+        coef, intercept = (torch.as_tensor(part, device=x.device).to(x.dtype) for part in (coef, intercept))
+        return x @ coef.mT.squeeze(-1) + intercept if coef.dim() > 1 else x @ coef + intercept
+
+    def _result(self, x: torch.Tensor, X: Any) -> Any:
+        """A prediction in the type of X."""
+        return _Kind(X)(x)
+
+
+class _Kind:
+    """What came in: tensors on a device, or arrays (device None); called, it turns a tensor into that."""
+
+    def __init__(self, X: Any) -> None:
+        self.device = X.device if isinstance(X, torch.Tensor) else None
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        """The tensor itself, or an array over its memory."""
+        return x.numpy() if self.device is None else x.to(self.device)
+
+    def labels(self, x: Any) -> Any:
+        """Likewise of an array of labels; those that are no numbers have no tensor."""
+        return x if self.device is None or x.dtype.kind not in "biuf" else torch.as_tensor(x, device=self.device)
+
+
+def _array(x: Any) -> Any:
+    """A tensor as an array, sharing its memory on a CPU; anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = x.detach().resolve_neg().cpu()
+    if x.layout is torch.sparse_csr:
+        shape = tuple(x.shape)
+        return sparse.csr_array((x.values().numpy(), x.col_indices().numpy(), x.crow_indices().numpy()), shape=shape)
+    return (x.float() if x.dtype is torch.bfloat16 else x).numpy()
 
 
 class LogisticRegression(ClassifierMixin, _Linear):
@@ -137,15 +200,11 @@ class LogisticRegression(ClassifierMixin, _Linear):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LogisticRegression:
         """Fit to X (N, d), dense or sparse, and labels y (N,)."""
         X, y, sample_weight = self._checked(X, y, sample_weight)
-        if not (isinstance(self.C, (int, float, np.number)) and self.C > 0):
-            raise ValueError(f"LogisticRegression: C: expected a number > 0, got {self.C!r}")
+        C = _gate.number("LogisticRegression", "C", self.C, "a number > 0", lambda value: value > 0)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        used = self.classes_ if sample_weight is None else np.unique(y[sample_weight > 0])
-        if len(used) < 2:
-            raise ValueError(
-                f"LogisticRegression: y: expected rows of positive weight in two classes at least, got 1 class: {used}"
-            )
+        if len(self.classes_) < 2:
+            raise ValueError(f"LogisticRegression: y: expected two classes at least, got 1 class: {self.classes_}")
         if self.class_weight is not None:
             factor = compute_class_weight(self.class_weight, classes=self.classes_, y=y, sample_weight=sample_weight)
             factor = factor.astype(X.dtype)[labels]
@@ -155,42 +214,99 @@ class LogisticRegression(ClassifierMixin, _Linear):
             loss, target, shape = "logistic", labels.astype(X.dtype), (1, d)
         else:
             loss, target, shape = "multinomial", labels.astype(np.int64), (classes, d)
-        l2 = 0.0 if math.isinf(self.C) else 1.0 / float(self.C)
+        l2 = 0.0 if math.isinf(C) else 1.0 / C
         result = self._minimise(X, target, loss, l2, sample_weight, self._start(shape))
-        self.coef_ = np.ascontiguousarray(result.coef.numpy().T).reshape(shape)
-        self.intercept_ = result.intercept.numpy().reshape(-1)
-        self.n_iter_ = np.array([max(1, result.n_iter)], dtype=np.int32)
+        self.coef_ = self._kind(result.coef.mT.contiguous().view(shape) if classes > 2 else result.coef.view(shape))
+        self.intercept_ = self._kind(result.intercept.view(-1))
+        self.classes_ = self._kind.labels(self.classes_)
+        self.n_iter_ = np.array([self._iterations(result)], dtype=np.int32)
         self.result_status_ = result.status
         return self
 
+    def _logits(self, X: Any) -> torch.Tensor:
+        z = self._predictor(X)
+        return z.view(-1) if len(self.classes_) == 2 else z
+
+    def _log_probabilities(self, X: Any) -> torch.Tensor:
+        z = self._logits(X)
+        if z.dim() == 1:
+            return torch.stack([torch.nn.functional.logsigmoid(-z), torch.nn.functional.logsigmoid(z)], dim=1)
+        return torch.log_softmax(z, 1)
+
     def decision_function(self, X: Any) -> Any:
         """Linear predictors: (N,) of the second class for two, else (N, K)."""
-        z = self._predictor(X)
-        return z[:, 0] if len(self.classes_) == 2 else z
+        return self._result(self._logits(X), X)
 
     def predict(self, X: Any) -> Any:
         """The most probable label of each row."""
-        z = self.decision_function(X)
-        return self.classes_[(z > 0).astype(int) if z.ndim == 1 else z.argmax(axis=1)]
+        z = self._logits(X)
+        index = (z > 0).long() if z.dim() == 1 else z.argmax(dim=1)
+        classes = _Kind(X).labels(np.asarray(_array(self.classes_)))
+        return classes[index if isinstance(classes, torch.Tensor) else index.cpu().numpy()]
 
     def predict_log_proba(self, X: Any) -> Any:
         """Logarithms of the probabilities, (N, K) in the order of `classes_`; finite wherever the predictors are."""
-        z = self.decision_function(X)
-        if z.ndim == 1:
-            return np.stack([-np.logaddexp(0.0, z), -np.logaddexp(0.0, -z)], axis=1)
-        z = z - z.max(axis=1, keepdims=True)
-        return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        return self._result(self._log_probabilities(X), X)
 
     def predict_proba(self, X: Any) -> Any:
         """Probabilities, (N, K) in the order of `classes_`."""
-        return np.exp(self.predict_log_proba(X))
+        return self._result(self._log_probabilities(X).exp(), X)
 
 
-class PoissonRegressor(RegressorMixin, _Linear):
+class _LogLink(RegressorMixin, _Linear):
+    """A regressor whose expected target is exp(X w + b)."""
+
+    result_status_: str
+    alpha: float
+    solver: str
+    max_iter: int
+    tol: float
+    warm_start: bool
+
+    def _family(self) -> tuple[str, float]:
+        """The loss of `secant.glm.fit`, and the power of the deviance."""
+        raise NotImplementedError
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = True
+        return tags
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> Any:
+        """Fit to X (N, d), dense or sparse, and targets y (N,).
+
+        offset: (N,), known terms of the predictors, such as the logarithm of an exposure.
+        """
+        X, y, sample_weight = self._checked(X, y, sample_weight, y_numeric=True)
+        total = len(y) if sample_weight is None else float(np.sum(sample_weight, dtype=np.float64))
+        [alpha] = _checked_alpha(self, 1)
+        offset = None if offset is None else np.asarray(_array(offset), dtype=X.dtype)
+        loss, power = self._family()
+        options = {"offset": offset} | ({"power": power} if loss == "tweedie" else {})
+        start = self._start((X.shape[1],))
+        result = self._minimise(X, y, loss, alpha * total, sample_weight, start, **options)
+        self.coef_, self.intercept_ = self._kind(result.coef), self._kind(result.intercept)[()]
+        self.n_iter_, self.result_status_ = self._iterations(result), result.status
+        return self
+
+    def predict(self, X: Any, offset: Any = None) -> Any:
+        """The expected target of each row, exp(X w + b + offset)."""
+        z = self._predictor(X)
+        if offset is not None:
+            z = z + torch.as_tensor(offset).to(z)
+        return self._result(z.exp(), X)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
+        """Share of the deviance that is explained, D^2; at most 1."""
+        y, predicted, weight = (_array(x) for x in (y, self.predict(X, offset), sample_weight))
+        return d2_tweedie_score(y, predicted, sample_weight=weight, power=self._family()[1])
+
+
+class PoissonRegressor(_LogLink):
     r"""Poisson regression with a logarithmic link and an L2 penalty.
 
-    Minimises sum_i c_i (exp(z_i) - y_i z_i) / sum_i c_i + alpha / 2 |w|^2 with z = X w + b, the intercept not
-    penalised: the objective of scikit-learn's class of this name up to a constant.
+    Minimises sum_i c_i (exp(z_i) - y_i z_i) / sum_i c_i + alpha / 2 |w|^2 with z = X w + b + offset, y >= 0, the
+    intercept not penalised: the objective of scikit-learn's class of this name up to a constant.
 
     Args:
         alpha: penalty, >= 0.
@@ -206,8 +322,6 @@ class PoissonRegressor(RegressorMixin, _Linear):
     Raises:
         ValueError: (by `fit`) a parameter, X, y or the weights do not fit.
     """
-
-    result_status_: str
 
     def __init__(
         self,
@@ -226,28 +340,69 @@ class PoissonRegressor(RegressorMixin, _Linear):
         self.tol = tol
         self.warm_start = warm_start
 
-    def __sklearn_tags__(self) -> Tags:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.positive_only = True
-        return tags
+    def _family(self) -> tuple[str, float]:
+        return "poisson", 1.0
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PoissonRegressor:
-        """Fit to X (N, d), dense or sparse, and counts or rates y (N,) >= 0."""
-        X, y, sample_weight = self._checked(X, y, sample_weight, y_numeric=True)
-        total = len(y) if sample_weight is None else float(np.sum(sample_weight, dtype=np.float64))
-        l2 = _checked_alpha(self) * total
-        result = self._minimise(X, y, "poisson", l2, sample_weight, self._start((X.shape[1],)))
-        self.coef_, self.intercept_ = result.coef.numpy(), result.intercept.numpy()[()]
-        self.n_iter_, self.result_status_ = max(1, result.n_iter), result.status
-        return self
 
-    def predict(self, X: Any) -> Any:
-        """The expected count of each row, exp(X w + b)."""
-        return np.exp(self._predictor(X))
+class GammaRegressor(PoissonRegressor):
+    r"""Regression of positive targets with a Gamma distribution, a logarithmic link and an L2 penalty.
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Share of the Poisson deviance that is explained, D^2; at most 1."""
-        return d2_tweedie_score(y, self.predict(X), sample_weight=sample_weight, power=1)
+    Minimises sum_i c_i (y_i exp(-z_i) + z_i) / sum_i c_i + alpha / 2 |w|^2 with z = X w + b + offset, y > 0, the
+    intercept not penalised: the objective of scikit-learn's class of this name up to a constant. Arguments, attributes
+    and errors are those of `PoissonRegressor`.
+    """
+
+    def _family(self) -> tuple[str, float]:
+        return "gamma", 2.0
+
+
+class TweedieRegressor(_LogLink):
+    r"""Regression with a Tweedie distribution of power 1 to 2, a logarithmic link and an L2 penalty.
+
+    Minimises sum_i c_i l(z_i, y_i) / sum_i c_i + alpha / 2 |w|^2 with z = X w + b + offset, the intercept not
+    penalised, and l = exp((2 - p) z) / (2 - p) - y exp((1 - p) z) / (1 - p) for 1 < p < 2, the loss of
+    `PoissonRegressor` for p = 1 and of `GammaRegressor` for p = 2: the objective of scikit-learn's class of this name
+    up to a constant. For another power it is not convex in z, or has another link.
+
+    Args:
+        power: p, in [1, 2].
+        alpha, fit_intercept, solver, max_iter, tol, warm_start: see `PoissonRegressor`.
+        link: "auto" or "log", which are the same.
+
+    Attributes:
+        coef_, intercept_, n_iter_, result_status_: see `PoissonRegressor`.
+
+    Raises:
+        ValueError: (by `fit`) a parameter, X, y or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        power: float = 1.5,
+        alpha: float = 1.0,
+        fit_intercept: bool = True,
+        link: str = "auto",
+        solver: str = "auto",
+        max_iter: int = 100,
+        tol: float = 1e-6,
+        warm_start: bool = False,
+    ) -> None:
+        self.power = power
+        self.alpha = alpha
+        self.fit_intercept = fit_intercept
+        self.link = link
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+
+    def _family(self) -> tuple[str, float]:
+        name = "TweedieRegressor"
+        if self.link not in ("auto", "log"):
+            raise _gate.fail(name, "link", "'auto' or 'log'", _gate.show(self.link))
+        power = _gate.number(name, "power", self.power, "a number from 1 to 2", lambda p: 1.0 <= p <= 2.0)
+        return {1.0: "poisson", 2.0: "gamma"}.get(power, "tweedie"), power
 
 
 class Ridge(RegressorMixin, _Linear):
@@ -257,14 +412,17 @@ class Ridge(RegressorMixin, _Linear):
     scikit-learn's class of this name.
 
     Args:
-        alpha: penalty, >= 0.
+        alpha: penalty, >= 0; a number, or one for each target.
         fit_intercept: whether there is an intercept.
-        solver: "auto", "newton-cholesky", "newton-cg" or "lbfgs"; see `secant.glm.fit`.
+        solver: "auto", "newton-cholesky", "newton-cg", "lbfgs" or "min-norm"; see `secant.glm.fit`.
         max_iter: iterations; what does not converge in as many warns with ConvergenceWarning.
         tol: on the largest component of the gradient of half the mean objective.
+        positive: whether the coefficients are kept >= 0 (by scipy's bounded least squares, for dense X; `solver`,
+            `max_iter` and `tol` then have no say).
 
     Attributes:
-        coef_: (d,), or (T, d) for y (N, T), each column of which is a problem of its own. intercept_: a number or (T,).
+        coef_: (d,), or (T, d) for y (N, T), each column of which is a problem of its own; (d,) also for y (N, 1).
+        intercept_: a number or (T,), (1,) for y (N, 1).
         n_iter_: iterations, the most of any column. result_status_: `GLMResult.status`, of the last column that did not
         converge if there is one.
 
@@ -283,12 +441,14 @@ class Ridge(RegressorMixin, _Linear):
         solver: str = "auto",
         max_iter: int = 100,
         tol: float = 1e-6,
+        positive: bool = False,
     ) -> None:
         self.alpha = alpha
         self.fit_intercept = fit_intercept
         self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
+        self.positive = positive
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -298,33 +458,75 @@ class Ridge(RegressorMixin, _Linear):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit to X (N, d), dense or sparse, and y (N,) or (N, T)."""
         X, y, sample_weight = self._checked(X, y, sample_weight, y_numeric=True, multi_output=True)
-        l2, columns = _checked_alpha(self), y.reshape(len(y), -1).T
-        results = [self._minimise(X, column, "squared", l2, sample_weight, None) for column in columns]
-        coef = np.stack([one.coef.numpy() for one in results])
-        intercept = np.stack([one.intercept.numpy() for one in results])
-        self.coef_, self.intercept_ = (coef, intercept) if y.ndim == 2 else (coef[0], intercept[0])
-        self.n_iter_ = max(1, *(one.n_iter for one in results))
-        self.result_status_ = next((one.status for one in reversed(results) if not one.converged), "converged")
+        columns = y.reshape(len(y), -1).T
+        penalties = _checked_alpha(self, len(columns))
+        if self.positive:
+            pairs = [
+                _positive(X, column, l2, sample_weight, self) for column, l2 in zip(columns, penalties, strict=True)
+            ]
+            coef, intercept = (torch.as_tensor(np.stack(part).astype(X.dtype)) for part in zip(*pairs, strict=True))
+            self.n_iter_, self.result_status_ = 1, "converged"
+        else:
+            results = [
+                self._minimise(X, column, "squared", l2, sample_weight, None)
+                for column, l2 in zip(columns, penalties, strict=True)
+            ]
+            coef, intercept = torch.stack([r.coef for r in results]), torch.stack([r.intercept for r in results])
+            self.n_iter_ = max(self._iterations(r) for r in results)
+            self.result_status_ = next((r.status for r in reversed(results) if not r.converged), "converged")
+        # As scikit-learn: one target in a column has coefficients of one dimension, but an intercept of one.
+        self.coef_ = self._kind(coef if len(columns) > 1 else coef[0])
+        self.intercept_ = self._kind(intercept) if y.ndim == 2 else self._kind(intercept[0])[()]
         return self
 
     def predict(self, X: Any) -> Any:
         """X w + b, (N,) or (N, T)."""
-        return self._predictor(X)
+        return self._result(self._predictor(X), X)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Share of the variance that is explained, R^2; at most 1."""
+        y, predicted, weight = (_array(x) for x in (y, self.predict(X), sample_weight))
+        return r2_score(y, predicted, sample_weight=weight)
 
 
-def _tensor(X: Any) -> Any:
-    """X as it is, or a CSR tensor over the memory of a scipy one."""
+def _positive(X: Any, y: Any, l2: float, weight: Any, model: Ridge) -> tuple[Any, Any]:
+    """(w, b) of least squares with w >= 0: of the rows times sqrt(c), centred, with sqrt(l2) I below them."""
+    if sparse.issparse(X):
+        raise ValueError("Ridge: positive: expected False for sparse X, got True")
+    x, y = X.astype(np.float64), y.astype(np.float64)
+    c = np.ones(len(y)) if weight is None else weight.astype(np.float64)
+    mean, level = (np.average(x, axis=0, weights=c), np.average(y, weights=c)) if model.fit_intercept else (0.0, 0.0)
+    root = np.sqrt(c)
+    rows, target = (x - mean) * root[:, None], (y - level) * root
+    if l2 > 0.0:
+        d = x.shape[1]
+        rows, target = np.vstack([rows, math.sqrt(l2) * np.eye(d)]), np.concatenate([target, np.zeros(d)])
+    w, _ = nnls(rows, target)
+    return w, level - np.sum(mean * w)
+
+
+def _tensor(X: Any, device: torch.device | None) -> Any:
+    """X as it is, or a CSR tensor of a scipy one, whose indices are checked, sorted and made unique."""
     if isinstance(X, np.ndarray):
-        return X
+        return X if device is None else torch.as_tensor(X, device=device)
+    # Made anew, the two arrays of indices are of one dtype.
+    X = sparse.csr_array((X.data, X.indices, X.indptr), shape=X.shape)
+    X.check_format(full_check=True)
+    if not X.has_canonical_format:
+        X = X.copy()
+        X.sum_duplicates()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         crow, col, values = (torch.from_numpy(part) for part in (X.indptr, X.indices, X.data))
-        return torch.sparse_csr_tensor(crow, col, values, X.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(crow, col, values, X.shape, check_invariants=True)
 
 
-def _checked_alpha(model: Any) -> float:
-    alpha = model.alpha
-    if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha < math.inf):
-        raise ValueError(f"{type(model).__name__}: alpha: expected a finite number >= 0, got {alpha!r}")
-    return float(alpha)
+def _checked_alpha(model: Any, targets: int) -> list[float]:
+    """The penalty of each target."""
+    name, alpha = type(model).__name__, _array(model.alpha)
+    if isinstance(model, Ridge) and np.ndim(alpha) == 1:
+        if len(alpha) != targets:
+            raise ValueError(f"{name}: alpha: expected a number or {targets}, one for each target, got {len(alpha)}")
+        return [_gate.nonnegative(name, "alpha", float(one)) for one in alpha]
+    return [_gate.nonnegative(name, "alpha", alpha)] * targets

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from secant.kernels.blocks import reference
 
 import block_matrices as bm
+from secant.kernels.blocks import reference
 
 SIZES = [1, 2, 3, 7, 16, 64]
 EVERY = [pytest.param(n, marks=[] if n in SIZES else pytest.mark.slow) for n in range(1, 65)]

@@ -22,8 +22,9 @@ from hvp_oracle import (
     unit,
     value_grad_bounds,
 )
-from secant.kernels.hvp import LOSSES, reference
 from torch import Tensor
+
+from secant.kernels.hvp import LOSSES, reference
 
 
 def run(backend: Any, name: str, args: tuple, shapes: list[tuple], device: str | torch.device = "cpu") -> list[Tensor]:

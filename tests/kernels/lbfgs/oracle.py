@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import torch
-from secant.kernels.lbfgs import reference
 from torch import Tensor
+
+from secant.kernels.lbfgs import reference
 
 VECTORS = (torch.float32, torch.float64)
 RINGS = (torch.float32, torch.float64, torch.bfloat16)

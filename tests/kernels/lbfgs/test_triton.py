@@ -9,9 +9,8 @@ import triton_runner
 
 pytest.importorskip("triton")
 
-from secant.kernels.lbfgs import triton as backend
-
 import triton_cases
+from secant.kernels.lbfgs import triton as backend
 
 test_cpu, test_cuda = triton_runner.make_tests(triton_cases)
 
