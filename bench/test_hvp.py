@@ -21,7 +21,7 @@ from secant.benchmarks.hvp import Case, Problem
 DEVICE = torch.device(os.environ.get("SECANT_BENCH_DEVICE", "cpu"))
 QUICK = os.environ.get("SECANT_BENCH_QUICK", "0") == "1"
 SECONDS, ROUNDS, WARM_UP = (0.0, 3, 1) if QUICK else (1.0, 5, 1)
-CASES = hvp.small_cases() if QUICK else hvp.cases(DEVICE)
+CASES = hvp.small_cases(DEVICE) if QUICK else hvp.cases(DEVICE)
 
 
 class Group:

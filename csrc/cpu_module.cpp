@@ -161,18 +161,22 @@ void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a
   isa().blocks->function[arithmetic](c);
 }
 
-// x: rows x_row apart or, where there is crow, the values of sparse ones.
-void hvp_rows(int type, int op, int64_t n, int64_t d, uintptr_t x, int64_t x_row, uintptr_t crow, uintptr_t col,
-              bool wide_index, int64_t k, bool intercept, uintptr_t v, uintptr_t row, uintptr_t sample_weight,
-              double l2, int loss, double delta, uintptr_t out, uintptr_t value, uintptr_t row_out, int threads) {
+// x: rows x_row apart or, where there is crow, the values of sparse ones: then it returns the first row that is wrong,
+// -1 if there is none.
+int64_t hvp_rows(int type, int op, int64_t n, int64_t d, uintptr_t x, int64_t x_row, uintptr_t crow, uintptr_t col,
+                 bool wide_crow, bool wide_col, int64_t entries, int64_t k, bool intercept, uintptr_t v, uintptr_t row,
+                 uintptr_t sample_weight, double l2, int loss, double delta, uintptr_t out, uintptr_t value,
+                 uintptr_t row_out, int threads) {
   secant::HvpRows c{};
   c.op = op, c.n = n, c.d = d, c.x = ptr(x), c.x_row = x_row;
-  c.crow = ptr(crow), c.col = ptr(col), c.wide_index = wide_index;
+  c.crow = ptr(crow), c.col = ptr(col), c.wide_crow = wide_crow, c.wide_col = wide_col, c.entries = entries;
   c.k = k, c.intercept = intercept, c.v = ptr(v), c.row = ptr(row), c.sample_weight = ptr(sample_weight);
   c.l2 = l2, c.loss = loss, c.delta = delta;
   c.out = ptr(out), c.value = ptr<double>(value), c.row_out = ptr(row_out), c.threads = threads;
   py::gil_scoped_release release;
-  (c.crow == nullptr ? isa().hvp->rows : isa().hvp->sparse)[type](c);
+  if (c.crow != nullptr) return isa().hvp->sparse[type](c);
+  isa().hvp->rows[type](c);
+  return -1;
 }
 
 void hvp_cross_entropy(int type, int64_t rows, int64_t size, uintptr_t logits, int64_t logits_row, uintptr_t u,

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <utility>
 
@@ -20,6 +21,9 @@ inline int max_threads() {
 #endif
 }
 
+// Leaves a thread whose team has lost a member: what that one threw is what the caller gets.
+struct Abandoned {};
+
 // Meets `size` threads. It spins for about as long as a pass over a small history takes and then yields: the barrier of
 // libgomp spins for some 20 ms before it sleeps, which a machine with other work to do pays in full at every pass.
 class Barrier {
@@ -32,6 +36,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (broken_.load(std::memory_order_acquire)) throw Abandoned{};
       if (spins < 2000) {
         pause();
       } else {
@@ -39,6 +44,8 @@ class Barrier {
       }
     }
   }
+  // A thread will not come: those that wait, now or later, are let go.
+  void abandon() { broken_.store(true, std::memory_order_release); }
 
  private:
   static void pause() {
@@ -47,6 +54,7 @@ class Barrier {
 #endif
   }
   std::atomic<int> arrived_{0}, turn_{0};
+  std::atomic<bool> broken_{false};
 };
 
 // A team runs one function on every thread, work(team); a team of one is the calling thread alone.
@@ -65,13 +73,26 @@ struct Team {
   }
 };
 
+// What a thread throws (out of memory, say) ends the work of the team and is thrown to the caller: an exception that
+// left an OpenMP region would end the process.
 template <class F>
 void run_team(int threads, const F& work) {
 #ifdef _OPENMP
   if (threads > 1) {
     Barrier meet;
+    std::atomic_flag taken = ATOMIC_FLAG_INIT;
+    std::exception_ptr thrown;
 #pragma omp parallel num_threads(threads)
-    work(Team{omp_get_thread_num(), omp_get_num_threads(), &meet});
+    {
+      try {
+        work(Team{omp_get_thread_num(), omp_get_num_threads(), &meet});
+      } catch (const Abandoned&) {
+      } catch (...) {
+        if (!taken.test_and_set()) thrown = std::current_exception();
+        meet.abandon();
+      }
+    }
+    if (thrown) std::rethrow_exception(thrown);
     return;
   }
 #endif

@@ -26,10 +26,11 @@ struct HvpRows {
   double* value;     // of the objective
   void* row_out;     // weights or probabilities
   int threads;       // 0: as many as pay off
-  // Sparse rows: `x` holds the values; null for dense ones.
+  // Sparse rows: `x` holds the values, `entries` of them; null for dense ones. Of the indices nothing is known.
   const void* crow;
   const void* col;
-  bool wide_index;  // int64, else int32
+  bool wide_crow, wide_col;  // int64, else int32
+  int64_t entries;
 };
 
 struct HvpCrossEntropy {
@@ -43,10 +44,11 @@ struct HvpCrossEntropy {
   int threads;
 };
 
-// One entry per storage type: float32 (0), float64 (1), bfloat16 (2), float16 (3).
+// One entry per storage type: float32 (0), float64 (1), bfloat16 (2), float16 (3). `sparse` returns the first row whose
+// pointers or columns are out of range, and has then written nothing but `row_out`; else -1.
 struct HvpCpu {
   void (*rows[4])(const HvpRows&);
-  void (*sparse[2])(const HvpRows&);
+  int64_t (*sparse[2])(const HvpRows&);
   void (*cross_entropy[4])(const HvpCrossEntropy&);
 };
 

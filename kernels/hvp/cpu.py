@@ -10,13 +10,14 @@ import torch
 from secant.kernels._cpu_support import address, shortcut
 from secant.kernels._cpu_support import available as available
 from secant.kernels._cpu_support import extension as _cpu
-from secant.kernels.hvp import LOSSES
+from secant.kernels.hvp import LOSSES, rows
 from torch import Tensor
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 #: Whether x may be a torch.sparse_csr tensor.
 SPARSE_ROWS = True
-_GLM_HVP, _GLM_VALUE_GRAD, _SOFTMAX_HVP, _SOFTMAX_VALUE_GRAD = range(4)
+_NAMES = ("glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad")
+_GLM_HVP, _GLM_VALUE_GRAD, _SOFTMAX_HVP, _SOFTMAX_VALUE_GRAD = range(len(_NAMES))
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -43,15 +44,17 @@ def _rows(
     """A pass over the rows of x, dense or sparse: see struct HvpRows."""
     n, d = x.shape
     if x.layout is torch.sparse_csr:
-        crow, col, entries = x.crow_indices().contiguous(), x.col_indices().contiguous(), x.values().contiguous()
-        stride, wide_index = 0, crow.dtype is torch.int64
+        crow, col, stored = rows.parts(_NAMES[op], "x", x)
+        stride, wide, entries = 0, (crow.dtype is torch.int64, col.dtype is torch.int64), len(col)
     else:
-        crow, col, entries, stride, wide_index = None, None, x, x.stride(0), False
-    _cpu.hvp_rows(
-        _TYPES[x.dtype], op, n, d, entries.data_ptr(), stride, address(crow), address(col), wide_index,
+        crow, col, stored, stride, wide, entries = None, None, x, x.stride(0), (False, False), 0
+    wrong = _cpu.hvp_rows(
+        _TYPES[x.dtype], op, n, d, stored.data_ptr(), stride, address(crow), address(col), *wide, entries,
         v.shape[1] if v.dim() == 2 else 1, v.shape[0] > d, v.data_ptr(), row.data_ptr(), address(sample_weight), l2,
         LOSSES.index(loss), delta, out.data_ptr(), address(value), address(row_out), threads,
     )  # fmt: skip
+    if wrong >= 0:
+        raise rows.bad_row(_NAMES[op], "x", x, wrong)
 
 
 #: glm_plain(op, x, v, row, sample_weight, l2, intercept, loss, delta, out, value, row_out) -> bool: `glm_hvp` (op 0,

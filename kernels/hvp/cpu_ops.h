@@ -11,8 +11,8 @@ void dense_f32(const secant::HvpRows& c);  // cpu_dense.cpp
 void dense_f64(const secant::HvpRows& c);
 void dense_bf16(const secant::HvpRows& c);
 void dense_f16(const secant::HvpRows& c);
-void sparse_f32(const secant::HvpRows& c);  // cpu_sparse.cpp
-void sparse_f64(const secant::HvpRows& c);
+int64_t sparse_f32(const secant::HvpRows& c);  // cpu_sparse.cpp
+int64_t sparse_f64(const secant::HvpRows& c);
 void cross_entropy_f32(const secant::HvpCrossEntropy& c);  // cpu_cross_entropy.cpp
 void cross_entropy_f64(const secant::HvpCrossEntropy& c);
 void cross_entropy_bf16(const secant::HvpCrossEntropy& c);

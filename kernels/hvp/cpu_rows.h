@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "buffer.h"
 #include "cpu.h"
@@ -88,8 +90,10 @@ struct RowFunction {
       } else if constexpr (Loss == secant::kLogistic) {
         const V e = exponential(-absolute<T>(x)), inverse = one / (one + e);
         const auto positive = less<T>(zero, x);
-        first = select<T>(positive, inverse, e * inverse) - t;
-        second = e * inverse * inverse;
+        const V q = e * inverse;  // of the less likely label
+        // The difference of the two large terms is taken where it is exact, so that a tail keeps its digits.
+        first = select<T>(positive, (one - t) - q, q - t);
+        second = q * inverse;
         value = select<T>(positive, (one - t) * x, -t * x) + log1p_unit(e);
       } else if constexpr (Loss == secant::kGamma) {
         second = times_exponential(t, -x), first = one - second, value = second + x;
@@ -104,7 +108,7 @@ struct RowFunction {
         const auto outer = less<T>(delta, size);
         const V limit = select<T>(less<T>(zero, d), delta, -delta);
         first = select<T>(outer, limit, d);
-        second = select<T>(outer, zero, one);
+        second = select<T>(outer, zero, one + (d - d));  // NaN stays
         value = select<T>(outer, delta * (size - T(0.5) * delta), d * d * T(0.5));
       }
       if (weights != nullptr) {
@@ -162,6 +166,12 @@ struct RowFunction {
     });
   }
 
+  static SECANT_INLINE vec<T> lane_numbers() {
+    vec<T> x;
+    for (int l = 0; l < kLanes<T>; ++l) x[l] = static_cast<T>(l);
+    return x;
+  }
+
   T weight_of(int64_t i) const { return weights == nullptr ? T(1) : weights[i]; }
 
   double softmax_losses(int64_t i, int64_t rows, T* z) const {
@@ -170,26 +180,32 @@ struct RowFunction {
       T* y = z + r * layout.width;
       T* p = static_cast<T*>(c.row_out) + (i + r) * layout.k;
       const int64_t target = static_cast<const int64_t*>(c.row)[i + r];
+      const bool known = target >= 0 && target < layout.k;  // else the row is NaN, and so are value and gradient
       T high = y[0];
       for (int64_t j = 1; j < layout.k; ++j) high = y[j] > high || y[j] != y[j] ? y[j] : high;
-      const T at_target = y[target];
-      vec<T> sum = {};
+      const T at_target = known ? y[target] : std::numeric_limits<T>::quiet_NaN();
+      vec<T> sum = {};  // of the other classes
       for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
         const int64_t count = layout.k - j;
         const vec<T> e = exponential(load_some(y + j, count) - high);
         store_some(p + j, e, count);
-        sum += load_some(p + j, count);  // lanes beyond the row are zero again
+        // Lanes beyond the row are zero again.
+        sum +=
+            select<T>(equal<T>(lane_numbers(), splat(static_cast<T>(target - j))), vec<T>{}, load_some(p + j, count));
       }
-      const T whole = sum_lanes<T>(sum), inverse = T(1) / whole, w = weight_of(i + r);
+      const T own = known ? p[target] : T(0), others = sum_lanes<T>(sum);
+      const T inverse = T(1) / (own + others), w = known ? weight_of(i + r) : at_target;
       for (int64_t j = 0; j < layout.k; j += kLanes<T>) {
         const int64_t count = layout.k - j;
         const vec<T> q = load_some(p + j, count) * inverse;
         store_some(p + j, q, count);
         store_some(y + j, q * w, count);
       }
-      y[target] -= w;
-      total +=
-          static_cast<double>(w) * (static_cast<double>(std::log(whole)) + (static_cast<double>(high) - at_target));
+      // p - 1 of the target is minus the sum of the other probabilities, and the sum of exponentials may be 1 and a
+      // little: its logarithm is that of what it has above 1.
+      if (known) y[target] = -w * (others * inverse);
+      const double log_sum = std::log1p((static_cast<double>(own) - 1) + static_cast<double>(others));
+      total += static_cast<double>(w) * (log_sum + (static_cast<double>(high) - at_target));
     }
     return total;
   }
@@ -228,7 +244,7 @@ void add_up(const HvpRows& c, const Layout& layout, const double* sums, int64_t 
   const auto [begin, end] = team.share(c.d, 64);
   for (int64_t j = begin; j < end; ++j) {
     for (int64_t k = 0; k < c.k; ++k) {
-      double s = c.l2 * static_cast<double>(v[j * c.k + k]);
+      double s = c.l2 == 0 ? 0 : c.l2 * static_cast<double>(v[j * c.k + k]);
       for (int t = 0; t < team.size; ++t) s += sums[t * stride + layout.at(j, k)];
       out[j * c.k + k] = static_cast<T>(s);
     }
@@ -242,7 +258,7 @@ void add_up(const HvpRows& c, const Layout& layout, const double* sums, int64_t 
   if (c.value == nullptr) return;
   double losses = 0, squares = 0;
   for (int t = 0; t < team.size; ++t) losses += sums[t * stride + stride - 1];
-  for (int64_t j = 0; j < c.d * c.k; ++j) squares += static_cast<double>(v[j]) * static_cast<double>(v[j]);
+  for (int64_t j = 0; c.l2 != 0 && j < c.d * c.k; ++j) squares += static_cast<double>(v[j]) * static_cast<double>(v[j]);
   *c.value = losses + c.l2 / 2 * squares;
 }
 

@@ -140,7 +140,7 @@ SECANT_DEVICE void loss_of(int loss, C z, C t, double number, C& value, C& slope
     const bool inner = size <= delta;
     value = inner ? C(0.5) * e * e : delta * (size - C(0.5) * delta);
     slope = inner ? e : (e > C(0) ? delta : (e < C(0) ? -delta : e));  // NaN stays
-    curvature = inner ? C(1) : C(0);
+    curvature = inner ? C(1) : (e != e ? e : C(0));
   }
 }
 
@@ -196,7 +196,7 @@ SECANT_DEVICE double softmax_row(const OfX& a, i64 row, C* z, int rank, int size
     for (int c = rank; c < a.k; c += size) z[c] = s * p[c] * (z[c] - mean);
     return 0.0;
   }
-  const int target = int(reinterpret_cast<const i64*>(a.target)[row]);
+  const i64 target = reinterpret_cast<const i64*>(a.target)[row];
   C largest = -infinity<C>(), logit = C(0), own = C(0), others = C(0);
   SECANT_LOOP
   for (int c = rank; c < a.k; c += size) largest = z[c] > largest || z[c] != z[c] ? z[c] : largest;
@@ -216,15 +216,18 @@ SECANT_DEVICE double softmax_row(const OfX& a, i64 row, C* z, int rank, int size
   own = lanes_sum(own, size);
   others = lanes_sum(others, size);
   const C scale = C(1) / (own + others);
+  // No class: the row is NaN, and so are value and gradient.
+  const C factor = target >= 0 && target < a.k ? s : infinity<C>() - infinity<C>();
   SECANT_LOOP
   for (int c = rank; c < a.k; c += size) {
     const C e = z[c];
     p[c] = e * scale;
     // p - 1 of the target is minus the sum of the other probabilities, which does not cancel.
-    z[c] = s * (c == target ? -others * scale : e * scale);
+    z[c] = factor * (c == target ? -others * scale : e * scale);
   }
-  // The sum of exponentials may be 1 and a little: its logarithm in float64.
-  return double(s) * (log(double(own) + double(others)) + double(largest - logit));
+  // The logarithm of a sum that begins with one is that of the rest, in float64: small ones keep their digits.
+  const double rest = double(others), log_sum = own == C(1) ? log1p(rest) : log(double(own) + rest);
+  return double(factor) * (log_sum + double(largest - logit));
 }
 
 // ---------------------------------------------------------------------------------------------------- functions of X
@@ -571,7 +574,7 @@ SECANT_DEVICE void finish(const OfX& a, unsigned char* memory) {
   SECANT_LOOP
   for (int w = 1; w < kWarps; ++w) total += board[w * 32 + lane];
   const i64 row = entry % a.length, at = row * a.k + entry / a.length;
-  if (row < a.d) total += a.l2 * double(v[at]);
+  if (row < a.d && a.l2 != 0.0) total += a.l2 * double(v[at]);
   reinterpret_cast<C*>(a.out)[at] = C(total);
 }
 

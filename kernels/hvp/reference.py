@@ -7,10 +7,11 @@ public functions of `secant.ops.hvp` check and allocate; what arrives here is va
   between rows free; for a backend with `SPARSE_ROWS = True` also torch.sparse_csr of float32 or float64, its indices
   int32 or int64. C is float64 for T = float64, else float32; it is the dtype of the arithmetic and of every other
   real tensor but `value`. All but `x`, `logits`, `u` and the factors of `paired_matmul` are contiguous. Indices are
-  64-bit.
+  64-bit. The indices of sparse rows may hold anything, and the two arrays of them may be of different widths.
 * `v`, `coef`, `grad` and `out` have d rows, or d + 1: then the last belongs to an implicit column of ones in `x`, the
   intercept, and the l2 term leaves it out.
-* `weight` and `sample_weight` are (N,); the latter may be None, for ones. `l2` is a number >= 0.
+* `weight` and `sample_weight` are (N,); the latter may be None, for ones. `l2` is a number >= 0; with 0 there is no
+  penalty, whatever it would multiply.
 * `value` is a scalar of float64, summed in float64.
 * Outputs are written whole; none overlaps an input.
 
@@ -35,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from secant.kernels.hvp import rows as sparse
 from torch import Tensor
 
 #: Whether x may be a torch.sparse_csr tensor.
@@ -52,9 +54,9 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _chunks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(op: str, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if x.layout is torch.sparse_csr:
-        yield slice(None), x.double()
+        yield slice(None), sparse.checked(op, "x", x).double()
         return
     step = max(1, _CHUNK // x.shape[1])
     for start in range(0, x.shape[0], step):
@@ -77,9 +79,15 @@ def _add_gradient(total: Tensor, x: Tensor, r: Tensor) -> None:
 
 
 def _penalized(v: Tensor, d: int, l2: float) -> Tensor:
+    if l2 == 0:
+        return torch.zeros_like(v)  # no penalty, whatever v is
     p = l2 * v
     p[d:] = 0
     return p
+
+
+def _penalty(v: Tensor, d: int, l2: float) -> Tensor:
+    return l2 / 2 * (v[:d] ** 2).sum() if l2 else v.new_zeros(())
 
 
 def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float, out: Tensor) -> None:
@@ -90,7 +98,7 @@ def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float, out: Tensor) -> Non
     """
     wide = v.double()
     total = _penalized(wide, x.shape[1], l2)
-    for rows, part in _chunks(x):
+    for rows, part in _chunks("glm_hvp", x):
         _add_gradient(total, part, weight[rows, None].double() * _logits(part, wide))
     out.copy_(total)
 
@@ -102,10 +110,10 @@ def losses(z: Tensor, t: Tensor, loss: str, delta: float) -> tuple[Tensor, Tenso
         return r * r / 2, r, torch.ones_like(z)
     if loss == "logistic":
         e = torch.exp(-z.abs())
-        p = torch.where(z >= 0, 1, e) / (1 + e)
-        # max(z, 0) - t z without the cancellation at large z: each side of zero has its own product.
+        q = e / (1 + e)  # of the less likely label
+        # max(z, 0) - t z without the cancellation at large z, and p - t: each side of zero has its own difference.
         value = torch.where(z >= 0, (1 - t) * z, -t * z) + torch.log1p(e)
-        return value, p - t, e / (1 + e) ** 2
+        return value, torch.where(z >= 0, (1 - t) - q, q - t), q / (1 + e)
     if loss == "poisson":
         m = torch.exp(z)
         return m - t * z, m - t, m
@@ -119,7 +127,7 @@ def losses(z: Tensor, t: Tensor, loss: str, delta: float) -> tuple[Tensor, Tenso
     r = z - t
     inner = r.abs() <= delta
     value = torch.where(inner, r * r / 2, delta * (r.abs() - delta / 2))
-    return value, r.clamp(-delta, delta), inner.to(z.dtype)
+    return value, r.clamp(-delta, delta), torch.where(inner, 1, torch.where(r.isnan(), r, 0))
 
 
 def glm_value_grad(
@@ -138,8 +146,9 @@ def glm_value_grad(
 
     loss: "squared" (z - t)^2 / 2; "logistic" log(1 + e^z) - t z; "poisson" e^z - t z; "huber" r^2 / 2 for
     |r| <= delta, else delta (|r| - delta / 2), r = z - t; "gamma" t e^-z + z; "tweedie" e^((2-p) z) / (2-p) -
-    t e^((1-p) z) / (1-p), p the power. "logistic" is finite for every finite z. A target of
-    zero makes its term of "gamma" and "tweedie" zero for every z.
+    t e^((1-p) z) / (1-p), p the power. "logistic" is finite for every finite z, and keeps its digits where z is large:
+    its value, gradient and weight have small relative errors on either side. A target of zero makes its term of
+    "gamma" and "tweedie" zero for every z. A row whose z or target is NaN has a NaN for each result that depends on it.
 
     Args:
         x: (N, d). target: (N,). coef: (d,). loss: of `LOSSES`. delta: the number of the loss: > 0 for "huber", the
@@ -148,8 +157,8 @@ def glm_value_grad(
     """
     wide = coef.double()
     total = _penalized(wide, x.shape[1], l2)
-    sum_ = (total * wide).sum() / 2
-    for rows, part in _chunks(x):
+    sum_ = _penalty(wide, x.shape[1], l2)
+    for rows, part in _chunks("glm_value_grad", x):
         parts = losses(_logits(part, wide), target[rows].double(), loss, delta)
         if sample_weight is not None:
             parts = tuple(sample_weight[rows].double() * p for p in parts)
@@ -170,7 +179,7 @@ def softmax_hvp(x: Tensor, v: Tensor, probs: Tensor, sample_weight: Tensor | Non
     """
     wide = v.double()
     total = _penalized(wide, x.shape[1], l2)
-    for rows, part in _chunks(x):
+    for rows, part in _chunks("softmax_hvp", x):
         z, p = _logits(part, wide), probs[rows].double()
         r = p * (z - (p * z).sum(-1, keepdim=True))
         _add_gradient(total, part, r if sample_weight is None else sample_weight[rows, None].double() * r)
@@ -189,18 +198,28 @@ def softmax_value_grad(
 ) -> None:
     """Value, gradient and probabilities of sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2, Z = X coef.
 
+    A target that is no class makes `value` and `grad` NaN, whatever its weight; nothing is read or written for it.
+
     Args:
         x: (N, d). target: (N,), int64 in 0..K-1. coef: (d, K). sample_weight: (N,) or None. l2: number.
         value: scalar of float64. grad: (d, K). probs: (N, K), receives softmax(Z).
     """
     wide = coef.double()
     total = _penalized(wide, x.shape[1], l2)
-    sum_ = (total * wide).sum() / 2
-    for rows, part in _chunks(x):
-        z, index = _logits(part, wide), target[rows, None]
-        log_p = torch.log_softmax(z, -1)
-        p = log_p.exp()
-        terms, r = -log_p.gather(1, index), p.scatter_add(1, index, torch.full_like(p, -1))
+    sum_ = _penalty(wide, x.shape[1], l2)
+    for rows, part in _chunks("softmax_value_grad", x):
+        z, t = _logits(part, wide), target[rows, None]
+        known = (t >= 0) & (t < z.shape[1])
+        hot = t == torch.arange(z.shape[1], device=z.device)
+        high = z.max(-1, keepdim=True).values
+        e = torch.exp(z - high)
+        own, others = (torch.where(where, e, 0).sum(-1, keepdim=True) for where in (hot, ~hot))
+        p = e / (own + others)
+        # p - 1 of the target is minus the sum of the other probabilities, and the sum of exponentials may be 1 and a
+        # little: its logarithm is that of what it has above 1.
+        r = torch.where(hot, -others / (own + others), p)
+        terms = torch.log1p((own - 1) + others) + (high - torch.where(hot, z, 0).sum(-1, keepdim=True))
+        terms, r = (torch.where(known, y, torch.nan) for y in (terms, r))
         if sample_weight is not None:
             terms, r = sample_weight[rows, None].double() * terms, sample_weight[rows, None].double() * r
         sum_ = sum_ + terms.sum()
@@ -217,7 +236,7 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, lse: Tensor | None, out: Tensor
         logits: (R, V), T, inner stride 1, the stride between rows free. u: as logits. lse: (R,) of C, the log-sum-exp
             of each row, or None. out: (R, V), T, contiguous.
     """
-    for rows, part in _chunks(logits):
+    for rows, part in _chunks("cross_entropy_hvp", logits):
         log_sum = torch.logsumexp(part, -1) if lse is None else lse[rows].double()
         p, wide = torch.exp(part - log_sum[:, None]), u[rows].double()
         out[rows] = (p * (wide - (p * wide).sum(-1, keepdim=True))).to(out.dtype)

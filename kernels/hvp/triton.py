@@ -119,7 +119,7 @@ def _loss(z, t, number, LOSS: tl.constexpr):
         inner = size <= delta
         outer = tl.where(e > 0, delta, tl.where(e < 0, -delta, e))  # NaN stays
         loss = tl.where(inner, 0.5 * e * e, delta * (size - 0.5 * delta))
-        return loss, tl.where(inner, e, outer), tl.where(inner, 1.0, 0.0).to(z.dtype)
+        return loss, tl.where(inner, e, outer), tl.where(inner, 1.0, tl.where(e != e, e, 0.0)).to(z.dtype)
 
 
 @triton.jit
@@ -155,7 +155,10 @@ def _softmax_rows(z, row, c, live, k, sample_weight, target, probs, OP: tl.const
         p = tl.load(probs + at, mask=inside, other=0.0)
         return s[:, None] * p * (z - tl.sum(p * z, axis=1)[:, None]), tl.zeros([z.shape[0]], tl.float64)
     else:
-        hot = inside & (c[None, :] == tl.load(target + row, mask=live, other=0)[:, None])
+        t = tl.load(target + row, mask=live, other=0)
+        known = (t >= 0) & (t < k)
+        s = tl.where(known, s, float("nan"))  # no class: the row is NaN, and so are value and gradient
+        hot = inside & (c[None, :] == t[:, None])
         largest = tl.max(tl.where(inside | ~live[:, None], z, -float("inf")), axis=1)
         e = tl.where(inside, tl.exp(z - largest[:, None]), 0.0)
         own = tl.sum(tl.where(hot, e, 0.0), axis=1)
@@ -165,10 +168,11 @@ def _softmax_rows(z, row, c, live, k, sample_weight, target, probs, OP: tl.const
         tl.store(probs + at, p, mask=inside)
         # p - 1 of the target is minus the sum of the other probabilities, which does not cancel.
         r = s[:, None] * tl.where(hot, -(others * scale)[:, None], p)
-        # The sum of exponentials may be 1 and a little: its logarithm in float64.
-        total = tl.where(live, own.to(tl.float64) + others.to(tl.float64), 1.0)
+        # The sum of exponentials may be 1 and a little: its logarithm in float64, of what it has above 1.
+        above = tl.where(live, (own.to(tl.float64) - 1.0) + others.to(tl.float64), 0.0)
+        log_sum = tl.where(above <= 1.0, _log1p(tl.minimum(above, 1.0)), tl.log(1.0 + above))
         below = largest - tl.sum(tl.where(hot, z, 0.0), axis=1)
-        return r, tl.where(live, s.to(tl.float64) * (tl.log(total) + below.to(tl.float64)), 0.0)
+        return r, tl.where(live, s.to(tl.float64) * (log_sum + below.to(tl.float64)), 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -297,7 +301,7 @@ def _finish(
         acc += tl.load(partial + part.to(tl.int64)[:, None] * size + entry[None, :], mask=mask, other=0.0)
     row = entry % length
     at = row * k + entry // length
-    penalty = l2 * tl.load(v + at, mask=(entry < size) & (row < d), other=0.0).to(tl.float64)
+    penalty = l2 * tl.load(v + at, mask=(entry < size) & (row < d) & (l2 != 0.0), other=0.0).to(tl.float64)
     total = tl.sum(acc, axis=0) + penalty
     tl.store(out + at, total.to(out.dtype.element_ty), mask=entry < size)
     if value is not None:

@@ -14,11 +14,11 @@ from secant.benchmarks import hvp, report
 from secant.benchmarks.hvp import READ, Case, Problem, Row, contenders, measure
 
 CPU = torch.device("cpu")
-CASES = hvp.small_cases()
+CASES = hvp.small_cases(CPU)
 
 
 def named(case):
-    return f"{case.op} {case.k}"
+    return f"{case.op} {case.k}{' sparse' * bool(case.entries)}"
 
 
 def test_bytes_count_x_once():
@@ -26,13 +26,14 @@ def test_bytes_count_x_once():
     assert Case("glm_hvp", 10, 3, 1, torch.bfloat16).bytes == 30 * 2 + (10 + 6) * 4
     assert Case("softmax_hvp", 10, 3, 5).bytes == (30 + 50 + 30) * 4
     assert Case("cross_entropy_hvp", 10, 3).bytes == 90 * 4
+    assert Case("glm_hvp", 10, 30, 2, entries=4).bytes == 10 * (4 * 8 + 4) + (10 + 120) * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_every_contender_is_right(case, dtype):
-    if dtype is torch.bfloat16 and case.op not in ("glm_hvp", "cross_entropy_hvp"):
-        pytest.skip("peers take X of one dtype")
+    if dtype is torch.bfloat16 and (case.entries or case.op not in ("glm_hvp", "cross_entropy_hvp")):
+        pytest.skip("peers take X of one dtype, sparse rows are of float32 or float64")
     case = case._replace(dtype=dtype)
     problem = Problem(case, CPU)
     found = contenders(problem, compiled=False, reference=True)

@@ -298,3 +298,81 @@ def test_the_shortcut_leaves_everything_else_to_the_gate():
         assert not cpu.glm_plain(1, x, v, w, more[0], 0.0, False, 0, 1.0, out, *more[1:])
     assert torch.equal(out, torch.full((4,), 7.0))
     torch.testing.assert_close(glm_hvp(torch._neg_view(-x), torch._neg_view(-v), torch._neg_view(-w)), glm_hvp(x, v, w))
+
+
+OPS = torch.ops.secant
+value_of, grad_of = torch.empty((), dtype=torch.float64), torch.empty(4, 3)
+#: Calls of the registered ops by themselves, each with one argument that no kernel may see.
+DIRECT = {
+    "glm_hvp: weight": (w[:5],),
+    "glm_hvp: v": (coef[:3],),
+    "glm_hvp: out": (torch.empty(4, 2),),
+    "softmax_hvp: probs": (probs[:, :2],),
+    "softmax_value_grad: target": (classes[:5], classes.int()),
+    "softmax_value_grad: probs": (torch.empty(6, 2), torch.empty(5, 3), torch.empty(6, 3).double()),
+    "softmax_value_grad: value": (torch.empty(()), torch.empty(1).double()),
+    "glm_value_grad: coef": (v[:2], torch.empty(6), coef),
+    "cross_entropy_hvp: u": (x[:5], x.double(), x[:, :2]),
+    "cross_entropy_hvp: lse": (w[:3], w.double()),
+    "paired_matmul: bias": (v,),
+    "paired_matmul: e": (a,),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_registered_ops_check_what_a_kernel_trusts(name):
+    op, argument = name.split(": ")
+    right = {
+        "glm_hvp": {"x": x, "v": coef, "weight": w, "l2": 0.1, "out": torch.empty(4, 3)},
+        "glm_value_grad": {
+            "x": x, "target": w, "coef": v, "loss": "huber", "delta": 1.0, "sample_weight": w, "l2": 0.1,
+            "value": value_of, "grad": torch.empty(4), "weight": torch.empty(6),
+        },
+        "softmax_hvp": {"x": x, "v": coef, "probs": probs, "sample_weight": None, "l2": 0.1, "out": torch.empty(4, 3)},
+        "softmax_value_grad": {
+            "x": x, "target": classes, "coef": coef, "sample_weight": None, "l2": 0.1, "value": value_of,
+            "grad": grad_of, "probs": torch.empty(6, 3),
+        },
+        "cross_entropy_hvp": {"logits": x, "u": x, "lse": w, "out": torch.empty(6, 4)},
+        "paired_matmul": {
+            "a": a, "b": b, "c": a, "e": b, "bias": v[:2], "scale": None, "p": None, "q": None, "out": full,
+        },
+    }[op]  # fmt: skip
+    getattr(OPS, op)(*right.values())
+    for wrong in DIRECT[name]:
+        with pytest.raises(ValueError, match=rf"{op}: {argument}: expected"):
+            getattr(OPS, op)(*(right | {argument: wrong}).values())
+
+
+def test_registered_ops_write_results_of_any_strides():
+    turned = torch.full((3, 4), torch.nan).mT
+    OPS.glm_hvp(x, coef, w, 0.1, turned)
+    assert torch.equal(turned, glm_hvp(x, coef, w, l2=0.1))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**32 + 1, -(2**63)])
+@pytest.mark.parametrize("how", ["aot_eager", "op", "vmap", "by x"])
+def test_a_class_out_of_range_where_nobody_looks(wrong, how):
+    """In a compiled graph, in the registered op, under vmap: value and gradient are NaN."""
+    bad = classes.clone()
+    bad[2] = wrong
+    with pytest.raises(ValueError, match=r"softmax_value_grad: target: expected classes in 0\.\.2"):
+        softmax_value_grad(x, bad, coef)
+    if how == "op":
+        value, grad, p = torch.zeros((), dtype=torch.float64), torch.zeros(4, 3), torch.zeros(6, 3)
+        OPS.softmax_value_grad(x, bad, coef, None, 0.1, value, grad, p)
+    elif how == "vmap":
+        both = torch.stack((classes, bad))
+        values, grads, ps = torch.vmap(lambda t: softmax_value_grad(x, t, coef))(both)
+        right = softmax_value_grad(x, classes, coef)
+        for got, expected in zip((values[0], grads[0], ps[0]), right, strict=True):
+            torch.testing.assert_close(got, expected)
+        value, grad, p = values[1], grads[1], ps[1]
+    else:
+        torch.compiler.reset()
+        at = x.clone().requires_grad_() if how == "by x" else x
+        compiled = torch.compile(lambda t: softmax_value_grad(at, t, coef), backend="aot_eager")
+        value, grad, p = compiled(bad)
+    assert value.isnan()
+    assert grad.isnan().all()
+    torch.testing.assert_close(p, torch.softmax(x @ coef, -1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,13 +36,17 @@ Call = Callable[[], Answer]
 
 
 class Case(NamedTuple):
-    """What is computed: op; N rows of d features (cross entropy: of d logits), k vectors or classes."""
+    """What is computed: op; N rows of d features (cross entropy: of d logits), k vectors or classes.
+
+    entries: those of a sparse row, as many for each, whose indices the call checks; 0 for dense rows.
+    """
 
     op: str
     n: int
     d: int
     k: int = 1
     dtype: torch.dtype = torch.float32
+    entries: int = 0
 
     @property
     def compute(self) -> torch.dtype:
@@ -50,7 +55,9 @@ class Case(NamedTuple):
 
     @property
     def matrix_bytes(self) -> int:
-        """Of X, or of the logits."""
+        """Of X, or of the logits. A sparse row has its entries, their columns and a pointer, int32."""
+        if self.entries:
+            return self.n * (self.entries * (self.dtype.itemsize + 4) + 4)
         return self.n * self.d * self.dtype.itemsize
 
     @property
@@ -72,13 +79,13 @@ class Case(NamedTuple):
         if self.op == "cross_entropy_hvp":
             return 6 * self.n * self.d
         row = {"glm_hvp": self.k, "glm_value_grad": 10, "softmax_hvp": 4 * self.k}[self.op]
-        return 4 * self.n * self.d * self.k + row * self.n
+        return 4 * self.n * (self.entries or self.d) * self.k + row * self.n
 
     @property
     def label(self) -> str:
         """For tables."""
         extra = {"glm_hvp": f", k = {self.k}", "softmax_hvp": f", {self.k} classes"}.get(self.op, "")
-        return f"{self.op} {self.n:,} x {self.d:,}{extra}"
+        return f"{self.op} {self.n:,} x {self.d:,}{extra}" + (f", {self.entries} entries a row" if self.entries else "")
 
 
 class Problem:
@@ -91,7 +98,7 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=case.compute, device=device)
 
-        self.x = normal(case.n, case.d).to(case.dtype)
+        self.x = self._sparse(generator) if case.entries else normal(case.n, case.d).to(case.dtype)
         self.v = normal(case.d, case.k) / case.d**0.5
         self.weight = torch.rand(case.n, generator=generator, dtype=case.compute, device=device)
         self.target = (self.weight < 0.5).to(case.compute)
@@ -100,6 +107,18 @@ class Problem:
         if case.op == "cross_entropy_hvp":
             self.x *= 3
             self.u, self.lse = normal(case.n, case.d).to(case.dtype), torch.logsumexp(self.x.to(case.compute), -1)
+
+    def _sparse(self, generator: torch.Generator) -> Tensor:
+        case = self.case
+        size = case.n * case.entries
+        # A column out of each of as many ranges, so that those of a row differ and rise.
+        places = torch.rand(case.n, case.entries, generator=generator, dtype=torch.float64)
+        col = ((places + torch.arange(case.entries)) * case.d / case.entries).int().clamp(max=case.d - 1)
+        crow = torch.arange(0, size + 1, case.entries, dtype=torch.int32)
+        values = torch.randn(size, generator=generator, dtype=case.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+            return torch.sparse_csr_tensor(crow, col.view(-1), values, (case.n, case.d), check_invariants=True)
 
     @functools.cached_property
     def exact(self) -> Answer:
@@ -296,7 +315,7 @@ def measure(
                 checked[one.name, REPLAY] = (error, graph if isinstance(graph, str) else REPLAY)
                 if isinstance(graph, Timed):
                     timed[one.name, REPLAY] = graph
-    if device.type == "cpu" and machine.can_read() and case.op != "cross_entropy_hvp":
+    if device.type == "cpu" and machine.can_read() and case.op != "cross_entropy_hvp" and not case.entries:
         timed[READ, ""] = Timed([functools.partial(machine.read, 1, problems[0].x)])
     timings = interleaved(timed, clock_for(device), seconds=seconds)
 
@@ -319,18 +338,22 @@ def cases(device: torch.device) -> list[Case]:
     found += [Case("glm_hvp", 100_000, 256, 64), Case("glm_hvp", 1_000_000, 8), Case("glm_hvp", 400, 100_000)]
     found += [Case("glm_value_grad", n, d) for n, d in (*shapes, (1_000_000, 8))]
     found += [Case("softmax_hvp", 100_000, 256, 10), Case("softmax_hvp", 200_000, 784, 10)]
+    if device.type == "cpu":
+        found += [Case("glm_hvp", 200_000, 10_000, k, entries=20) for k in (1, 8)]
     rows = 16384 if device.type == "cuda" else 512
     found += [Case("cross_entropy_hvp", rows, 50304, 1, dtype) for dtype in (f32, bf16)]
     return found
 
 
-def small_cases() -> list[Case]:
+def small_cases(device: torch.device) -> list[Case]:
     """A case of each op that takes no time, to see that it runs."""
+    sparse = [Case("glm_hvp", 200, 50, 1, entries=5)] if device.type == "cpu" else []
     return [
         Case("glm_hvp", 200, 20),
         Case("glm_hvp", 200, 20, 8),
         Case("glm_value_grad", 200, 20),
         Case("softmax_hvp", 200, 20, 10),
+        *sparse,
         Case("cross_entropy_hvp", 8, 300),
     ]
 

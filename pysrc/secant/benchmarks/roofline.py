@@ -55,7 +55,7 @@ def counts(row: Mapping[str, Any]) -> tuple[float, float]:
     if "assume" in row:
         block = blocks.Case(row["op"], row["assume"], row["n"], row["batch"], dtype)
         return block.block_flops, block.block_bytes
-    product = hvp.Case(row["op"], row["n"], row["d"], row["k"], dtype)
+    product = hvp.Case(row["op"], row["n"], row["d"], row["k"], dtype, row.get("entries", 0))
     return product.flops, product.bytes
 
 

@@ -265,7 +265,7 @@ def _run_products(
 ) -> dict[str, Any]:
     first = machine.bandwidth(device)
     rows: list[hvp.Row] = []
-    cases = budget.order(hvp.small_cases() if quick else hvp.cases(device), lambda case: case.op)
+    cases = budget.order(hvp.small_cases(device) if quick else hvp.cases(device), lambda case: case.op)
     with console.progress("products") as advance:
         for i, case in enumerate(cases):
             if not budget.allows(f"{case.label}, {report.dtype_name(case.dtype)}", first=not rows):

@@ -147,7 +147,9 @@ def design(X: Any) -> Tensor:
         raise _gate.fail(OP, "X", "a CSR tensor on the CPU", f"one on {x.device}")
     if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] < 1:
         raise _gate.fail(OP, "X", "shape (N, d) with N >= 1 and d >= 1", f"shape {tuple(x.shape)}")
-    return x if x.layout is torch.sparse_csr or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    if x.layout is torch.sparse_csr:
+        return hvp.checked_rows(OP, "X", x)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def check_finite(x: Tensor) -> None:

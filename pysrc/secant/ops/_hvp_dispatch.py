@@ -60,10 +60,59 @@ def _arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+#: Shapes of the tensors of an op in its order: a letter for a size, "?" where None may stand, "-" for what is none.
+#: l is d, or d + 1 with an intercept.
+_SHAPES = {
+    "glm_hvp": ("nd", "lk", "n", "-", "lk"),
+    "glm_value_grad": ("nd", "n", "l", "-", "-", "n?", "-", "", "l", "n"),
+    "softmax_hvp": ("nd", "lk", "nk", "n?", "-", "lk"),
+    "softmax_value_grad": ("nd", "n", "lk", "n?", "-", "", "lk", "nk"),
+    "cross_entropy_hvp": ("rv", "rv", "r?", "rv"),
+    "paired_matmul": ("mk", "kn", "mp?", "pn?", "n?", "mn?", "mn?", "mn?", "mn"),
+}
+#: How many of its arguments receive results: the last ones.
+_RESULTS = {name: 3 if name.endswith("value_grad") else 1 for name in NAMES}
+
+
+def _check(name: str, args: tuple[Any, ...]) -> None:
+    """Shapes and dtypes of the contract, for who calls a registered op itself: a kernel trusts them."""
+    first = args[0]
+    wide = torch.float64 if first.dtype is torch.float64 else torch.float32
+    sizes: dict[str, int] = {}
+    for place, (shape, x) in enumerate(zip(_SHAPES[name], args, strict=True)):
+        if shape == "-" or (x is None and shape.endswith("?")):
+            continue
+        letters = shape.removesuffix("?")
+        argument = getattr(torch.ops.secant, name).default._schema.arguments[place].name
+        if argument == "value":
+            dtype = torch.float64
+        elif argument == "target" and name == "softmax_value_grad":
+            dtype = torch.int64
+        else:
+            dtype = first.dtype if place == 0 or name in ("cross_entropy_hvp", "paired_matmul") else wide
+            dtype = wide if argument == "lse" else dtype
+        if x.dtype is not dtype or x.device != first.device or x.layout is not torch.strided:
+            raise _gate.fail(name, argument, f"a dense tensor of {dtype} on {first.device}", _gate.describe(x))
+        fits = x.dim() == len(letters)
+        for letter, size in zip(letters, x.shape, strict=False):
+            known = sizes.setdefault(letter, size)
+            fits &= known == size and (size > 0 or name == "paired_matmul")
+            if letter == "l":
+                fits &= size - sizes["d"] in (0, 1)
+        if not fits:
+            expected = f"shape ({', '.join(letters)}) with {', '.join(f'{a} = {n}' for a, n in sizes.items())}"
+            raise _gate.fail(name, argument, expected, f"shape {tuple(x.shape)}")
+
+
 def _implementation(name: str) -> Any:
-    def op(first: Tensor, *args: Any) -> None:
-        backend = backends.resolve("hvp", first.device, first.dtype)
-        getattr(backend, name)(*_arguments(name, (first, *args)))
+    def op(*args: Any) -> None:
+        _check(name, args)
+        backend = backends.resolve("hvp", args[0].device, args[0].dtype)
+        laid = _arguments(name, args)
+        getattr(backend, name)(*laid)
+        for result, given in zip(laid[-_RESULTS[name] :], args[-_RESULTS[name] :], strict=True):
+            if result is not given:
+                given.copy_(result)  # a kernel writes one entry behind the other
 
     return op
 

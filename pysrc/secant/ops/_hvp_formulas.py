@@ -11,33 +11,48 @@ import math
 import torch
 from torch import Tensor
 
+from secant.ops import _hvp_products as products
 
-def _logits(x: Tensor, v: Tensor) -> Tensor:
+
+def _logits(op: str, x: Tensor, v: Tensor) -> Tensor:
     d = x.shape[1]
-    z = x.to(v.dtype) @ v[:d]
+    z = products.times(op, x, v[:d])
     return z + v[d] if len(v) > d else z
 
 
-def _product(x: Tensor, r: Tensor, v: Tensor, l2: float) -> Tensor:
+def _product(op: str, x: Tensor, r: Tensor, v: Tensor, l2: float) -> Tensor:
     d = x.shape[1]
-    g = x.to(v.dtype).mT @ r + l2 * v[:d]
+    g = products.transposed_times(op, x, r)
+    g = g + l2 * v[:d] if l2 else g
     return torch.cat((g, r.sum(0, keepdim=True))) if len(v) > d else g
 
 
 def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
     """X^T (weight * (X v)) + l2 v for v (d, k)."""
-    return _product(x, weight[:, None] * _logits(x, v), v, l2)
+    op = "glm_hvp"
+    return _product(op, x, weight[:, None] * _logits(op, x, v), v, l2)
+
+
+def _log1p_exp(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of log(1 + e^z), max(z, 0) and log(1 + e^-|z|).
+
+    The second keeps its digits, and so do all its derivatives, where z is large, and none of them is infinite. The
+    side of zero is chosen for both by the same condition, so that the derivatives of the sum are right at zero too.
+    """
+    positive = z > 0
+    return torch.where(positive, z, 0), torch.log1p(torch.exp(torch.where(positive, -z, z)))
 
 
 def glm_value(
     x: Tensor, target: Tensor, coef: Tensor, loss: str, delta: float, sample_weight: Tensor | None, l2: float
 ) -> Tensor:
     """sum_i c_i loss(z_i, t_i) + l2/2 |coef|^2."""
-    z = _logits(x, coef)
+    z = _logits("glm_value_grad", x, coef)
     if loss == "squared":
         terms = (z - target) ** 2 / 2
     elif loss == "logistic":
-        terms = torch.logaddexp(z, torch.zeros_like(z)) - target * z
+        # max(z, 0) - t z without the cancellation at large z: each side of zero has its own product.
+        terms = torch.where(z > 0, (1 - target) * z, -target * z) + _log1p_exp(z)[1]
     elif loss == "poisson":
         terms = torch.exp(z) - target * z
     elif loss in ("gamma", "tweedie"):
@@ -53,7 +68,7 @@ def glm_weight(
     x: Tensor, target: Tensor, coef: Tensor, loss: str, delta: float, sample_weight: Tensor | None
 ) -> Tensor:
     """c_i loss''(z_i, t_i)."""
-    z = _logits(x, coef)
+    z = _logits("glm_value_grad", x, coef)
     if loss == "squared":
         w = torch.ones_like(z)
     elif loss == "logistic":
@@ -64,7 +79,8 @@ def glm_weight(
         up, down, p = _log_link(z, target, loss, delta)
         w = down if loss == "gamma" else (2 - p) * up - (1 - p) * down
     else:
-        w = ((z - target).abs() <= delta).to(z.dtype)
+        r = z - target
+        w = torch.where(r.abs() <= delta, 1, torch.where(r.isnan(), r, 0))
     return w if sample_weight is None else sample_weight * w
 
 
@@ -79,25 +95,37 @@ def _log_link(z: Tensor, t: Tensor, loss: str, power: float) -> tuple[Tensor, Te
 def _penalized(terms: Tensor, x: Tensor, coef: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
     if sample_weight is not None:
         terms = sample_weight * terms
-    return terms.double().sum() + l2 / 2 * (coef[: x.shape[1]].double() ** 2).sum()
+    value = terms.double().sum()
+    return value + l2 / 2 * (coef[: x.shape[1]].double() ** 2).sum() if l2 else value
 
 
 def softmax_hvp(x: Tensor, v: Tensor, probs: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
     """X^T R + l2 V, R = c p (Z - sum p Z), Z = X V."""
-    z = _logits(x, v)
+    op = "softmax_hvp"
+    z = _logits(op, x, v)
     r = probs * (z - (probs * z).sum(-1, keepdim=True))
-    return _product(x, r if sample_weight is None else sample_weight[:, None] * r, v, l2)
+    return _product(op, x, r if sample_weight is None else sample_weight[:, None] * r, v, l2)
 
 
 def softmax_value(x: Tensor, target: Tensor, coef: Tensor, sample_weight: Tensor | None, l2: float) -> Tensor:
-    """sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2."""
-    terms = -torch.log_softmax(_logits(x, coef), -1).gather(1, target[:, None])[:, 0]
-    return _penalized(terms, x, coef, sample_weight, l2)
+    """sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2; a class out of range makes it, and its gradient, NaN."""
+    z = _logits("softmax_value_grad", x, coef)
+    classes = z.shape[1]
+    known = (target >= 0) & (target < classes)
+    hot = torch.where(known, target, 0)[:, None] == torch.arange(classes, device=z.device)
+    if classes == 1:
+        terms = 0 * z[:, 0]
+    else:
+        # log(1 + e^m), m = logsumexp of the other classes minus the logit of this one: it keeps its digits in the tail.
+        own = torch.where(hot, z, 0).sum(-1)
+        large, small = _log1p_exp(torch.logsumexp(torch.where(hot, -torch.inf, z), -1) - own)
+        terms = large + small
+    return _penalized(terms * torch.where(known, 1, torch.nan), x, coef, sample_weight, l2)
 
 
 def softmax_probs(x: Tensor, coef: Tensor) -> Tensor:
     """softmax(Z), Z = X coef."""
-    return torch.softmax(_logits(x, coef), -1)
+    return torch.softmax(_logits("softmax_value_grad", x, coef), -1)
 
 
 def cross_entropy_hvp(logits: Tensor, u: Tensor) -> Tensor:

@@ -5,14 +5,17 @@ the kernels is in `kernels/hvp/reference.py`.
 
 `x` holds one row per observation: (N, d), float32, float64, bfloat16 or float16. Everything else is of the dtype of
 the arithmetic, float64 for float64 and else float32. A matrix whose rows are contiguous is read where it is, whatever
-the stride between them; another is copied. On a CPU `x` may be a torch.sparse_csr tensor of float32 or float64.
+the stride between them; another is copied. On a CPU `x` may be a torch.sparse_csr tensor of float32 or float64. Its indices
+may be int32 and int64 in any combination; they are checked as they are read, since torch need not have done that
+(`check_invariants=False`).
 
 With `intercept=True` the coefficients have d + 1 rows, the last of which belongs to a column of ones that `x` need not
 have, and to which `l2` does not apply.
 
 No function reads a value back to the host, and the same input gives the same bits. Each product is differentiable by
 the vector that it multiplies, in both modes, by the same kernel, and batches of vectors under torch.vmap are one call;
-derivatives by the other arguments go through torch operations that read `x` once more each.
+derivatives by the other arguments go through torch operations that read `x` once more each. With sparse rows all of
+that is so for every argument but `x`, whose derivative is dense and that of the products alone, in reverse mode.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant.kernels.hvp import LOSSES
+from secant.kernels.hvp import LOSSES, rows
 from secant.ops import _gate, _shortcut
 from secant.ops import _hvp_autograd as autograd
 from secant.ops import _hvp_dispatch as dispatch
@@ -46,6 +49,27 @@ def _check_x(op: str, x: Tensor) -> torch.dtype:
     if x.dim() != 2 or x.shape[1] < 1:
         raise _gate.fail(op, "x", "shape (N, d), d >= 1", f"shape {tuple(x.shape)}")
     return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def checked_rows(op: str, name: str, x: Tensor) -> Tensor:
+    """Rows whose indices, if they are sparse, lie in range and are of one dtype, for who takes them to torch itself.
+
+    Args:
+        op, name: of the function and its argument, for the message. x: (N, d), dense or torch.sparse_csr.
+
+    Returns:
+        x, or sparse rows over the same values.
+
+    Raises:
+        ValueError: a row begins or ends where it must not, or has a column out of range; it is named.
+    """
+    return rows.checked(op, name, x) if x.layout is torch.sparse_csr else x
+
+
+def _check_constant(op: str, x: Tensor) -> None:
+    """Of sparse rows there is no derivative here."""
+    if x.layout is torch.sparse_csr and x.requires_grad and torch.is_grad_enabled():
+        raise _gate.fail(op, "x", "sparse rows that require no derivative (pass x.to_dense())", "some that do")
 
 
 def _check_columns(op: str, name: str, v: Tensor, x: Tensor, dtype: torch.dtype, intercept: bool, both: bool) -> Tensor:
@@ -126,7 +150,7 @@ def glm_hvp(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shape, device, layout or a number does not fit.
+        ValueError: shape, device, layout, an index of sparse rows or a number does not fit.
 
     References:
         McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5.
@@ -192,6 +216,9 @@ def glm_value_grad(
     * "tweedie": e^((2-p) z) / (2-p) - t e^((1-p) z) / (1-p), t >= 0, p the power, the logarithmic link: a sum of a
       Poisson number of gamma variables, of variance proportional to the mean to the power p.
 
+    "logistic" keeps its digits in both tails: value, gradient and weight of a row have small relative errors however
+    large z is. A NaN among z and t makes NaN of whatever depends on it.
+
     Args:
         x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
         target: (N,), of the dtype of `coef`. Its values are not checked, which would be a synchronisation.
@@ -208,7 +235,8 @@ def glm_value_grad(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shape, device, layout, `loss` or a number does not fit.
+        ValueError: shape, device, layout, an index of sparse rows, `loss` or a number does not fit; sparse `x` requires
+            a derivative.
 
     References:
         McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5. Huber, Annals of Mathematical Statistics
@@ -235,6 +263,8 @@ def glm_value_grad(
     l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
     power = _gate.number(op, "power", power, "a number between 1 and 2, neither included", lambda p: 1 < p < 2)
     number = power if loss == "tweedie" else delta
+
+    _check_constant(op, x)
 
     def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -295,7 +325,7 @@ def softmax_hvp(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shape, device, layout or a number does not fit.
+        ValueError: shape, device, layout, an index of sparse rows or a number does not fit.
 
     References:
         Boehning, Annals of the Institute of Statistical Mathematics 44(1), 1992.
@@ -330,7 +360,8 @@ def softmax_value_grad(
 
     Args:
         x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
-        target: (N,), int64, the class of each row. Its values are not checked on a GPU, which would synchronise.
+        target: (N,), int64, the class of each row. Eager calls on the CPU check it. On a GPU, which that would
+            synchronise, in compiled graphs and under torch.vmap, a class out of range makes value and gradient NaN.
         coef: (d, K), K >= 1, or (d + 1, K) with an intercept. float64 for x of float64, else float32.
         sample_weight: (N,), the c_i, or None for ones. l2: number >= 0.
         intercept: whether the last row of `coef` belongs to an implicit column of ones.
@@ -341,7 +372,8 @@ def softmax_value_grad(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shape, device, layout, a class (on the CPU) or a number does not fit.
+        ValueError: shape, device, layout, an index of sparse rows, a class (in eager calls on the CPU) or a number does
+            not fit; sparse `x` requires a derivative.
     """
     op = "softmax_value_grad"
     dtype = _check_x(op, x)
@@ -350,7 +382,12 @@ def softmax_value_grad(
     _check_row_values(op, "sample_weight", sample_weight, x, dtype)
     l2 = _check_number(op, "l2", l2)
     classes = coef.shape[1]
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+    _check_constant(op, x)
+    if (
+        target.device.type == "cpu"
+        and target.numel()
+        and not (torch.compiler.is_compiling() or autograd.is_wrapped(target))
+    ):
         low, high = (int(t) for t in torch.aminmax(target))
         if low < 0 or high >= classes:
             raise _gate.fail(op, "target", f"classes in 0..{classes - 1}", f"values in {low}..{high}")
@@ -368,7 +405,7 @@ def softmax_value_grad(
     def formula(coef: Tensor) -> Tensor:
         return formulas.softmax_value(x, target, coef, sample_weight, l2)
 
-    others = autograd.is_differentiated(x, sample_weight)
+    others = autograd.is_differentiated(x, sample_weight) or autograd.is_wrapped(target)
     if others or (autograd.is_differentiated(coef) and not coef.requires_grad) or autograd.is_wrapped(coef):
         value, grad = autograd.value_grad_of(formula, coef)
         return value, grad, formulas.softmax_probs(x, coef)

@@ -5,6 +5,7 @@ Outputs arrive poisoned; what comes back is held to the bounds of `hvp_oracle.py
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hvp_oracle import (
     F32,
     F64,
+    FUNCTION,
     Problem,
     arithmetic,
     cross_entropy_bound,
@@ -199,6 +201,94 @@ def not_a_number(backend: Any, device: Any = "cpu") -> None:
     assert out[1].isnan().all()
     assert not out[0, :70].any()
     torch.testing.assert_close(out[::2].double(), expected[::2], rtol=1e-5, atol=1e-6)
+
+
+def tails(backend: Any, dtype: Any, device: Any = "cpu") -> None:
+    """A row's results keep their digits where the loss has almost none left: relative errors of a few roundings."""
+    few = FUNCTION * unit(dtype)
+    most = 80.0 if dtype is F32 else 700.0
+    sizes = [0.0, 0.5, 5.0, 25.0, 40.0, most]
+    # Rows of a diagonal matrix: each has an entry of the gradient to itself.
+    z = torch.tensor([s for size in sizes for s in (size, -size)], dtype=F64)
+    e = torch.exp(-z.abs())
+    for t in (0.0, 1.0, 0.25):
+        # sigmoid(z) - t, in terms of the smaller of sigmoid(z) and sigmoid(-z) alone.
+        small = e / (1 + e)
+        slope = torch.where(z > 0, (1 - t) - small, small - t)
+        for scale in (None, 0.5):
+            c = None if scale is None else torch.full((len(z),), scale, dtype=dtype)
+            args = (z.diag().to(dtype), torch.full((len(z),), t, dtype=dtype), torch.ones(len(z), dtype=dtype))
+            shapes = [((), F64), (z.shape, dtype), (z.shape, dtype)]
+            _, grad, weight = run(backend, "glm_value_grad", (*args, "logistic", 1.0, c, 0.0), shapes, device)
+            torch.testing.assert_close(grad.double(), (scale or 1) * z * slope, rtol=few, atol=0)
+            torch.testing.assert_close(weight.double(), (scale or 1) * small / (1 + e), rtol=few, atol=0)
+    one, shapes = torch.ones(1, dtype=dtype), [((), F64), ((1,), dtype), ((1,), dtype)]
+    for size in sizes:
+        for sign in (1, -1):
+            args = (torch.full((1, 1), sign * size, dtype=dtype), one * (sign > 0), one, "logistic", 1.0, None, 0.0)
+            value = run(backend, "glm_value_grad", args, shapes, device)[0]
+            torch.testing.assert_close(float(value), math.log1p(math.exp(-size)), rtol=few, atol=0)
+    # The target is the likeliest of three classes: p - 1 is minus what the others have.
+    for size in sizes[1:]:
+        for target in (0, 1):
+            coef = torch.tensor([[0.0, -size, -size - 1]], dtype=dtype)
+            order = [0, 1, 2] if target == 0 else [1, 0, 2]
+            args = (torch.ones(1, 1, dtype=dtype), torch.tensor([target]), coef[:, order].contiguous(), None, 0.0)
+            shapes = [((), F64), ((1, 3), dtype), ((1, 3), dtype)]
+            value, grad, probs = run(backend, "softmax_value_grad", args, shapes, device)
+            low = torch.exp(-torch.tensor([size, size + 1], dtype=F64))
+            torch.testing.assert_close(float(value), math.log1p(float(low.sum())), rtol=few, atol=0)
+            p = torch.tensor([1.0, *low], dtype=F64) / (1 + low.sum())
+            torch.testing.assert_close(probs[0, order].double(), p, rtol=few, atol=1e-300)
+            p[0] = -(p[1] + p[2])
+            torch.testing.assert_close(grad[0, order].double(), p, rtol=few, atol=torch.finfo(dtype).tiny)
+
+
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, 1.0, -2.0)
+
+
+def not_finite(backend: Any, dtype: Any, device: Any = "cpu") -> None:
+    """NaN and infinity among predictions, targets, logits and vectors: what the reference makes of them."""
+
+    def same(name: str, args: tuple, shapes: list[tuple]) -> None:
+        results = run(backend, name, args, shapes, device)
+        expected = run(reference, name, args, [(shape, F64) for shape, _ in shapes])
+        for i, (result, right) in enumerate(zip(results, expected, strict=True)):
+            message = f"{name}, result {i}: {result.tolist()}, expected {right.tolist()} for {args}"
+            torch.testing.assert_close(result.double(), right, rtol=1e-5, atol=1e-6, equal_nan=True, msg=message)
+
+    def row(*entries: float) -> Tensor:
+        return torch.tensor(entries, dtype=dtype)
+
+    shapes = [((), F64), ((1,), dtype), ((1,), dtype)]
+    for z, t, loss in itertools.product(SPECIAL, SPECIAL, LOSSES):
+        same("glm_value_grad", (row(z)[:, None], row(t), row(1.0), loss, shape_of(loss, 1.5), None, 0.0), shapes)
+    shapes = [((), F64), ((1, 3), dtype), ((1, 3), dtype)]
+    for odd, target in itertools.product(SPECIAL[:3], range(3)):
+        for logits in (row(odd, 1.0, 2.0), row(1.0, odd, odd), row(odd, odd, odd)):
+            args = (torch.ones(1, 1, dtype=dtype), torch.tensor([target]), logits[None], None, 0.0)
+            same("softmax_value_grad", args, shapes)
+    for odd, u_odd in itertools.product(SPECIAL[:3], SPECIAL):
+        for logits in (row(odd, 1.0, 2.0), row(1.0, odd, odd), row(odd, odd, odd), row(0.0, 0.0, 1.0)):
+            for lse in (None, row(1.0), logits.logsumexp(0, keepdim=True)):
+                same("cross_entropy_hvp", (logits[None], row(1.0, u_odd, 0.5)[None], lse), [((1, 3), dtype)])
+
+
+def classes_out_of_range(backend: Any, dtype: Any, device: Any = "cpu") -> None:
+    """A target that is no class: nothing is read or written for it, value and gradient are NaN, the rest is right."""
+    for n, k in ((5, 3), (40, 20)):
+        problem = Problem(n, 4, dtype, k)
+        shapes = [((), F64), (problem.v.shape, problem.compute), ((n, k), problem.compute)]
+        right = run(backend, "softmax_value_grad", (problem.x, problem.classes, problem.v, None, 0.0), shapes, device)
+        for wrong in (-1, k, k + 13, 2**31, 2**32, 2**32 + 1, 2**62, -(2**32) + 1, -(2**63)):
+            classes, c = problem.classes.clone(), torch.ones(n, dtype=problem.compute)
+            classes[n // 2], c[n // 2] = wrong, 0
+            for weights in (None, c):
+                args = (problem.x, classes, problem.v, weights, 0.0)
+                value, grad, probs = run(backend, "softmax_value_grad", args, shapes, device)
+                assert value.isnan()
+                assert grad.isnan().all()
+                torch.testing.assert_close(probs, right[2], rtol=4 * FUNCTION * unit(dtype), atol=0)
 
 
 def rounding_to_half(backend: Any, dtype: Any, values: Tensor, device: Any = "cpu") -> None:

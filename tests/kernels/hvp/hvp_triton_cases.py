@@ -116,6 +116,9 @@ def rows_may_be_strided_and_repeated(d, k):
 def extremes(dtype):
     checks.large_logits(backend, dtype, device)
     checks.not_a_number(backend, device)
+    checks.tails(backend, dtype, device)
+    checks.not_finite(backend, dtype, device)
+    checks.classes_out_of_range(backend, dtype, device)
 
 
 @case((BF16,), (F16,))

@@ -154,6 +154,19 @@ def test_logistic_loss_of_large_logits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_extremes(dtype):
+    hvp_checks.large_logits(cpu, dtype)
+    hvp_checks.not_a_number(cpu)
+    hvp_checks.tails(cpu, dtype)
+    hvp_checks.not_finite(cpu, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_classes_out_of_range(dtype):
+    hvp_checks.classes_out_of_range(cpu, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_exponential(dtype):
     """e^z through the Poisson loss, over the whole range, within 3 ulp; its limits as those of exp."""
     high = {F32: 88.7, F64: 709.7}[dtype]

@@ -52,6 +52,9 @@ def test_rows_may_be_strided_and_repeated(backend, d, k):
 def test_extremes(backend):
     for dtype in (F32, F64):
         checks.large_logits(backend, dtype, DEVICE)
+        checks.tails(backend, dtype, DEVICE)
+        checks.not_finite(backend, dtype, DEVICE)
+        checks.classes_out_of_range(backend, dtype, DEVICE)
     checks.not_a_number(backend, DEVICE)
     for dtype in (BF16, F16):
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

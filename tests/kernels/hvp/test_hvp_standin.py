@@ -179,6 +179,13 @@ def test_rows_may_be_strided_and_repeated(make, d, k, dtype):
 def test_extremes(make, dtype):
     checks.large_logits(make(), dtype)
     checks.not_a_number(make())
+    checks.tails(make(), dtype)
+    checks.not_finite(make(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_classes_out_of_range(make, dtype):
+    checks.classes_out_of_range(make(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
