@@ -72,6 +72,22 @@ def test_solve(scaled):
     check(lambda a: block_solve(a, vectors(2, 3), assume="general")[0], general(2))
 
 
+def test_solve_of_what_the_flag_says():
+    """One matrix for as many blocks as it has rows, and vectors that broadcast."""
+    a, b = spd(3), vectors(3, 3)
+    for flag, blocks in ((False, a), (True, spd(2, 1)), (True, a)):
+        check(symmetrised(lambda a, b, v=flag: block_solve(a, b, vector=v)[0]), blocks, b)
+    one = torch.func.vmap(lambda a: block_solve(a, b, vector=False)[0])(spd(2, 3))
+    torch.testing.assert_close(one, block_solve(spd(2, 3), b, vector=False)[0], rtol=1e-13, atol=1e-13)
+    shared = torch.func.vmap(lambda b: block_solve(a, b, vector=True)[0], in_dims=1)(vectors(3, 4, 3))
+    torch.testing.assert_close(
+        shared,
+        torch.stack([block_solve(a, x, vector=True)[0] for x in vectors(3, 4, 3).unbind(1)]),
+        rtol=1e-13,
+        atol=1e-13,
+    )
+
+
 def test_eigenvalues_and_functions_of_eigenvectors():
     check(symmetrised(lambda a: block_eigh(a)[0]), indefinite(2))
     check(symmetrised(matrix_exponential), indefinite(2))

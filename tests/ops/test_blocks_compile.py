@@ -19,6 +19,8 @@ CASES = {
     "inv, general": (lambda a: block_inv(a, assume="general"), general),
     "solve": (lambda a: block_solve(a, b, damping=lam), spd),
     "solve, matrices": (lambda a: block_solve(a, a @ a, damping=0.1), spd),
+    "solve, vectors": (lambda a: block_solve(a, b[:3], vector=True), lambda n, dtype: spd(n, 1, dtype=dtype)),
+    "solve, one matrix": (lambda a: block_solve(a[:3], b[:3], vector=False), spd),
     "solve, general": (lambda a: block_solve(a, b, assume="general"), general),
     "eigh": (lambda a: (lambda w, v, info: (w, v.abs(), info))(*block_eigh(a)), indefinite),
     "abs_inv": (lambda a: block_abs_inv(a, floor=0.5), indefinite),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import secant
 from block_examples import F64, general, indefinite, spd, tolerance, vectors
-from secant.ops import block_abs_inv, block_eigh, block_inv, block_inv_root, block_solve
+from secant.ops import block_abs_inv, block_eigh, block_function, block_inv, block_inv_root, block_solve
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, F64, *HALF)
@@ -179,6 +179,38 @@ def test_which_right_hand_sides_are_vectors():
     same(block_solve(a, strided.mT.contiguous().mT), block_solve(a, strided.contiguous()))
 
 
+def test_vector_says_what_the_right_hand_side_holds():
+    """(n, n) for n blocks, (m, n) shared by m blocks where m is n: by the shape vectors, by the flag what it says."""
+    a = spd(3)
+    b = vectors(3, 3)
+    columns, info = block_solve(a, b, vector=False)  # one matrix for all blocks
+    assert columns.shape == (3, 3, 3)
+    assert info.shape == (3,)
+    torch.testing.assert_close(columns, torch.linalg.solve(a, b.expand(3, 3, 3)), **tolerance(3, F64))
+    each, _ = block_solve(a, b, vector=True)
+    torch.testing.assert_close(each, torch.linalg.solve(a, b[..., None])[..., 0], **tolerance(3, F64))
+    same(block_solve(a, b), block_solve(a, b, vector=True))
+    same(block_solve(a, vectors(3, 3, 2)), block_solve(a, vectors(3, 3, 2), vector=False))
+    # Vectors with batch dimensions that broadcast, which no shape can tell from matrices.
+    wide = spd(4, 1)
+    x, info = block_solve(wide, b, vector=True)
+    assert x.shape == (4, 3, 3)
+    assert info.shape == (4, 3)
+    torch.testing.assert_close(x, torch.linalg.solve(wide, b[..., None])[..., 0], **tolerance(3, F64))
+    x, _ = block_solve(wide, b, vector=False, assume="general")
+    torch.testing.assert_close(x, torch.linalg.solve(wide, b), **tolerance(3, F64))
+    x, _ = block_solve(a[0], b[0], vector=True)
+    assert x.shape == (3,)
+    x, _ = block_solve(a[0], b[:, :1], vector=False)
+    assert x.shape == (3, 1)
+    out = torch.full((3, 3, 3), math.nan, dtype=F64)
+    assert block_solve(a, b.expand(3, 3, 3).contiguous(), vector=False, out=out)[0] is out
+    assert torch.equal(out, columns)
+    rows = torch.full((3, 3), math.nan, dtype=F64)
+    block_solve(a, b, vector=True, out=rows)
+    assert torch.equal(rows, each)
+
+
 def test_no_right_hand_side_still_gives_codes():
     a = spd(3)
     a[1] = 0
@@ -228,6 +260,107 @@ def test_floor_per_block():
     for i in range(2):
         for j in range(3):
             assert torch.equal(together[i, j], block_abs_inv(a[i, j], floor=float(floor[0, j]))[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_floors_that_are_none(n, backend):
+    """No positive finite number: -2 and NaN in that block alone, also where the block would not need the floor."""
+    floors = torch.tensor([0.5, 0.0, -1.0, math.nan, math.inf, -math.inf, 1e-3, math.nan])
+    a = torch.diag(torch.arange(1.0, n + 1)).repeat(8, 1, 1)
+    a[7, n - 1, 0] = math.nan
+    with secant.use_backend(backend):
+        x, info = block_abs_inv(a, floor=floors)
+        assert info.tolist() == [0, -2, -2, -2, -2, -2, 0, -1]
+        assert x[info != 0].isnan().all()
+        want = torch.diag(1 / torch.arange(1.0, n + 1))
+        torch.testing.assert_close(x[info == 0], want.expand(2, n, n), rtol=4 * torch.finfo(x.dtype).eps, atol=0)
+        y = a[:7].clone().requires_grad_()
+        (g,) = torch.autograd.grad(block_abs_inv(y, floor=floors[:7])[0].sum(), y)
+    assert g[1:6].isnan().all()
+    assert g[[0, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_dampings_that_are_none(n, backend):
+    """A negative one is subtracted; one that is not finite makes its own block bad; each as documented."""
+    a = 2 * torch.eye(n).repeat(6, 1, 1)
+    shift = torch.tensor([-1.0, -3.0, math.nan, math.inf, -math.inf, 0.0])
+    eye = torch.eye(n)
+    with secant.use_backend(backend):
+        for scaled, left in ((False, [1.0, -1.0]), (True, [-2.0, -6.0])):
+            damping = ("scale", shift - 1) if scaled else shift
+            x, info = block_inv(a, damping=damping, assume="general")
+            assert info.tolist() == [0, 0, 1, 1, 1, 0 if not scaled else 1]
+            torch.testing.assert_close(x[:2], torch.stack([eye / k for k in left]), rtol=1e-6, atol=0)
+            assert x[2:5].isnan().all()
+            _, info = block_inv(a, damping=damping)
+            assert info.tolist() == [0 if not scaled else 1, 1, 1, 1, 1, 0 if not scaled else 1]
+            _, info = block_solve(a, a, damping=damping)
+            assert info.tolist() == [0 if not scaled else 1, 1, 1, 1, 1, 0 if not scaled else 1]
+            x, info = block_inv_root(a, 2, damping=damping)
+            assert info.tolist() == [0 if not scaled else n, n, -1, -1, -1, 0 if not scaled else n]
+            x, info = block_function(a, "abs", damping=damping)
+            assert info.tolist() == [0, 0, -1, -1, -1, 0]
+            torch.testing.assert_close(x[:2], torch.stack([eye * abs(k) for k in left]), rtol=1e-6, atol=0)
+            assert x[2:5].isnan().all()
+
+
+def hostile(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Blocks of every size that the dtype has, graded, singular, of one number, and with entries that are none."""
+    generator = torch.Generator().manual_seed(seed)
+    info = torch.finfo(dtype)
+    low, high = math.log10(info.tiny), math.log10(info.max)
+    made = []
+    for _ in range(4):
+        x = torch.randn(n, n, generator=generator, dtype=F64)
+        s = x @ x.mT / n + 0.1 * torch.eye(n, dtype=F64)
+        size = 10 ** (low + (high - low) * float(torch.rand((), generator=generator)))
+        d = 10 ** ((high - low) / 2.2 * (torch.rand(n, generator=generator, dtype=F64) - 0.5))
+        spoilt = s.clone()
+        spoilt[n // 2, 0] = (math.nan, math.inf, -math.inf)[seed % 3]
+        column = x[:, :1]
+        made += [s * size, (x + x.mT) * size, s * d.sqrt()[:, None] * d.sqrt(), torch.diag(d), spoilt, 0 * s]
+        made += [column @ column.mT, torch.full_like(s, info.max), torch.full_like(s, info.smallest_normal * info.eps)]
+    return torch.stack(made).to(dtype)
+
+
+HOSTILE = {
+    "inv": lambda a: block_inv(a),
+    "inv, general": lambda a: block_inv(a, assume="general"),
+    "solve": lambda a: block_solve(a, torch.ones(a.shape[:-1], dtype=a.dtype)),
+    "eigh": lambda a: block_eigh(a),
+    "abs_inv": lambda a: block_abs_inv(a, floor=1e-3),
+    "inv_root": lambda a: block_inv_root(a, 4),
+    "function": lambda a: block_function(a, "log"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("n", [1, 2, 5, 9, 24, 33])
+def test_hostile_contents(name, n):
+    """A code and NaN all over, or neither; the same alone; no code differs from the reference's but by rounding."""
+    f = HOSTILE[name]
+    for dtype in (torch.float32, F64):
+        a = hostile(n, dtype, n)
+        *results, info = f(a)
+        largest = float(torch.finfo(dtype).max)
+        for x in results:
+            failed = x.isnan().flatten(1).any(1)
+            assert x[info != 0].isnan().all() or name == "eigh"
+            # Only an inverse that overflows may be infinite, and NaN, without a code.
+            tiny = a.double().abs().flatten(1).amax(1) < 64 * n / largest
+            graded = torch.arange(len(a)) % 9 == 2
+            assert not (failed & (info == 0) & ~tiny & ~graded).any()
+        for i in range(len(a)):
+            alone = f(a[i : i + 1])
+            for x, y in zip(alone, (*results, info), strict=True):
+                assert torch.equal(torch.nan_to_num(x[0]), torch.nan_to_num(y[i])) or name == "function"
+        with secant.use_backend("reference"):
+            codes = f(a)[-1]
+        regular = torch.arange(len(a)) % 9 <= 5  # the others are singular but for rounding, or overflow in float32
+        assert torch.equal((codes != 0)[regular], (info != 0)[regular]), name
 
 
 def test_out():
@@ -345,6 +478,27 @@ def bad_calls():
     )
     for p in (0, 3, -1, 2.0, "2", None):
         yield f"p {p}", lambda p=p: block_inv_root(a, p), ValueError, "block_inv_root: p: expected 1, 2 or 4"
+    for flag in (0, 1, "vector", torch.tensor(True)):
+        yield (
+            f"vector {flag!r}",
+            lambda v=flag: block_solve(a, b, vector=v),
+            ValueError,
+            "block_solve: vector: expected True, False or None, got ",
+        )
+    for shape in ((), (2,), (4, 3, 2)):
+        yield (
+            f"vectors of shape {shape}",
+            lambda s=shape: block_solve(a, torch.ones(s), vector=True),
+            ValueError,
+            f"block_solve: b: expected vectors, shape (..., 3), for a of shape (4, 3, 3), got shape {shape}",
+        )
+    for shape in ((), (3,), (4, 2)):
+        yield (
+            f"matrices of shape {shape}",
+            lambda s=shape: block_solve(a, torch.ones(s), vector=False),
+            ValueError,
+            f"block_solve: b: expected matrices, shape (..., 3, k), for a of shape (4, 3, 3), got shape {shape}",
+        )
     yield "b list", lambda: block_solve(a, [1.0]), TypeError, "block_solve: b: expected a torch.Tensor, got list"
     yield "b dtype", lambda: block_solve(a, b.double()), TypeError, "block_solve: b: expected dtype float32"
     yield "b device", lambda: block_solve(a, b.to("meta")), ValueError, "block_solve: b: expected device cpu"

@@ -6,6 +6,7 @@ compute dtype and of the batch's shape, or None; and `value`, a number, or None.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -204,7 +205,10 @@ def abs_inv(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tenso
         else:
             backend = backends.resolve("blocks", a.device, a.dtype)
             backend.abs_inv(_flat(a), value if floor is None else _line(floor), _flat(x), _line(info))
-    return x, info
+    if floor is None:
+        return x, info
+    bad = ~((floor > 0) & (floor < math.inf))  # its value is known on the device alone; NaN is none
+    return torch.where(bad[..., None, None], math.nan, x), torch.where(bad & (info == 0), -2, info)
 
 
 def inv_root(a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool) -> tuple[Tensor, Tensor]:

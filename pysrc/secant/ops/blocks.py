@@ -7,11 +7,13 @@ All functions here take blocks `a` of shape (..., n, n), 1 <= n <= 64, of float3
 last two are computed in float32), with any number of batch dimensions, empty ones included, and any strides. None
 raises for the sake of a matrix: a block that has no result has NaN in the whole of its own output and says why in
 `info` (int32, of the batch's shape), and all other blocks are what they would be without it, bitwise. None reads a
-value back to the host.
+value back to the host. As in LAPACK, `info` speaks of the block: a result beyond the range of the dtype, such as the
+inverse of 1e-40 in float32, is infinite, or NaN where infinities meet, with 0.
 
 A damping is None; a number; a tensor of numbers per block, of a shape that broadcasts to the batch's; or
 ("scale", either of these). The first two add lambda I to the block, the last lambda diag(A), as Levenberg and Marquardt
-do. It belongs to the matrix: `a` stays as it is. There is no other jitter.
+do. It belongs to the matrix: `a` stays as it is. There is no other jitter. A number has to be finite and >= 0; what a
+tensor holds is not looked at, so that a negative entry is subtracted, and one that is not finite makes a bad block.
 """
 
 from __future__ import annotations
@@ -155,9 +157,8 @@ def block_solve(
 
     `b` holds vectors, shape (..., n), or matrices, shape (..., n, k): `vector` says which. Without it, as
     torch.linalg.solve has it, `b` holds one vector a block when it is of shape (n,) or exactly `a.shape[:-1]`, else
-    matrices; so that matrices for blocks of shape (n, n, n), of as many columns as blocks, or for (m, n, n) where m is
-    n, are taken for vectors. The batch dimensions of `a` and `b` broadcast; each block of the broadcast batch is
-    factored.
+    matrices; so that an (n, n) matrix for n blocks is taken for n vectors. The batch dimensions of `a` and `b`
+    broadcast; each block of the broadcast batch is factored.
 
     Args:
         a: (..., n, n), 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides.
@@ -351,13 +352,12 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
     Args:
         a: (..., n, n), symmetric and possibly indefinite, 1 <= n <= 64, float32, float64, bfloat16 or float16, any
             strides; only the lower triangle is read.
-        floor: a positive number, or a tensor of positive numbers (this is not checked: it would be read back), of a
-            shape that broadcasts to the batch's.
+        floor: a positive finite number, or a tensor of such numbers of a shape that broadcasts to the batch's.
 
     Returns:
         (x, info): x as `a`, exactly symmetric; info (...), int32: 0; -1 where the block has an entry that is not
-        finite; k > 0 where k off-diagonal entries were left when the cap on sweeps was reached. Such blocks have NaN
-        in x.
+        finite; -2 where a tensor has no positive finite floor for it; k > 0 where k off-diagonal entries were left when
+        the cap on sweeps was reached. Such blocks have NaN in x.
 
         Differentiable in `a` (not in `floor`), forward and reverse mode, by divided differences of max(|w|, floor),
         finite at repeated eigenvalues. At |w| = floor, where there is a kink, its slope is taken to be 0.
