@@ -1,6 +1,8 @@
 """Hessian, GGN and Fisher as linear operators over flat vectors, and what can be learned from their products."""
 
 from secant.curvature._estimators import Diagonal, Estimate
+from secant.curvature._index import Submatrix
+from secant.curvature._inverse import Inverse, inverse
 from secant.curvature._operator import Damped, LinearOperator
 from secant.curvature._spectrum import SpectralDensity
 from secant.curvature.fisher import EmpiricalFisher, Fisher
@@ -17,6 +19,9 @@ __all__ = [
     "Estimate",
     "Fisher",
     "Hessian",
+    "Inverse",
     "LinearOperator",
     "SpectralDensity",
+    "Submatrix",
+    "inverse",
 ]

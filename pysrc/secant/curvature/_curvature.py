@@ -6,7 +6,7 @@ import abc
 import contextlib
 import functools
 import itertools
-import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secant.curvature import _errors, _evaluate, _graph
+from secant.curvature import _errors, _estimators, _evaluate, _graph
 from secant.curvature._evaluate import Evaluator
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
@@ -47,9 +47,10 @@ class CurvatureOperator(LinearOperator):
         op = self._name
         if not callable(closure):
             raise TypeError(f"{op}: closure: expected a function, got {_gate.describe(closure)}")
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             self.params = Parameters(op, params)
-        super().__init__(self.params.n, self.params.dtype, self.params.device)
+        shapes = [p.shape for p in self.params.tensors]
+        super().__init__(self.params.n, self.params.dtype, self.params.device, shapes)
         modes = ("auto", "r-operator", *self._MODES)
         if mode not in modes:
             raise _gate.fail(op, "mode", " or ".join(map(repr, modes)), repr(mode))
@@ -66,6 +67,7 @@ class CurvatureOperator(LinearOperator):
         self._slots: _graph.Slots = {}
         self._used_slots: set[int] = set()
         self._in_parts = self._is_visible = self._is_checked = False
+        self._eps = torch.finfo(self.dtype).eps  # of the coarsest precision that the closure computes in
         self._start()
 
     def _start(self) -> None:
@@ -84,8 +86,10 @@ class CurvatureOperator(LinearOperator):
             raise TypeError(f"{op}: batches: expected an iterable of batches, got {_gate.describe(batches)}")
         if isinstance(batches, Iterator):
             raise TypeError(f"{op}: batches: expected something that can be iterated again (a list, a DataLoader)")
-        if weights is not None and not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
-            raise _gate.fail(op, "weights", "finite numbers", repr(weights))
+        if weights is not None and not all(
+            isinstance(w, (int, float)) and not isinstance(w, bool) and abs(w) <= sys.float_info.max for w in weights
+        ):
+            raise _gate.fail(op, "weights", "finite numbers", f"[{', '.join(map(_estimators.brief, weights))}]")
 
     @property
     def mode(self) -> str:
@@ -154,19 +158,19 @@ class CurvatureOperator(LinearOperator):
             found = _graph.survey([_graph.edge_of(root)], self._slots)
         if any(self._slots.get(edge) != i for edge, i in self.params.locate().items()):
             raise _gate.fail(self._name, "closure", "parameters left as they are", "one changed in place")
-        self._note(found.used)
+        self._note(found)
         self._repeated((evaluator.key, "root"), root)
         return result, root
 
-    def _note(self, used: set[int]) -> None:
+    def _note(self, found: _graph.Survey) -> None:
         """Remember which parameters were used; one with a graph of its own always has to be."""
+        used = found.used
         self._used_slots |= used
+        self._eps = max(self._eps, found.eps)
         for i, p in enumerate(self.params.tensors):
             if not p.is_leaf and i not in used:
-                raise _gate.fail(
-                    self._name, f"params[{i}]", "a tensor that the closure uses",
-                    f"one with a graph of its own ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?",
-                )  # fmt: skip
+                got = f"one made before ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?"
+                raise _gate.fail(self._name, f"params[{i}]", "a tensor that the closure uses", got)
 
     def _visible(self, evaluator: Evaluator, read: Callable[[Any], Tensor]) -> None:
         """Check once that every use of a parameter is one that can be replaced: that forward modes miss none.
@@ -186,7 +190,7 @@ class CurvatureOperator(LinearOperator):
                 f"closure: a use of params[{i}] is hidden from torch's function overrides: computed before the closure "
                 f"ran{', or by ' + functions if functions else ', or returned as it is'}"
             )
-        self._note(_graph.survey([edge], {_graph.edge_of(twin): i for i, twin in enumerate(twins)}).used)
+        self._note(_graph.survey([edge], {_graph.edge_of(twin): i for i, twin in enumerate(twins)}))
         self._is_visible = True
 
     def _repeated(self, key: Any, value: Tensor) -> None:
@@ -205,7 +209,7 @@ class CurvatureOperator(LinearOperator):
         elif self.device.type == "cpu" or (key, "compared") not in self._first_values:
             self._first_values[(key, "compared")] = now
             distance = torch.linalg.vector_norm(now - before)
-            if bool(distance > torch.finfo(value.dtype).eps ** 0.5 * torch.linalg.vector_norm(before)):
+            if bool(distance > max(self._eps, torch.finfo(value.dtype).eps) ** 0.5 * torch.linalg.vector_norm(before)):
                 raise RuntimeError(
                     f"{self._name}: closure: expected the same value whenever it is evaluated at one point, got "
                     f"{float(now[0])!r} after {float(before[0])!r}: batches in another order, or random numbers that "
@@ -245,13 +249,21 @@ class CurvatureOperator(LinearOperator):
         with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
             if vectors.is_inference():
                 vectors = vectors.clone()
-            total = torch.empty_like(vectors)
-            if self.batches is None:
-                for point in self._iterate():
-                    self._write(point, vectors, total)
-            else:
-                self._accumulate(vectors, total)
-            return self._reduced(total)
+            return self._sum(functools.partial(self._write, vectors), vectors)
+
+    def _sum(self, write: Callable[[Point, Tensor], None], like: Tensor) -> Tensor:
+        """Over batches and processes.
+
+        Args:
+            write: puts the part of a point into a tensor like `like`.
+        """
+        total = torch.empty_like(like)
+        if self.batches is None:
+            for point in self._iterate():
+                write(point, total)
+        else:
+            self._accumulate(write, total)
+        return self._reduced(total)
 
     def _check_surroundings(self) -> None:
         if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
@@ -270,19 +282,19 @@ class CurvatureOperator(LinearOperator):
             for p, gradient in retained:
                 p.grad = gradient
 
-    def _write(self, point: Point, vectors: Tensor, out: Tensor) -> None:
+    def _write(self, vectors: Tensor, point: Point, out: Tensor) -> None:
         try:
             for i in range(len(vectors)):
                 point.product(vectors[i], out[i])
         except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
 
-    def _accumulate(self, vectors: Tensor, total: Tensor) -> None:
+    def _accumulate(self, write: Callable[[Point, Tensor], None], total: Tensor) -> None:
         """Write the weighted sum over the batches."""
-        part, count = torch.empty_like(vectors), 0
+        part, count = torch.empty_like(total), 0
         total.zero_()
         for point in self._iterate():
-            self._write(point, vectors, part)
+            write(point, part)
             total.add_(part, alpha=1.0 if self.weights is None else self._weight(count))
             count += 1
         if count == 0:
@@ -331,7 +343,7 @@ class CurvatureOperator(LinearOperator):
             try:
                 point = make()
                 seconds = min(self._timed(point, v, out) for _ in range(_TRIALS))
-                if reference is not None and finite and not _agree(out, reference):
+                if reference is not None and finite and not _agree(out, reference, self._eps):
                     self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
                     continue
                 asymmetry = self._asymmetry(point, u, v, out, size)
@@ -386,7 +398,7 @@ class CurvatureOperator(LinearOperator):
         other = torch.empty_like(product)
         point.product(u, other)
         u, v, product, other = (x.double() for x in (u, v, product, other))
-        eps = torch.finfo(self.dtype).eps
+        eps = self._eps
         norms = torch.stack([torch.linalg.vector_norm(x.double()) for x in self.params.tensors])
         weights = torch.linalg.vector_norm(norms)
         scale = torch.where(weights > 0, weights, 1.0).square()
@@ -408,6 +420,6 @@ class CurvatureOperator(LinearOperator):
         return time.perf_counter() - start
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
+def _agree(a: Tensor, b: Tensor, eps: float) -> bool:
     """To half the digits: more than rounding, less than a missing term."""
-    return bool((a - b).norm(dtype=torch.float64) <= torch.finfo(a.dtype).eps ** 0.5 * b.norm(dtype=torch.float64))
+    return bool((a - b).norm(dtype=torch.float64) <= eps**0.5 * b.norm(dtype=torch.float64))

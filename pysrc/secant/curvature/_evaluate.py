@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from secant._errors import SecantWarning
 from secant.curvature import _norms
 from secant.curvature._random import Meeting, Randomness
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 _FUSED = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
 
 
@@ -138,6 +140,17 @@ def plain(device: torch.device) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def plainly(method: Method) -> Method:
+    """Run a method of an operator within `plain`."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with plain(self.device):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, call)
 
 
 def warn_of_attention(op: str) -> None:

@@ -164,18 +164,20 @@ _UNRELIABLE = re.compile(r"(Layer|Batch|Instance)Norm\w*BackwardBackward")
 class Survey(NamedTuple):
     """What is below a value: slots of the parameters used, and names of nodes that are derivatives of derivatives.
 
-    unreliable: those of them that torch differentiates wrongly.
+    unreliable: those of them that torch differentiates wrongly. eps: of the coarsest type that values were cast to.
     """
 
     used: set[int]
     higher: list[str]
     unreliable: list[str]
+    eps: float
 
 
 def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
     """Walk the graph below these values, to the parameters and no further."""
     used: set[int] = set()
     higher: dict[str, None] = {}
+    eps = 0.0
     seen: set[Node] = set()
     waiting = list(edges)
     while waiting:
@@ -191,8 +193,12 @@ def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
         name = name_of(node)
         if "BackwardBackward" in name:
             higher[name] = None
+        elif name == "ToCopyBackward0":
+            eps = max(
+                eps, *(torch.finfo(made.dtype).eps for made in node._input_metadata if made.dtype.is_floating_point)
+            )
         waiting += below(node)
-    return Survey(used, list(higher), [name for name in higher if _UNRELIABLE.search(name)])
+    return Survey(used, list(higher), [name for name in higher if _UNRELIABLE.search(name)], eps)
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ from secant.curvature import _graph
 from secant.curvature._parameters import Parameters
 from secant.ops import _hvp_dispatch as dispatch
 
+#: Entries of single blocks' gradients that are formed at a time.
+_SQUARES = 2**22
+
 
 def _slope_and_ratio(slope: Tensor, second: Tensor | float) -> tuple[Tensor, Tensor | None]:
     """f' without the zeros at which f'' is not zero, and f'' / f'; None for f'' = 0."""
@@ -148,6 +151,39 @@ class Layers:
                     a, b = layer.below, layer.weight_t
                     _paired(a, b, layer.inputs, direction, layer.room, bias=bias, scale=layer.slope)
         return self.layers[-1].room
+
+    def blocks_fit(self, blocks: int) -> bool:
+        """Whether the rows of every layer are as many, or a multiple, so that each belongs to one block."""
+        return blocks > 0 and all(layer.room.shape[0] % blocks == 0 for layer in self.layers)
+
+    def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:
+        """Add sum_b sign_b (J_b^T u_b)^2, entry by entry, for the blocks b of rows of the outputs.
+
+        With one row per block, sum_n (delta_n,i h_n,j)^2 is the product of the squares.
+
+        Args:
+            cotangent: u. sign: (blocks,). out: flat.
+        """
+        results, blocks = self.params.split(out), len(sign)
+        delta = cotangent
+        for layer in reversed(self.layers):
+            delta = delta.reshape(layer.room.shape)
+            delta = delta if layer.slope is None else delta * layer.slope
+            parts = delta.view(blocks, -1, delta.shape[1])
+            if layer.bias_slot is not None:
+                results[layer.bias_slot].add_((parts.sum(1).square() * sign.unsqueeze(1)).sum(0))
+            if layer.weight_slot is not None:
+                inputs = layer.inputs.reshape(blocks, -1, layer.inputs.shape[1])
+                target = results[layer.weight_slot]
+                if parts.shape[1] == 1:
+                    target.addmm_((parts[:, 0].square() * sign.unsqueeze(1)).t(), inputs[:, 0].square())
+                else:
+                    together = max(1, _SQUARES // max(1, target.numel()))
+                    for d, h, s in zip(*(x.split(together) for x in (parts, inputs, sign)), strict=True):
+                        target.add_(torch.einsum("b,bij->ij", s, torch.bmm(d.mT, h).square()))
+            if layer.first:
+                return
+            delta = delta @ layer.weight
 
     def pull(self, cotangent: Tensor, out: Tensor, parts: Sequence[Tensor] | None = None) -> None:
         """Write J^T u; or, given the direction that `push` has just had, the product with the Hessian.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,104 @@ from secant.ops import _hvp_dispatch as dispatch
 
 #: u, with as many numbers as the outputs, to H_L u in the shape of u.
 LossProduct = Callable[[Tensor], Tensor]
+
+
+#: Blocks of M that are found by products are no larger, and have no more entries together.
+_LARGEST, _ENTRIES = 512, 2**25
+
+#: S, like the outputs, and the signs (B,) of its B blocks of equal numbers of leading entries.
+Factor = tuple[Tensor, Tensor]
+
+
+class Middle(Protocol):
+    """M, symmetric on the outputs."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u, in the shape of u."""
+
+    def factors(self, like: Tensor) -> Iterator[Factor] | None:
+        """S_f, whose block b is a vector s_fb, such that block b of M is sum_f sign_fb s_fb s_fb^T.
+
+        None where M is not known to be made of blocks, or they are too large.
+
+        Args:
+            like: the outputs.
+        """
+
+
+class CrossEntropyMiddle:
+    """weight (diag(p) - p p^T) = weight sum_c p_c (e_c - p)(e_c - p)^T per row."""
+
+    def __init__(self, found: _graph.CrossEntropy) -> None:
+        self.log_probs, self.weight = found
+        self._product = _of_cross_entropy(found)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u."""
+        return self._product(u)
+
+    def factors(self, like: Tensor) -> Iterator[Factor]:
+        """One per class."""
+        p = self.log_probs.exp()
+        weight = torch.as_tensor(self.weight, dtype=p.dtype, device=p.device).expand(len(p), 1)
+        for c in range(p.shape[1]):
+            factor = -p * (weight.abs() * p[:, c : c + 1]).sqrt()
+            factor[:, c] += (weight.abs() * p[:, c : c + 1]).sqrt()[:, 0]
+            yield factor.reshape(like.shape), weight[:, 0].sign()
+
+
+class FoundMiddle:
+    """Of any loss: whether M has blocks, one per row of the outputs, is found by products and checked by another."""
+
+    def __init__(self, product: LossProduct) -> None:
+        self._product = product
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u."""
+        return self._product(u)
+
+    def factors(self, like: Tensor) -> Iterator[Factor] | None:
+        """The eigenvectors of each block, times the roots of the magnitudes of their eigenvalues."""
+        width = like.shape[-1] if like.dim() > 1 else 1
+        if like.numel() == 0 or width > _LARGEST or like.numel() * width > _ENTRIES:
+            return None
+        rows = like.numel() // width
+        blocks = torch.empty(rows, width, width, dtype=like.dtype, device=like.device)
+        for c in range(width):
+            unit = torch.zeros(rows, width, dtype=like.dtype, device=like.device)
+            unit[:, c] = 1
+            blocks[:, :, c] = self(unit.reshape(like.shape)).reshape(rows, width)
+        generator = torch.Generator(like.device).manual_seed(0)
+        u = torch.randn(rows, width, 1, dtype=like.dtype, device=like.device, generator=generator)
+        want, got = self(u.reshape(like.shape)).reshape(rows, width, 1), blocks @ u
+        rounding = 64 * torch.finfo(like.dtype).eps * torch.linalg.vector_norm(want.double())
+        if not bool(torch.linalg.vector_norm((got - want).double()) <= rounding):  # so also for NaN
+            return None
+        wide = torch.promote_types(like.dtype, torch.float32)
+        values, vectors = torch.linalg.eigh((blocks + blocks.mT).to(wide) / 2)
+        scaled = (vectors * values.abs().sqrt().unsqueeze(1)).to(like.dtype)
+        return ((scaled[:, :, f].reshape(like.shape), values[:, f].sign()) for f in range(width))
+
+
+class OuterMiddle:
+    """sum_f s_f s_f^T per block.
+
+    Args:
+        factors: (F, ...), each like the outputs. blocks: how many each of them has.
+        product: M u.
+    """
+
+    def __init__(self, factors: Callable[[], Iterator[Tensor]], blocks: int, product: LossProduct) -> None:
+        self._factors, self._blocks, self._product = factors, blocks, product
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u."""
+        return self._product(u)
+
+    def factors(self, like: Tensor) -> Iterator[Factor]:
+        """As given, all positive."""
+        ones = torch.ones(self._blocks, device=like.device)
+        return ((factor, ones) for factor in self._factors())
 
 
 def _of_cross_entropy(found: _graph.CrossEntropy) -> LossProduct:
@@ -54,9 +152,7 @@ def gradients(
     )
 
 
-def curvature(
-    terms: Sequence[_graph.Term], node: _graph.Node, at: Any, like: Tensor
-) -> tuple[Tensor | None, LossProduct]:
+def curvature(terms: Sequence[_graph.Term], node: _graph.Node, at: Any, like: Tensor) -> tuple[Tensor | None, Middle]:
     """The gradient of a sum of terms with respect to a value that they depend on, and the product with the Hessian.
 
     Args:
@@ -64,6 +160,6 @@ def curvature(
     """
     found = _graph.read_cross_entropy(terms[0].node, node, terms[0].factor) if len(terms) == 1 else None
     if found is not None:
-        return gradients(terms, [at], like)[0], _of_cross_entropy(found)
+        return gradients(terms, [at], like)[0], CrossEntropyMiddle(found)
     (gradient,) = gradients(terms, [at], like, create_graph=True)
-    return None if gradient is None else gradient.detach(), _by_autograd(gradient, at)
+    return None if gradient is None else gradient.detach(), FoundMiddle(_by_autograd(gradient, at))

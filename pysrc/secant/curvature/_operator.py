@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from secant.curvature import _estimators
+from secant.curvature import _estimators, _evaluate, _index
 from secant.curvature._estimators import Diagonal, Estimate
+from secant.curvature._index import Submatrix
 from secant.curvature._spectrum import SpectralDensity
 from secant.ops import _gate
 from secant.solvers import lanczos
 from secant.solvers.lanczos import Eigenpairs
 
+if TYPE_CHECKING:
+    from secant.curvature._inverse import Inverse
+
 Seed = int | torch.Generator
+Vectors = Tensor | Sequence[Tensor]
 _WHICH = ("LA", "SA", "LM")
 #: Basis vectors that the probes of `spectrum` may hold at a time, in bytes.
 _BASIS_BYTES = 2**28
@@ -24,18 +31,26 @@ _BASIS_BYTES = 2**28
 class LinearOperator(abc.ABC):
     """A symmetric matrix A of (n, n), known by its products with flat vectors.
 
-    `A @ v` and `A.matvec(v)` take a vector (n,), `A @ V` and `A.matmat(V)` k vectors as columns (n, k). `A + 0.1` is
-    the operator A + 0.1 I (`Damped`), as is `0.1 + A`; `A - 0.1` is A - 0.1 I.
+    `A @ v` and `A.matvec(v)` take a vector (n,), `A @ V` and `A.matmat(V)` k vectors as columns (n, k); `v @ A` takes a
+    vector, or k as rows (k, n). Where the operator is over tensors of some `shapes`, a list of tensors of these shapes
+    is a vector too, and the product is such a list; with a last dimension k each (a first one in `[...] @ A`) it is k
+    vectors. `A.T` and `A.adjoint()` are A itself. `A + 0.1` is the operator A + 0.1 I (`Damped`), as is `0.1 + A`;
+    `A - 0.1` is A - 0.1 I. `A[rows, columns]` is a dense block, `A.submatrix(rows, columns)` the operator.
 
     Subclasses implement `_rows`.
 
     Attributes:
-        shape: (n, n). dtype, device: of the vectors.
+        shape: (n, n). dtype, device: of the vectors. shapes: of the tensors that make up a vector, or None.
     """
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    #: numpy leaves `array @ A` to the operator, which names the type.
+    __array_ufunc__ = None
+
+    def __init__(
+        self, n: int, dtype: torch.dtype, device: torch.device, shapes: Sequence[torch.Size] | None = None
+    ) -> None:
         self.shape = torch.Size((n, n))
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.shapes = dtype, device, shapes
 
     @abc.abstractmethod
     def _rows(self, vectors: Tensor) -> Tensor:
@@ -59,7 +74,8 @@ class LinearOperator(abc.ABC):
         Raises:
             TypeError, ValueError: `v` does not fit.
         """
-        v = _gate.shaped(f"{self._name}.matvec", "v", v, (self.shape[0],), self.dtype, self.device)
+        op = f"{self._name}.matvec"
+        v = _gate.shaped(op, "v", _unnested(op, v), (self.shape[0],), self.dtype, self.device)
         return self._rows(v.detach().contiguous().unsqueeze(0))[0]
 
     def matmat(self, v: Tensor) -> Tensor:
@@ -75,15 +91,126 @@ class LinearOperator(abc.ABC):
             TypeError, ValueError: `v` does not fit.
         """
         op = f"{self._name}.matmat"
-        _gate.tensor(op, "v", v, (self.dtype,), self.device)
+        _gate.tensor(op, "v", _unnested(op, v), (self.dtype,), self.device)
         if v.dim() != 2 or v.shape[0] != self.shape[0]:
             raise _gate.fail(op, "v", f"shape ({self.shape[0]}, k)", f"shape {tuple(v.shape)}")
         if v.shape[1] == 0:
             return torch.empty_like(v)
         return self._rows(v.detach().t().contiguous()).t()
 
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return self.matmat(v) if isinstance(v, Tensor) and v.dim() == 2 else self.matvec(v)
+    def __matmul__(self, v: Vectors) -> Any:
+        if isinstance(v, (list, tuple)):
+            flat, count = self._joined(v, last=True)
+            found = self.matvec(flat) if count is None else self.matmat(flat)
+            return self._parted(found, () if count is None else (count,), last=True)
+        return self.matmat(v) if isinstance(v, Tensor) and v.dim() == 2 else self.matvec(v)  # type: ignore[arg-type]
+
+    def __rmatmul__(self, v: Vectors) -> Any:
+        if isinstance(v, (list, tuple)):
+            flat, count = self._joined(v, last=False)
+            found = self.matvec(flat) if count is None else self.matmat(flat.t()).t()
+            return self._parted(found, () if count is None else (count,), last=False)
+        return self.matmat(v.t()).t() if isinstance(v, Tensor) and v.dim() == 2 else self.matvec(v)  # type: ignore[arg-type]
+
+    def _joined(self, parts: Sequence[Tensor], *, last: bool) -> tuple[Tensor, int | None]:
+        """A list of tensors as one vector, or as k columns (rows, unless `last`), and k."""
+        op, shapes = f"{self._name}.matmul", self.shapes
+        if shapes is None:
+            raise TypeError(f"{op}: v: expected a tensor, got a list: this operator is over flat vectors")
+        if len(parts) != len(shapes):
+            raise _gate.fail(op, "v", f"{len(shapes)} tensors, one per parameter", f"{len(parts)}")
+        counts: set[int | None] = set()
+        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            _gate.tensor(op, f"v[{i}]", _unnested(op, part), (self.dtype,), self.device)
+            more = part.dim() - len(shape)
+            inner = part.shape[: len(shape)] if last else part.shape[more:]
+            if more not in (0, 1) or inner != shape:
+                k = (*shape, "k") if last else ("k", *shape)
+                expected = f"shape {tuple(shape)} or ({', '.join(map(str, k))})"
+                raise _gate.fail(op, f"v[{i}]", expected, f"shape {tuple(part.shape)}")
+            counts.add(None if more == 0 else part.shape[-1 if last else 0])
+        if len(counts) > 1:
+            raise _gate.fail(op, "v", "tensors of one number of vectors", sorted(str(x) for x in counts))
+        count = counts.pop()
+        if count is None:
+            return torch.cat([part.detach().reshape(-1) for part in parts]), None
+        if last:
+            return torch.cat(
+                [part.detach().reshape(shape.numel(), count) for part, shape in zip(parts, shapes, strict=True)]
+            ), count
+        return torch.cat(
+            [part.detach().reshape(count, shape.numel()) for part, shape in zip(parts, shapes, strict=True)], 1
+        ), count
+
+    def _parted(self, found: Tensor, count: tuple[int, ...], *, last: bool) -> list[Tensor]:
+        """The reverse."""
+        shapes = self.shapes or ()
+        parts = found.split([shape.numel() for shape in shapes], 0 if last else -1)
+        return [
+            part.reshape((*shape, *count) if last else (*count, *shape))
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose: the operator itself, which is symmetric."""
+        return self
+
+    def adjoint(self) -> LinearOperator:
+        """The transpose: the operator itself, which is symmetric."""
+        return self
+
+    def submatrix(self, rows: Any, columns: Any) -> Submatrix:
+        """A[rows, columns] as an operator, rows and columns chosen independently (as by `numpy.ix_`).
+
+        Args:
+            rows, columns: a slice, a sequence of indices or an integer tensor (k,), or a mask (n,); an int is one.
+
+        Returns:
+            `Submatrix` of shape (r, c): `@` on either side, `T`, `to_dense()`.
+
+        Raises:
+            TypeError, IndexError: something else, or out of range.
+
+        Example:
+            >>> H.submatrix(range(10), [0, 5]) @ torch.ones(2)
+        """
+        op, n = f"{self._name}.submatrix", self.shape[0]
+        return Submatrix(
+            self,
+            _index.indices(op, "rows", rows, n, self.device)[0],
+            _index.indices(op, "columns", columns, n, self.device)[0],
+        )
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return _index.block(f"{self._name}[]", self, key)
+
+    def to_dense(self) -> Tensor:
+        """The matrix (n, n), by n products."""
+        return self.submatrix(slice(None), slice(None)).to_dense()
+
+    def inverse(
+        self,
+        *,
+        damping: float | Tensor = 0.0,
+        tol: float | None = None,
+        max_iter: int | None = None,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
+    ) -> Inverse:
+        """(A + damping I)^-1 as an operator whose products solve by conjugate gradients.
+
+        Args:
+            damping, tol, max_iter, preconditioner: see `Inverse`.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid.
+
+        Example:
+            >>> G.inverse(damping=1e-3) @ gradient
+        """
+        from secant.curvature._inverse import Inverse
+
+        return Inverse(self, damping=damping, tol=tol, max_iter=max_iter, preconditioner=preconditioner)
 
     def __add__(self, damping: float | Tensor) -> Damped:
         return Damped(self, damping)
@@ -91,7 +218,7 @@ class LinearOperator(abc.ABC):
     __radd__ = __add__
 
     def __sub__(self, damping: float | Tensor) -> Damped:
-        return Damped(self, -damping)
+        return Damped(self, -damping if isinstance(damping, (int, float, Tensor)) and damping is not True else damping)
 
     def __repr__(self) -> str:
         return f"{self._name}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -125,9 +252,12 @@ class LinearOperator(abc.ABC):
     def generator(self, seed: Seed) -> torch.Generator:
         """The generator of the probes: the one given, or a new one with this seed on the operator's device."""
         if isinstance(seed, torch.Generator):
+            if seed.device.type != self.device.type:
+                raise _gate.fail(self._name, "seed", f"a generator on {self.device}", f"one on {seed.device}")
             return seed
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"{self._name}: seed: expected an int or a torch.Generator, got {_gate.describe(seed)}")
+        _estimators.check_seed(self._name, seed)
         return torch.Generator(self.device).manual_seed(seed)
 
     def _wide_rows(self, vectors: Tensor) -> Tensor:
@@ -138,16 +268,20 @@ class LinearOperator(abc.ABC):
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
-    def diag(self, num_probes: int = 100, *, seed: Seed = 0) -> Diagonal:
-        """Unbiased estimate of the diagonal by Rademacher probes z, entries +1 or -1 with equal odds.
+    @_evaluate.plainly
+    def diag(self, num_probes: int | None = 100, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
+        """Unbiased estimate of the diagonal by random probes z, or the diagonal itself.
 
-            E[z * A z] = diag(A),        Var[(z * A z)_i] = sum_(j != i) A_ij^2.
+            E[z * A z] = diag(A),        Var[(z * A z)_i] = sum_(j != i) A_ij^2   (+ 2 A_ii^2 for normal probes).
 
         Args:
-            num_probes: products to make, >= 1. seed: of the probes, or their generator.
+            num_probes: products to make, >= 1; None: the exact diagonal, by n products.
+            distribution: of the entries of z: "rademacher", +1 or -1 with equal odds, or "normal".
+            seed: of the probes, or their generator.
 
         Returns:
-            `Diagonal`: `value` (n,) and `stderr` (n,), the estimated standard error (NaN from a single probe).
+            `Diagonal`: `value` (n,) and `stderr` (n,), the estimated standard error (NaN from a single probe, zero of
+            the exact diagonal).
 
         Raises:
             TypeError, ValueError: an argument is invalid.
@@ -158,24 +292,41 @@ class LinearOperator(abc.ABC):
         Example:
             >>> H.diag(100).value.clamp(min=1e-3).rsqrt()     # a preconditioner
         """
-        op = f"{self._name}.diag"
+        op, n = f"{self._name}.diag", self.shape[0]
+        _estimators.check_distribution(op, distribution)
+        if num_probes is None:
+            value = self._exact_diagonal()
+            return Diagonal(value, torch.zeros_like(value))
         _estimators.check_count(op, "num_probes", num_probes, 1)
-        return _estimators.diagonal(
-            self._wide_rows, self.shape[0], num_probes, self._wide, self.device, self.generator(seed)
-        )
+        draw = _estimators.draw(distribution, n, self._wide, self.device, self.generator(seed))
+        return _estimators.diagonal(self._wide_rows, n, num_probes, draw, self.device)
 
-    def trace(self, num_probes: int = 100, *, method: str = "hutchinson", seed: Seed = 0) -> Estimate:
+    def _exact_diagonal(self) -> Tensor:
+        """In `_wide`."""
+        return _estimators.exact_diagonal(self._wide_rows, self.shape[0], self._wide, self.device)
+
+    @_evaluate.plainly
+    def trace(
+        self,
+        num_probes: int = 100,
+        *,
+        method: str = "hutchinson",
+        distribution: str = "rademacher",
+        seed: Seed = 0,
+    ) -> Estimate:
         """Unbiased estimate of the trace, with its standard error.
 
         Args:
             num_probes: products to make; >= 2, and >= 6 for "hutch++".
-            method: "hutchinson", the mean of z.A z over Rademacher probes; "hutch++", which takes the part of A on the
+            method: "hutchinson", the mean of z.A z over random probes; "hutch++", which takes the part of A on the
                 range of a random sketch exactly and estimates the remainder, with far less variance when few
                 eigenvalues are large.
+            distribution: of the entries of z: "rademacher", +1 or -1 with equal odds and of the least variance, or
+                "normal".
             seed: of the probes, or their generator.
 
         Returns:
-            `Estimate`: `value`, `stderr` and `num_probes`; `float(estimate)` is the value.
+            `Estimate`: `value`, `stderr` and `num_probes`; `float(estimate)` is the value. NaN where products are.
 
         Raises:
             TypeError, ValueError: an argument is invalid.
@@ -189,12 +340,15 @@ class LinearOperator(abc.ABC):
         """
         op = f"{self._name}.trace"
         methods = {"hutchinson": (_estimators.hutchinson, 2), "hutch++": (_estimators.hutch_plus_plus, 6)}
-        if method not in methods:
-            raise _gate.fail(op, "method", "'hutchinson' or 'hutch++'", repr(method))
+        if not isinstance(method, str) or method not in methods:
+            raise _gate.fail(op, "method", "'hutchinson' or 'hutch++'", _estimators.brief(method))
+        _estimators.check_distribution(op, distribution)
         estimator, least = methods[method]
         _estimators.check_count(op, "num_probes", num_probes, least)
-        return estimator(self._wide_rows, self.shape[0], num_probes, self._wide, self.device, self.generator(seed))
+        draw = _estimators.draw(distribution, self.shape[0], self._wide, self.device, self.generator(seed))
+        return estimator(self._wide_rows, self.shape[0], num_probes, draw)
 
+    @_evaluate.plainly
     def eigs(
         self,
         k: int = 1,
@@ -213,7 +367,8 @@ class LinearOperator(abc.ABC):
             seed: of the random start, or its generator.
 
         Returns:
-            `Eigenpairs`: `values` (k,) ascending, `vectors` (n, k), `residuals`, `converged`, `iterations`.
+            `Eigenpairs`: `values` (k,) ascending, `vectors` (n, k), `residuals`, `converged`, `iterations`. Where a
+            product is not finite all of them are NaN, and `converged` is False.
 
         Raises:
             TypeError, ValueError: an argument is invalid.
@@ -228,11 +383,11 @@ class LinearOperator(abc.ABC):
         op, n = f"{self._name}.eigs", self.shape[0]
         _estimators.check_count(op, "k", k, 1, n)
         if which not in _WHICH:
-            raise _gate.fail(op, "which", "'LA', 'SA' or 'LM'", repr(which))
+            raise _gate.fail(op, "which", "'LA', 'SA' or 'LM'", _estimators.brief(which))
         if tol is None:
             tol = 1e-8 if self.dtype is torch.float64 else 1e-3
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-            raise _gate.fail(op, "tol", "a number between 0 and 1, or None", repr(tol))
+            raise _gate.fail(op, "tol", "a number between 0 and 1, or None", _estimators.brief(tol))
         if max_iter is None:
             max_iter = min(n, max(10 * k, 200))
         _estimators.check_count(op, "max_iter", max_iter, k, n)
@@ -240,6 +395,7 @@ class LinearOperator(abc.ABC):
         start = torch.randn(1, n, dtype=self._wide, device=self.device, generator=generator)
         return lanczos.eigenpairs(self._wide_rows, start, k, which, tol=tol, max_iter=max_iter, generator=generator)
 
+    @_evaluate.plainly
     def spectrum(self, num_probes: int = 10, *, steps: int = 80, seed: Seed = 0) -> SpectralDensity:
         """The distribution of the eigenvalues, by stochastic Lanczos quadrature.
 
@@ -255,6 +411,7 @@ class LinearOperator(abc.ABC):
 
         Raises:
             TypeError, ValueError: an argument is invalid.
+            RuntimeError: a product is not finite.
 
         References:
             Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature, SIAM J. Matrix Anal.
@@ -275,10 +432,19 @@ class LinearOperator(abc.ABC):
             start = _estimators.rademacher(rows, n, self._wide, self.device, generator)
             run = lanczos.Lanczos(self._wide_rows, start, steps)
             run.advance(steps)
+            if not bool(torch.isfinite(run.alpha).all()):
+                raise RuntimeError(f"{op}: expected finite products, got NaN or infinity at this point")
             values, vectors = run.ritz()
             nodes.append(values.cpu())
             weights.append(vectors[:, 0, :].square().cpu())
         return SpectralDensity(torch.cat(nodes), torch.cat(weights), n)
+
+
+def _unnested(op: str, v: Any) -> Any:
+    """Refuse what has no shape to be compared."""
+    if isinstance(v, Tensor) and v.is_nested:
+        raise _gate.fail(op, "v", "a dense (strided) tensor", "a nested one")
+    return v
 
 
 class Damped(LinearOperator):
@@ -288,19 +454,27 @@ class Damped(LinearOperator):
         operator: A. damping: lambda, a number or a tensor of one element.
 
     Raises:
-        TypeError: `damping` is something else.
+        TypeError, ValueError: `damping` is something else.
     """
 
     def __init__(self, operator: LinearOperator, damping: float | Tensor) -> None:
-        scalar = isinstance(damping, Tensor) and damping.numel() == 1 and not damping.is_complex()
+        scalar = isinstance(damping, Tensor) and not damping.is_nested and damping.numel() == 1
+        scalar = scalar and isinstance(damping, Tensor) and not (damping.is_complex() or damping.is_meta)
         if not scalar and (isinstance(damping, (bool, Tensor)) or not isinstance(damping, (int, float))):
             raise TypeError(
                 f"{operator._name}: damping: expected a number or a tensor of one element, got "
-                f"{_gate.describe(damping)}"
+                f"{'a nested one' if isinstance(damping, Tensor) and damping.is_nested else _gate.describe(damping)}"
             )
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        if not isinstance(damping, Tensor) and not abs(damping) <= sys.float_info.max:
+            raise _gate.fail(operator._name, "damping", "a finite number", _estimators.brief(damping))
+        super().__init__(operator.shape[0], operator.dtype, operator.device, operator.shapes)
         self.operator = operator
         self.damping = damping.detach().reshape(()).to(self.device) if isinstance(damping, Tensor) else float(damping)
+
+    def diag(self, num_probes: int | None = 100, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
+        """That of A, to which lambda is added; see `LinearOperator.diag`."""
+        value, stderr = self.operator.diag(num_probes, distribution=distribution, seed=seed)
+        return Diagonal(value + self.damping, stderr)
 
     def _rows(self, vectors: Tensor) -> Tensor:
         found = self.operator._rows(vectors)

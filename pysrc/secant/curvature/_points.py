@@ -179,6 +179,9 @@ def layered_hessian(loss: Tensor, params: Parameters, slots: _graph.Slots) -> La
 class Jacobian(Protocol):
     """J = d outputs / d parameters at one point and batch."""
 
+    def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:
+        """Add sum_b sign_b (J_b^T u_b)^2, entry by entry, for the blocks b of rows of the outputs."""
+
     def push(self, vector: Tensor) -> Tensor:
         """J v, in the shape of the outputs."""
 
@@ -216,6 +219,15 @@ class GraphJacobian:
         """Write J^T u."""
         self.params.join(self._pull(cotangent), out)
 
+    def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:
+        """Add sum_b sign_b (J_b^T u_b)^2, by a backward pass per block."""
+        part = torch.empty_like(out)
+        for b, rows in enumerate(cotangent.reshape(len(sign), -1)):
+            alone = torch.zeros_like(cotangent)
+            alone.view(len(sign), -1)[b] = rows
+            self.pull(alone, part)
+            out.add_(part.square_() * sign[b])
+
 
 class ForwardJacobian(GraphJacobian):
     """J v by forward mode, through the closure again at every product; J^T u on the kept graph."""
@@ -250,6 +262,13 @@ class LayeredJacobian:
         """Write J^T u."""
         self.layers.pull(cotangent, out)
 
+    def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:
+        """Add sum_b sign_b (J_b^T u_b)^2: for all blocks at once where each has its rows in every layer."""
+        if self.layers.blocks_fit(len(sign)):
+            self.layers.add_squares(cotangent, sign, out)
+        else:
+            GraphJacobian.add_squares(self, cotangent, sign, out)  # type: ignore[arg-type]
+
 
 def layered_jacobian(outputs: Tensor, params: Parameters, slots: _graph.Slots) -> LayeredJacobian | str:
     """The structured Jacobian at the point where `outputs` were evaluated, or what stands in its way."""
@@ -263,12 +282,33 @@ class Sandwich:
     """J^T M J, where M is symmetric on the outputs.
 
     Args:
-        middle: M u in the shape of u.
+        middle: M u in the shape of u. like: a tensor like the outputs.
     """
 
-    def __init__(self, jacobian: Jacobian, middle: Callable[[Tensor], Tensor]) -> None:
-        self.jacobian, self.middle = jacobian, middle
+    def __init__(self, jacobian: Jacobian, middle: _losses.Middle, like: Tensor) -> None:
+        self.jacobian, self.middle, self.like = jacobian, middle, like
 
     def product(self, vector: Tensor, out: Tensor) -> None:
         """Write the product with a flat vector."""
         self.jacobian.pull(self.middle(self.jacobian.push(vector)), out)
+
+    def diagonal(self, out: Tensor) -> None:
+        """Write the diagonal: squares of J^T s for the factors s of the blocks of M, or by n products."""
+        out.zero_()
+        n, count = len(out), 0
+        factors = self.middle.factors(self.like)
+        if factors is not None:
+            layered = isinstance(self.jacobian, LayeredJacobian)
+            for factor, sign in factors:
+                count += len(sign)
+                if not layered and count > 2 * n:  # a product takes about two passes
+                    break
+                self.jacobian.add_squares(factor, sign.to(factor.dtype), out)
+            else:
+                return
+        unit, part = torch.zeros_like(out), torch.empty_like(out)
+        for i in range(n):
+            unit.zero_()
+            unit[i] = 1
+            self.product(unit, part)
+            out[i] = part[i]

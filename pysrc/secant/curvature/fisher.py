@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secant.curvature._estimators import check_count
+from secant.curvature import _losses
+from secant.curvature._estimators import check_count, check_seed
 from secant.curvature.ggn import _JacobianOperator
 from secant.curvature.hessian import trainable
 from secant.ops import _gate
@@ -78,6 +79,7 @@ class Fisher(_JacobianOperator):
         check_count(self._name, "samples", samples, 1)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"{self._name}: seed: expected an int, got {_gate.describe(seed)}")
+        check_seed(self._name, seed)
         self.likelihood, self.samples, self.seed = likelihood, samples, seed
         self._mean = _scale(self._name, reduction)
         super().__init__(closure, params, **options)
@@ -96,6 +98,9 @@ class Fisher(_JacobianOperator):
 
     def resample(self, seed: int) -> None:
         """Draw other labels, from this seed."""
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{self._name}.resample: seed: expected an int, got {_gate.describe(seed)}")
+        check_seed(f"{self._name}.resample", seed)
         self.seed = seed
         self.refresh()
 
@@ -106,7 +111,7 @@ class Fisher(_JacobianOperator):
     def _outputs(self, result: Any) -> Tensor:
         return super()._outputs((result, None) if isinstance(result, Tensor) else result)
 
-    def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
+    def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
         logits = outputs.detach()
         residuals = torch.stack([self._residual(logits) for _ in range(self.samples)])
         categorical = self.likelihood == "categorical"
@@ -119,7 +124,20 @@ class Fisher(_JacobianOperator):
                 along = along.sum(-1, keepdim=True)
             return (residuals * along).sum(0).mul_(scale)
 
-        return middle
+        def factors() -> Iterator[Tensor]:
+            if categorical:
+                yield from residuals * scale**0.5
+                return
+            along = (residuals.square().sum(0) * scale).sqrt()  # M is diagonal: one number of each row at a time
+            for c in range(width):
+                factor = torch.zeros_like(logits)
+                factor[..., c] = along[..., c]
+                yield factor
+
+        if not categorical and logits.dim() == 0:
+            return _losses.OuterMiddle(lambda: iter([(residuals.square().sum(0) * scale).sqrt()]), 1, middle)
+        width = logits.shape[-1]
+        return _losses.OuterMiddle(factors, logits.numel() // max(1, width), middle)
 
     def _residual(self, outputs: Tensor) -> Tensor:
         """d(-log p(y | f))/df with a drawn y."""
@@ -171,7 +189,7 @@ class EmpiricalFisher(_JacobianOperator):
         self._mean = _scale(self._name, reduction)
         super().__init__(closure, params, **options)
 
-    def _middle(self, outputs: Tensor, result: Any) -> Callable[[Tensor], Tensor]:
+    def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
         losses = result[1]
         if not isinstance(losses, Tensor) or outputs.dim() < 1 or losses.shape != outputs.shape[:1]:
             expected = f"losses of shape ({len(outputs) if outputs.dim() else 'N'},), one per row of the outputs"
@@ -189,4 +207,4 @@ class EmpiricalFisher(_JacobianOperator):
             along = gradients * u
             return gradients * (along.sum(rest, keepdim=True) if rest else along).mul_(scale)
 
-        return middle
+        return _losses.OuterMiddle(lambda: iter([gradients * scale**0.5]), len(losses), middle)

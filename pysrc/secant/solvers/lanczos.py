@@ -176,7 +176,8 @@ def eigenpairs(
             the host. generator: of the random directions, on the device of `start`.
 
     Returns:
-        `Eigenpairs`; when `max_iter` is reached, the best so far with `converged` False.
+        `Eigenpairs`; when `max_iter` is reached, the best so far with `converged` False. Where a product is not finite
+        there are no such numbers: all NaN, `converged` False.
 
     References:
         Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
@@ -188,6 +189,9 @@ def eigenpairs(
         before = run.steps
         run.advance(min(check_every, max_iter - before))
         beta = run.beta[0, : run.steps].cpu()
+        if not bool(torch.isfinite(run.alpha[0, : run.steps]).all()):
+            nan = start.new_full((k,), torch.nan)
+            return Eigenpairs(nan, nan.expand(start.shape[1], k).clone(), nan.clone(), False, run.steps)
         ended = (beta[before:] == 0).nonzero()
         exhausted = len(ended) > 0
         if exhausted:
