@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from secant.kernels import FAMILIES
 
 import secant
 from secant import backends, defaults
 from secant.defaults import ANY, Default
-from secant.kernels import FAMILIES
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]

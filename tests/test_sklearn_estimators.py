@@ -371,3 +371,36 @@ def test_what_is_no_number_is_named(cancer, bad):
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
             model.fit(x, y)
+
+
+@pytest.mark.parametrize(("part", "place", "value"), [("indptr", -1, 10**6), ("indices", 3, 6), ("indices", 3, -1)])
+def test_predictions_read_no_hostile_indices(part, place, value):
+    x = sparse.random(40, 6, 0.5, format="csr", random_state=0)
+    for model in (Ridge(), LogisticRegression(), PoissonRegressor()):
+        model.fit(x, np.arange(40) % 2)
+        damaged = x.copy()
+        getattr(damaged, part)[place] = value
+        with pytest.raises(ValueError, match=r"(indices|indptr|index|Last value)"):
+            model.predict(damaged)
+
+
+def test_indices_of_any_memory():
+    x = sparse.random(40, 6, 0.5, format="csr", random_state=0)
+    want = Ridge().fit(x, np.arange(40.0)).coef_
+    x.indices = x.indices[::-1].copy()[::-1]
+    assert np.allclose(Ridge().fit(x, np.arange(40.0)).coef_, want)
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0, "a"])
+def test_weights_that_are_none_are_named(cancer, weight):
+    x, y = cancer
+    for model in (LogisticRegression(), PoissonRegressor(), Ridge()):
+        with pytest.raises((TypeError, ValueError), match="sample_weight: expected"):
+            model.fit(x, y, sample_weight=[weight] * len(y))
+
+
+def test_offsets_of_another_length(cancer):
+    x, y = cancer
+    model = PoissonRegressor().fit(StandardScaler().fit_transform(x), y, offset=np.zeros(len(y)))
+    with pytest.raises(ValueError, match=r"PoissonRegressor: offset: expected shape \(569,\), got \(3,\)"):
+        model.predict(x, offset=np.zeros(3))

@@ -55,7 +55,15 @@ class _Linear(BaseEstimator):
         with config_context(array_api_dispatch=False):
             X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], order="C", **options)
         if sample_weight is not None:
-            sample_weight = np.asarray(sample_weight, dtype=X.dtype)
+            name = type(self).__name__
+            try:
+                sample_weight = np.asarray(sample_weight, dtype=X.dtype)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name}: sample_weight: expected an array of numbers ({error})") from None
+            if not (np.isfinite(sample_weight).all() and (sample_weight >= 0.0).all()):
+                raise ValueError(
+                    f"{name}: sample_weight: expected finite numbers >= 0, got {_gate.show(sample_weight)}"
+                )
             if sample_weight.ndim == 0:
                 sample_weight = np.full(len(y), sample_weight)
             if sample_weight.shape != (len(y),):
@@ -96,7 +104,7 @@ class _Linear(BaseEstimator):
 
     def _iterations(self, result: glm.GLMResult) -> int:
         """At least one, by convention, unless none was allowed."""
-        return min(max(1, result.n_iter), self.max_iter)
+        return 0 if self.max_iter == 0 else max(1, result.n_iter)
 
     def _start(self, coef_shape: tuple[int, ...]) -> tuple[Any, Any] | None:
         """(coef, intercept) of the last fit in the shapes of `fit`, when it is asked for and fits."""
@@ -116,10 +124,11 @@ class _Linear(BaseEstimator):
             array = validate_data(self, array, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
         coef, intercept = np.asarray(_array(self.coef_)), np.asarray(_array(self.intercept_))
         if kind.device is None:
+            array = _checked_csr(array) if sparse.issparse(array) else array
             return torch.from_numpy(np.asarray(array @ coef.T + intercept))
         x = _tensor(array, kind.device)
-        coef, intercept = (torch.as_tensor(part, device=x.device).to(x.dtype) for part in (coef, intercept))
-        return x @ coef.mT.squeeze(-1) + intercept if coef.dim() > 1 else x @ coef + intercept
+        w, b = (torch.as_tensor(part, device=x.device).to(x.dtype) for part in (coef, intercept))
+        return x @ w.mT.squeeze(-1) + b if w.dim() > 1 else x @ w + b
 
     def _result(self, x: torch.Tensor, X: Any) -> Any:
         """A prediction in the type of X."""
@@ -293,7 +302,11 @@ class _LogLink(RegressorMixin, _Linear):
         """The expected target of each row, exp(X w + b + offset)."""
         z = self._predictor(X)
         if offset is not None:
-            z = z + torch.as_tensor(offset).to(z)
+            offset = torch.as_tensor(offset)
+            if offset.shape != z.shape:
+                name = type(self).__name__
+                raise ValueError(f"{name}: offset: expected shape {tuple(z.shape)}, got {tuple(offset.shape)}")
+            z = z + offset.to(z)
         return self._result(z.exp(), X)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> float:
@@ -505,13 +518,22 @@ def _positive(X: Any, y: Any, l2: float, weight: Any, model: Ridge) -> tuple[Any
     return w, level - np.sum(mean * w)
 
 
+def _checked_csr(X: Any) -> Any:
+    """A CSR array over the memory of X whose indices are in range, of one dtype and without gaps in memory.
+
+    Raises:
+        ValueError: a row begins or ends where it must not, or a column is out of range.
+    """
+    X = sparse.csr_array(tuple(np.ascontiguousarray(part) for part in (X.data, X.indices, X.indptr)), shape=X.shape)
+    X.check_format(full_check=True)
+    return X
+
+
 def _tensor(X: Any, device: torch.device | None) -> Any:
     """X as it is, or a CSR tensor of a scipy one, whose indices are checked, sorted and made unique."""
     if isinstance(X, np.ndarray):
         return X if device is None else torch.as_tensor(X, device=device)
-    # Made anew, the two arrays of indices are of one dtype.
-    X = sparse.csr_array((X.data, X.indices, X.indptr), shape=X.shape)
-    X.check_format(full_check=True)
+    X = _checked_csr(X)
     if not X.has_canonical_format:
         X = X.copy()
         X.sum_duplicates()
@@ -525,7 +547,8 @@ def _tensor(X: Any, device: torch.device | None) -> Any:
 def _checked_alpha(model: Any, targets: int) -> list[float]:
     """The penalty of each target."""
     name, alpha = type(model).__name__, _array(model.alpha)
-    if isinstance(model, Ridge) and np.ndim(alpha) == 1:
+    if isinstance(model, Ridge) and np.ndim(alpha) > 0:
+        alpha = np.ravel(alpha)
         if len(alpha) != targets:
             raise ValueError(f"{name}: alpha: expected a number or {targets}, one for each target, got {len(alpha)}")
         return [_gate.nonnegative(name, "alpha", float(one)) for one in alpha]

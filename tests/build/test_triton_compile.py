@@ -15,11 +15,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
 from secant.kernels.blocks import triton as blocks  # noqa: E402
 from secant.kernels.hvp import triton as hvp  # noqa: E402
 from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 KERNELS = {
     lbfgs: ("_dots", "_combine", "_panel", "_update_one", "_two_loop_one"),

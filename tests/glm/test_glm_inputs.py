@@ -184,3 +184,49 @@ def test_no_iteration_is_the_start(solver):
     result = secant.glm.fit(X, TARGETS["logistic"], max_iter=0, start=start, solver=solver)
     assert result.coef.tolist() == [0.1, 0.2, 0.3]
     assert float(result.intercept) == 0.4
+
+
+def test_the_means_are_those_of_rows_with_weight(solver):
+    x = np.concatenate([np.zeros(390), 1e8 + np.arange(10.0)])[:, None]
+    weight = np.repeat([0.0, 1.0], [390, 10])
+    y = 2 * (x[:, 0] - 1e8) + 1
+    result = secant.glm.fit(x, y, loss="squared", sample_weight=weight, solver=solver)
+    assert result.status == "converged"
+    assert float(result.coef) == pytest.approx(2.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma", "tweedie"])
+@pytest.mark.parametrize("far", [690.0, -690.0])
+def test_logarithms_far_from_zero(loss, far, solver):
+    """A scale of the targets, or an offset, is the intercept's; Newton's method does not walk there."""
+    want = secant.glm.fit(X, TARGETS[loss], loss=loss, tol=1e-10, solver=solver)
+    shifted = secant.glm.fit(X, TARGETS[loss], loss=loss, offset=np.full(400, far), tol=1e-10, solver=solver)
+    assert shifted.status == "converged"
+    assert torch.allclose(shifted.coef, want.coef, atol=1e-7)
+    assert float(shifted.intercept) == pytest.approx(float(want.intercept) - far, abs=1e-6)
+
+
+def test_a_gradient_that_overflows_is_a_status():
+    result = secant.glm.fit(X * 1e307, TARGETS["logistic"])
+    assert result.status == "stalled"
+    assert torch.isfinite(result.coef).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"start": 3}, ValueError, "start: expected a GLMResult or"),
+        ({"start": (1,)}, ValueError, "start: expected a GLMResult or"),
+        ({"start": (np.full(3, np.nan), 0.0)}, ValueError, "start: expected coef of finite numbers"),
+        ({"callback": 3}, TypeError, "callback: expected a function or None"),
+        ({"fit_intercept": "yes"}, ValueError, "fit_intercept: expected True or False"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    with pytest.raises(error, match=f"glm.fit: {message}"):
+        secant.glm.fit(X, TARGETS["logistic"], **change)
+
+
+def test_numbers_of_more_bits():
+    wide = secant.glm.fit(X, TARGETS["logistic"].astype(np.longdouble))
+    assert torch.equal(wide.coef, secant.glm.fit(X, TARGETS["logistic"]).coef)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from secant.kernels.hvp import LOSSES, cpu
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import secant
 from secant import backends
 from secant._errors import BackendError
-from secant.kernels.hvp import LOSSES, cpu
 from secant.ops import (
     cross_entropy_hvp,
     glm_hvp,

@@ -11,10 +11,10 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from secant.kernels.lbfgs import cpu
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import secant
-from secant.kernels.lbfgs import cpu
 from secant.ops import two_loop
 
 

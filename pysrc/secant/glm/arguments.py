@@ -22,7 +22,7 @@ SOLVERS = ("auto", "newton-cg", "newton-cholesky", "lbfgs", "min-norm")
 _LOOK = 4096
 #: Mean over standard deviation of a feature above which it is centred: the rounding of a product that cancels to its
 #: centred part is then worth a slower pass.
-_FAR = {torch.float32: 64.0, torch.float64: 1e5}
+_FAR = {torch.float32: 16.0, torch.float64: 1e5}
 
 
 def objective(
@@ -57,10 +57,12 @@ def objective(
         total = float(c.double().sum())
         if total == 0.0:
             raise _gate.fail(OP, "sample_weight", "at least one positive weight", "only zeros")
-    level = _level(target) if fit_intercept and loss in ("squared", "huber") else 0.0
+    if type(fit_intercept).__name__ not in ("bool", "bool_"):  # numpy's too
+        raise _gate.fail(OP, "fit_intercept", "True or False", _gate.show(fit_intercept))
+    level = _level(target, c) if fit_intercept and loss in ("squared", "huber") else 0.0
     target, classes = _targets(target.double() - level if level else target, loss, x.dtype)
     o = None if offset is None else _offset(offset, x, classes)
-    shift = _shift(x) if fit_intercept else None
+    shift = _shift(x, c) if fit_intercept else None
     return Objective(x, target, loss, delta, c, l2, bool(fit_intercept), classes, total, o, shift, level, power)
 
 
@@ -79,28 +81,34 @@ def _offset(value: Any, x: Tensor, classes: int) -> Tensor:
     return o
 
 
-def _level(y: Tensor) -> float:
+def _level(y: Tensor, c: Tensor | None) -> float:
     """What to take off the targets of a loss that knows differences only: their mean, if that is far from zero."""
-    y = y.double()
+    y = y.double() if c is None else y[c > 0.0].double()
     mean, spread = float(y.mean()), float(y.std(correction=0))
     return mean if math.isfinite(mean) and abs(mean) > _FAR[torch.float32] * spread else 0.0
 
 
-def _shift(x: Tensor) -> Tensor | None:
+def _shift(x: Tensor, c: Tensor | None = None) -> Tensor | None:
     """What to take off the features: the mean of those that are far from zero for their spread; None if none is.
 
-    Means of some rows serve as well as those of all: what is left has to be of the size of the spread, no more.
+    Means of some rows, of positive weight, serve as well as those of all: what is left has to be of the size of the
+    spread, no more.
     """
     n, d = x.shape
-    step = max(1, n // _LOOK)
     if x.layout is torch.strided:
-        some = x[::step]
+        if c is None or bool((c > 0.0).all()):
+            some = x[:: max(1, n // _LOOK)]
+        else:
+            rows = (c > 0.0).nonzero()[:, 0]
+            some = x[rows[:: max(1, len(rows) // _LOOK)]]
     else:
         # A column with few zeros alone can be far from zero for its spread.
         full = torch.bincount(x.col_indices(), minlength=d) >= 0.9 * n
         if not bool(full.any()):
             return None
-        _, _, some = next(row_blocks(x, min(n, max(64, (1 << 22) // d))))
+        _, stop, some = next(row_blocks(x, min(n, max(64, (1 << 22) // d))))
+        if c is not None and bool((c[:stop] > 0.0).any()):
+            some = some[c[:stop] > 0.0]
     some = some.double()
     mean, spread = some.mean(0), some.std(0, correction=0)
     # Of a column that does not vary the size itself counts.
@@ -126,6 +134,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
                 array = array.astype(array.dtype.newbyteorder("="))
             if any(stride < 0 for stride in array.strides):
                 array = array.copy()
+            if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+                array = array.astype("f8")
         with warnings.catch_warnings():  # of an array that may not be written to: nothing here writes
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             x = torch.as_tensor(array)

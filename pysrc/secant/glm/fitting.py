@@ -90,7 +90,7 @@ def fit(
         f(w, b) = sum_i c_i l(z_i, y_i) + l2 / 2 |w|^2
 
     until max_j |df / d(w, b)_j| / sum_i c_i <= tol: the largest component of the gradient of the mean objective. The
-    intercept is not penalised. A feature whose mean is more than 64 (float32) or 1e5 (float64) times its standard
+    intercept is not penalised. A feature whose mean is more than 16 (float32) or 1e5 (float64) times its standard
     deviation is centred first where there is an intercept, block by block as X is read, so that neither its products
     nor the gradient, which is then that of the centred feature, drown in rounding. So are targets of the first and the
     fourth loss. The losses:
@@ -132,7 +132,8 @@ def fit(
         delta: of the Huber loss, > 0. power: p of the Tweedie loss.
         offset: (N,), for the multinomial loss (N, K): known terms o_i of the predictors, such as the logarithm of an
             exposure. An evaluation then reads X twice. None: zeros.
-        start: where to start: a `GLMResult` or (coef, intercept). None: zero.
+        start: where to start: a `GLMResult` or (coef, intercept). None: zero, but that the intercept of a logarithmic
+            link is the best one for coefficients of zero.
         callback: called with an `Iteration` after each; a true value stops the fit.
 
     Returns:
@@ -178,7 +179,9 @@ def fit(
             raise _gate.fail(arguments.OP, "solver", 'loss "squared" and dense X for "min-norm"', got)
         if start is not None:
             raise _gate.fail(arguments.OP, "start", 'None for "min-norm", which has one answer', "a start")
-    theta = objective.zeros() if start is None else _start(objective, start)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{arguments.OP}: callback: expected a function or None, got {_gate.show(callback)}")
+    theta = objective.first() if start is None else _start(objective, start)
     if solver == "auto":
         solver = choose(objective)
     if max_iter is None:
@@ -188,6 +191,7 @@ def fit(
         point = objective.evaluate(theta)
         if not point.finite:
             arguments.check_finite(objective.x)
+        if not math.isfinite(point.value):
             raise _gate.fail(
                 arguments.OP, "X, start", f"an objective that is finite at the start in {theta.dtype}", point.value
             )
@@ -196,6 +200,8 @@ def fit(
         system = _SYSTEMS[solver](max_cg_iter)
         if stop:
             outcome = Outcome(point, "stopped", 0)
+        elif not point.finite:  # a gradient that overflows, of a finite objective
+            outcome = Outcome(point, "stalled", 0)
         elif solver == "min-norm":
             outcome = smallest(objective, tol, max_iter, record)
         else:
@@ -255,7 +261,12 @@ def choose(objective: Objective) -> str:
 
 
 def _start(objective: Objective, start: GLMResult | tuple[Any, Any]) -> Tensor:
-    coef, intercept = (start.coef, start.intercept) if isinstance(start, GLMResult) else start
+    if isinstance(start, GLMResult):
+        coef, intercept = start.coef, start.intercept
+    elif isinstance(start, tuple | list) and len(start) == 2:
+        coef, intercept = start
+    else:
+        raise _gate.fail(arguments.OP, "start", "a GLMResult or (coef, intercept)", _gate.show(start))
     x, d = objective.x, objective.x.shape[1]
     tail = objective.shape[1:]
     parts = []
@@ -263,6 +274,8 @@ def _start(objective: Objective, start: GLMResult | tuple[Any, Any]) -> Tensor:
         part = arguments.as_tensor("start", value)
         if part.shape != shape:
             raise _gate.fail(arguments.OP, "start", f"{name} of shape {shape}", f"shape {tuple(part.shape)}")
+        if not bool(torch.isfinite(part).all()):
+            raise _gate.fail(arguments.OP, "start", f"{name} of finite numbers", "some that are not")
         parts.append(part.to(dtype=x.dtype, device=x.device))
     return objective.centred(*parts)
 

@@ -74,6 +74,24 @@ class Objective:
         """Coefficients to start from."""
         return torch.zeros(self.shape, dtype=self.x.dtype, device=self.x.device)
 
+    def first(self) -> Tensor:
+        """Coefficients to start from: zero, and with a logarithmic link the intercept that is best for these.
+
+        From zero Newton's method moves a predictor by about one an iteration, however far the targets are.
+        """
+        theta = self.zeros()
+        powers = {"poisson": 1.0, "gamma": 2.0, "tweedie": self.power}
+        if not self.intercept or self.loss not in powers:
+            return theta
+        p = powers[self.loss]
+        offset = torch.zeros_like(self.target) if self.offset is None else self.offset
+        log_c = 0.0 if self.sample_weight is None else self.sample_weight.double().log()
+        above = torch.logsumexp(log_c + self.target.double().log() + (1.0 - p) * offset.double(), 0)
+        best = above - torch.logsumexp(log_c + (2.0 - p) * offset.double() + torch.zeros_like(offset).double(), 0)
+        if bool(torch.isfinite(best)):
+            theta[self.x.shape[1]] = best
+        return theta
+
     def evaluate(self, theta: Tensor) -> Point:
         """One pass over X (two with an offset), one transfer to the host."""
         if self.shift is None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import block_matrices as blocks
 from secant.kernels.blocks import reference
 from secant.kernels.blocks import triton as backend
+
+import block_matrices as blocks
 from triton_runner import Cases, arguments
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from secant.kernels.blocks import cpu, reference
 
 import block_matrices as bm
 from reruns import in_instruction_set
 from secant import _cpu
-from secant.kernels.blocks import cpu, reference
 
 WIDEST = 16  # lanes of a vector, at most
 #: Every path: nothing to eliminate, unrolled, one panel and a rest of each length, more rows than a panel has, columns

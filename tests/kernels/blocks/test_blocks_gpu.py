@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from secant.kernels.blocks import reference
 
 from block_matrices import (
     HALF,
@@ -31,7 +32,6 @@ from block_matrices import (
     spd_families,
     symmetric_families,
 )
-from secant.kernels.blocks import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from secant.kernels.blocks import reference
 
 import block_matrices as bm
-from secant.kernels.blocks import reference
 
 SIZES = [1, 2, 3, 7, 16, 64]
 EVERY = [pytest.param(n, marks=[] if n in SIZES else pytest.mark.slow) for n in range(1, 65)]
@@ -182,7 +182,8 @@ EXACT = {
     "isfinite", "where", "sort", "gather", "scatter_", "index", "index_put_", "index_select", "_to_copy", "alias",
     "arange", "cat", "clone", "copy_", "detach", "diagonal", "empty_like", "expand", "eye", "fill_", "flip", "full",
     "full_like", "ones", "permute", "scalar_tensor", "select", "slice", "transpose", "tril", "unsqueeze", "view",
-    "zeros", "zeros_like", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "unbind", "split", "squeeze", "new_zeros",
+    "zeros", "zeros_like", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "unbind", "split", "squeeze",
+    "new_zeros",
 }  # fmt: skip
 
 

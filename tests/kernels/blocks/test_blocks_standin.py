@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from secant.kernels._cuda_driver import Device
+from secant.kernels.blocks import plan, reference
 from torch import Tensor
 
 from block_matrices import (
@@ -39,8 +41,6 @@ from block_matrices import (
     symmetric_families,
 )
 from reruns import under_address_sanitizer
-from secant.kernels._cuda_driver import Device
-from secant.kernels.blocks import plan, reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DEVICE = Device(multiprocessors=3, shared=100_000)

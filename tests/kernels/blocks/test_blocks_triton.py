@@ -9,8 +9,9 @@ import triton_runner
 
 pytest.importorskip("triton")
 
-import blocks_triton_cases
 from secant.kernels.blocks import triton as backend
+
+import blocks_triton_cases
 
 test_cpu, test_cuda = triton_runner.make_tests(blocks_triton_cases)
 

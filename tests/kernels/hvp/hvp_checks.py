@@ -24,9 +24,8 @@ from hvp_oracle import (
     unit,
     value_grad_bounds,
 )
-from torch import Tensor
-
 from secant.kernels.hvp import LOSSES, reference
+from torch import Tensor
 
 
 def run(backend: Any, name: str, args: tuple, shapes: list[tuple], device: str | torch.device = "cpu") -> list[Tensor]:

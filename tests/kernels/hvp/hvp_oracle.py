@@ -8,10 +8,9 @@ sums, d/2 additions each; a sum over rows in runs of at most 512 rows, then in f
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from secant.kernels import hvp
 from secant.kernels.hvp import reference
+from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 LOSSES = hvp.LOSSES

@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import hvp_checks as checks
 from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
-
 from secant.kernels.hvp import triton as backend
+
 from triton_runner import Cases, arguments
 
 CASES = Cases()

@@ -23,10 +23,10 @@ from hvp_oracle import (
     unit,
     value_grad_bounds,
 )
+from secant.kernels.hvp import cpu, reference
 
 from reruns import in_instruction_set
 from secant import _cpu
-from secant.kernels.hvp import cpu, reference
 
 DTYPES = [F32, F64, BF16, F16]
 SHAPES = [(1, 1), (2, 3), (7, 1), (9, 16), (33, 31), (64, 100), (777, 17), (260, 1030)]

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hvp_oracle import F64, LOSSES, Problem, csr, shape_of
-
 from secant.kernels.hvp import reference
 
 CASES = [(40, 5, False), (40, 5, True), (1, 1, False), (3, 9, True)]

@@ -10,10 +10,10 @@ import hvp_checks as checks
 import pytest
 import torch
 from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
-
-from reruns import under_address_sanitizer
 from secant.kernels._cuda_driver import Device
 from secant.kernels.hvp import plan, reference
+
+from reruns import under_address_sanitizer
 
 DEVICE = Device(multiprocessors=3, shared=100_000)
 TABLE = """

@@ -10,7 +10,6 @@ import triton_runner
 pytest.importorskip("triton")
 
 import hvp_triton_cases
-
 from secant.kernels.hvp import triton as backend
 
 test_cpu, test_cuda = triton_runner.make_tests(hvp_triton_cases)

@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from secant.kernels.lbfgs import reference
+from torch import Tensor
 
 VECTORS = (torch.float32, torch.float64)
 RINGS = (torch.float32, torch.float64, torch.bfloat16)

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from secant.kernels.lbfgs import cpu, reference
 
 import oracle
 from reruns import in_instruction_set
 from secant import _cpu
-from secant.kernels.lbfgs import cpu, reference
 
 SHAPES = [(1, 1), (3, 1), (1, 7), (2, 33), (5, 17), (10, 1000), (10, 1025), (17, 4099), (40, 513)]
 

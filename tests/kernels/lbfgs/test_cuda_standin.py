@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from secant.kernels.lbfgs import plan, reference
 from torch import Tensor
 
 from reruns import under_address_sanitizer
-from secant.kernels.lbfgs import plan, reference
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PAIRS = [(t, h) for t in (F32, F64) for h in (F32, F64, BF16)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from secant.kernels.lbfgs import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -9,8 +9,9 @@ import triton_runner
 
 pytest.importorskip("triton")
 
-import triton_cases
 from secant.kernels.lbfgs import triton as backend
+
+import triton_cases
 
 test_cpu, test_cuda = triton_runner.make_tests(triton_cases)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import oracle
 from secant.kernels.lbfgs import reference
+
+import oracle
 from triton_runner import Cases, arguments
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
