@@ -5,9 +5,9 @@ the kernels is in `kernels/hvp/reference.py`.
 
 `x` holds one row per observation: (N, d), float32, float64, bfloat16 or float16. Everything else is of the dtype of
 the arithmetic, float64 for float64 and else float32. A matrix whose rows are contiguous is read where it is, whatever
-the stride between them; another is copied. On a CPU `x` may be a torch.sparse_csr tensor of float32 or float64. Its indices
-may be int32 and int64 in any combination; they are checked as they are read, since torch need not have done that
-(`check_invariants=False`).
+the stride between them; another is copied. On a CPU `x` may be a torch.sparse_csr tensor of float32 or float64. Its
+indices may be int32 and int64 in any combination; they are checked as they are read, since torch need not have done
+that (`check_invariants=False`).
 
 With `intercept=True` the coefficients have d + 1 rows, the last of which belongs to a column of ones that `x` need not
 have, and to which `l2` does not apply.
