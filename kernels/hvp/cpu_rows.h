@@ -179,8 +179,9 @@ struct RowFunction {
     for (int64_t r = 0; r < rows; ++r) {
       T* y = z + r * layout.width;
       T* p = static_cast<T*>(c.row_out) + (i + r) * layout.k;
-      const int64_t target = static_cast<const int64_t*>(c.row)[i + r];
-      const bool known = target >= 0 && target < layout.k;  // else the row is NaN, and so are value and gradient
+      const int64_t given = static_cast<const int64_t*>(c.row)[i + r];
+      const bool known = given >= 0 && given < layout.k;  // else the row is NaN, and so are value and gradient
+      const int64_t target = known ? given : -1;
       T high = y[0];
       for (int64_t j = 1; j < layout.k; ++j) high = y[j] > high || y[j] != y[j] ? y[j] : high;
       const T at_target = known ? y[target] : std::numeric_limits<T>::quiet_NaN();

@@ -132,7 +132,7 @@ SECANT_DEVICE void loss_of(int loss, C z, C t, double number, C& value, C& slope
     slope = C(1) - curvature;
   } else if (loss != kHuber) {
     const C above = C(2.0 - number), below = C(1.0 - number), up = exp(above * z), down = times_exp(t, below * z);
-    value = up / above - down / below;
+    value = (below * up - above * down) / (above * below);  // both terms negative; one division
     slope = up - down;
     curvature = above * up - below * down;
   } else {

@@ -1,6 +1,11 @@
-// Runs the `hvp` kernels over every path, on buffers of exactly their size, under the sanitizers.
+// Runs the `hvp` kernels over every path, on buffers of exactly their size, under the sanitizers: with inputs as they
+// should be, with indices and classes out of range, and with every allocation failing in turn.
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -10,7 +15,28 @@ using namespace SECANT_ISA;
 using secant::HvpCrossEntropy;
 using secant::HvpRows;
 
+// The aligned allocations are those of the kernels. One of them fails: the next when `countdown` is 0.
+static std::atomic<int> countdown{-1}, failed{0};
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  if (countdown.fetch_sub(1) == 0) {
+    ++failed;
+    throw std::bad_alloc();
+  }
+  const auto step = static_cast<std::size_t>(alignment);
+  void* const p = std::aligned_alloc(step, (size + step - 1) / step * step);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
 namespace {
+
+void expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("wrong: %s\n", what);
+  std::exit(1);
+}
 
 std::mt19937 random_bits(0);
 
@@ -72,12 +98,13 @@ void dense(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool i
   for (c.loss = 0; c.loss < 6; ++c.loss) rows(c);
 }
 
-template <class T, class I>
-void sparse(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool intercept, int threads) {
-  std::vector<I> crow{0}, col;
+template <class T, class R, class I>
+void sparse(int64_t (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool intercept, int threads) {
+  std::vector<R> crow{0};
+  std::vector<I> col;
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = i % 3; j < d && i % 5 != 4; j += 3) col.push_back(static_cast<I>(j));
-    crow.push_back(static_cast<I>(col.size()));
+    crow.push_back(static_cast<R>(col.size()));
   }
   const auto values = numbers<T>(static_cast<int64_t>(col.size()));
   const auto v = numbers<T>((d + intercept) * k), w = numbers<T>(n), probs = numbers<T>(n * k);
@@ -85,19 +112,59 @@ void sparse(void (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, bool 
   const auto classes = labels(n, k);
   double value = 0;
   HvpRows c{};
-  c.n = n, c.d = d, c.x = values.data(), c.crow = crow.data(), c.col = col.data(), c.wide_index = sizeof(I) == 8;
+  c.n = n, c.d = d, c.x = values.data(), c.crow = crow.data(), c.col = col.data(), c.wide_crow = sizeof(R) == 8;
+  c.wide_col = sizeof(I) == 8, c.entries = static_cast<int64_t>(col.size());
   c.k = k, c.intercept = intercept, c.v = v.data(), c.row = w.data(), c.out = out.data(), c.threads = threads;
   c.op = secant::kGlmHvp;
-  rows(c);
+  expect(rows(c) == -1, "sparse rows that are right");
   c.sample_weight = w.data();
   c.op = secant::kSoftmaxHvp, c.row = probs.data();
-  rows(c);
+  expect(rows(c) == -1, "sparse rows that are right");
   c.value = &value, c.row_out = row_out.data();
   c.op = secant::kSoftmaxValueGrad, c.row = classes.data();
-  rows(c);
+  expect(rows(c) == -1, "sparse rows that are right");
   if (k > 1) return;
   c.op = secant::kGlmValueGrad, c.row = w.data(), c.delta = 1.5;
-  for (c.loss = 0; c.loss < 6; ++c.loss) rows(c);
+  for (c.loss = 0; c.loss < 6; ++c.loss) expect(rows(c) == -1, "sparse losses");
+}
+
+// Indices that are wrong in one place: the row is named, and neither the product nor memory beyond it is touched.
+template <class T, class R, class I>
+void hostile(int64_t (*rows)(const HvpRows&), int64_t n, int64_t d, int64_t k, int threads) {
+  std::vector<R> crow{0};
+  std::vector<I> col;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j <= i % d; ++j) col.push_back(static_cast<I>(j));
+    crow.push_back(static_cast<R>(col.size()));
+  }
+  const auto entries = static_cast<int64_t>(col.size());
+  const auto values = numbers<T>(entries), v = numbers<T>(d * k), w = numbers<T>(n);
+  std::vector<T> out(v.size(), T(7));
+  HvpRows c{};
+  c.op = secant::kGlmHvp, c.n = n, c.d = d, c.x = values.data(), c.k = k, c.v = v.data(), c.row = w.data();
+  c.wide_crow = sizeof(R) == 8, c.wide_col = sizeof(I) == 8, c.entries = entries, c.threads = threads;
+  c.out = out.data();
+  const auto check = [&](const std::vector<R>& pointers, const std::vector<I>& columns, int64_t row) {
+    c.crow = pointers.data(), c.col = columns.data();
+    expect(rows(c) == row, "the row that is named");
+    for (const T x : out) expect(x == T(7), "a product of wrong rows");
+  };
+  for (const int64_t row : {int64_t(0), n / 2, n - 1}) {
+    for (const I wrong : {static_cast<I>(d), I(-1), std::numeric_limits<I>::max(), std::numeric_limits<I>::min()}) {
+      auto columns = col;
+      columns[static_cast<size_t>(crow[static_cast<size_t>(row + 1)] - 1)] = wrong;
+      check(crow, columns, row);
+    }
+  }
+  for (const R wrong :
+       {static_cast<R>(entries + 1), R(-1), std::numeric_limits<R>::max(), std::numeric_limits<R>::min()}) {
+    for (const int64_t place : {int64_t(0), n / 2, n}) {
+      auto pointers = crow;
+      pointers[static_cast<size_t>(place)] = wrong;
+      check(pointers, col, place == 0 ? 0 : place - 1);
+    }
+  }
+  check(std::vector<R>(crow.size(), R(0)), col, n - 1);
 }
 
 template <class S, class T>
@@ -109,9 +176,57 @@ void cross_entropy(void (*kernel)(const HvpCrossEntropy&), int64_t rows, int64_t
   kernel({rows, size, logits.data(), size + 1, u.data(), size, nullptr, out.data(), threads});
 }
 
+// Classes that are none, among some that are.
+template <class T>
+void classes(void (*rows)(const HvpRows&), int64_t n, int64_t k, int threads) {
+  const auto x = numbers<T>(n * 3), v = numbers<T>(3 * k);
+  auto targets = labels(n, k);
+  std::vector<T> out(v.size()), probs(static_cast<size_t>(n * k));
+  double value = 0;
+  HvpRows c{};
+  c.op = secant::kSoftmaxValueGrad, c.n = n, c.d = 3, c.x = x.data(), c.x_row = 3, c.k = k, c.v = v.data();
+  c.row = targets.data(), c.out = out.data(), c.value = &value, c.row_out = probs.data(), c.threads = threads;
+  for (const int64_t wrong :
+       {int64_t(-1), k, int64_t(1) << 32, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()}) {
+    targets[static_cast<size_t>(n / 2)] = wrong;
+    rows(c);
+    expect(value != value && out[0] != out[0], "NaN for a class out of range");
+  }
+}
+
+// Each allocation of a call fails in turn: the caller gets the exception, whichever thread it was.
+template <class F>
+void without_memory(const F& call) {
+  for (int i = 0;; ++i) {
+    failed = 0, countdown = i;
+    bool thrown = false;
+    try {
+      call();
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    countdown = -1;
+    expect(thrown == (failed > 0), "an exception for an allocation that failed");
+    if (failed == 0) return expect(i > 0, "a kernel that allocates");
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (int threads : {1, 2, 3}) {
+    hostile<float, int32_t, int32_t>(hvp::sparse_f32, 9, 5, 1, threads);
+    hostile<float, int64_t, int32_t>(hvp::sparse_f32, 300, 5, 3, threads);
+    hostile<double, int32_t, int64_t>(hvp::sparse_f64, 300, 5, 1, threads);
+    hostile<double, int64_t, int64_t>(hvp::sparse_f64, 9, 5, 20, threads);
+    for (int64_t k : {1, 3, 20, 40}) {
+      classes<float>(hvp::dense_f32, 40, k, threads);
+      classes<double>(hvp::dense_f64, 40, k, threads);
+    }
+    without_memory([=] { cross_entropy<float, float>(hvp::cross_entropy_f32, 7, 9, threads); });
+    without_memory([=] { dense<bf16, float>(hvp::dense_bf16, 40, 5, 3, true, threads); });
+    without_memory([=] { sparse<double, int64_t, int64_t>(hvp::sparse_f64, 40, 5, 1, true, threads); });
+  }
   for (int threads : {1, 2}) {
     for (int64_t n : {1, 7, 40}) {
       for (int64_t d : {1, 5, 16, 29, 37, 300}) {
@@ -121,8 +236,8 @@ int main() {
           dense<double, double>(hvp::dense_f64, n, d, k, intercept, threads);
           dense<bf16, float>(hvp::dense_bf16, n, d, k, intercept, threads);
           dense<f16, float>(hvp::dense_f16, n, d, k, intercept, threads);
-          sparse<float, int32_t>(hvp::sparse_f32, n, d, k, intercept, threads);
-          sparse<double, int64_t>(hvp::sparse_f64, n, d, k, intercept, threads);
+          sparse<float, int64_t, int32_t>(hvp::sparse_f32, n, d, k, intercept, threads);
+          sparse<double, int32_t, int64_t>(hvp::sparse_f64, n, d, k, intercept, threads);
         }
       }
       for (int64_t size : {1, 9, 64, 4099}) {

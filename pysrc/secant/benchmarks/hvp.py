@@ -166,7 +166,7 @@ def _ours(problem: Problem) -> Call:
 
 
 def _glm_hvp(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
-    return (x.T @ (weight[:, None] * (x @ v)),)
+    return (x.mT @ (weight[:, None] * (x @ v)),)
 
 
 def _glm_value_grad(x: Tensor, coef: Tensor, target: Tensor) -> Answer:
@@ -202,7 +202,7 @@ def peers(problem: Problem) -> dict[str, Call]:
             weight = problem.weight
 
             def single(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
-                return ((x.T @ (weight * (x @ v))).unsqueeze(1),)
+                return ((x.mT @ (weight * (x @ v))).unsqueeze(1),)
 
             function, arguments = single, (x, v1, weight)
         else:
