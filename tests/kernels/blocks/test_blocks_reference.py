@@ -182,7 +182,8 @@ EXACT = {
     "isfinite", "where", "sort", "gather", "scatter_", "index", "index_put_", "index_select", "_to_copy", "alias",
     "arange", "cat", "clone", "copy_", "detach", "diagonal", "empty_like", "expand", "eye", "fill_", "flip", "full",
     "full_like", "ones", "permute", "scalar_tensor", "select", "slice", "transpose", "tril", "unsqueeze", "view",
-    "zeros", "zeros_like", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "unbind", "split", "squeeze", "new_zeros",
+    "zeros", "zeros_like", "lift_fresh", "_local_scalar_dense", "_unsafe_view", "unbind", "split", "squeeze",
+    "new_zeros",
 }  # fmt: skip
 
 
