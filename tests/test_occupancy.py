@@ -185,5 +185,6 @@ arch = sm_90
 
 
 def test_tables_are_those_of_the_nearest_older_architecture():
-    assert command.recorded("lbfgs", "sm_100") == command.recorded("lbfgs", "sm_90")
+    assert command.recorded("lbfgs", "sm_103") == command.recorded("lbfgs", "sm_100")
+    assert command.recorded("lbfgs", "sm_89") == command.recorded("lbfgs", "sm_80")
     assert command.recorded("lbfgs", "sm_86") == command.recorded("lbfgs", "sm_80")

@@ -1,8 +1,8 @@
 """The CUDA sources compile without a GPU: no spill, no local memory, and the resources of the committed table.
 
 The sources use nothing newer than compute capability 8.0, so nvcc translates them to PTX once (compute_80) and ptxas
-makes the code of every architecture from that; the build does the same. After a change that is meant, write the table
-anew with
+makes the code of every architecture from that; the build does the same, and its list of architectures is the one that
+is checked here, and the newest that the compiler knows. After a change that is meant, write the table anew with
 
     python tests/build/test_cuda_compile.py --update [FAMILY ...]
 """
@@ -50,8 +50,17 @@ def compiler_version(compiler: str) -> str:
     return found.group(1)
 
 
-def newest(compiler: str) -> int:
-    return max(int(x) for x in re.findall(r"compute_(\d+)", run(compiler, "--list-gpu-arch")))
+def shipped() -> list[int]:
+    """The architectures whose code a build contains, as far as its compiler knows them."""
+    found = re.search(r"set\(SECANT_SHIPPED ([\d ]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert found
+    return [int(x) for x in found.group(1).split()]
+
+
+def checked(compiler: str) -> list[int]:
+    """What is shipped, and the newest one, whose users get the PTX where its major version is not."""
+    known = {int(x) for x in re.findall(r"sm_(\d+)", run(compiler, "--list-gpu-code"))}
+    return sorted({*shipped(), max(known)} & known)
 
 
 def resources(
@@ -66,7 +75,7 @@ def resources(
             compiler, "-cubin", f"-arch={arch}", PTXAS, str(ptx), "-o", str(directory / f"{family}_{arch}.cubin")
         )
 
-    archs = [f"sm_{x}" for x in chosen or sorted({80, 90, newest(compiler)})]
+    archs = [f"sm_{x}" for x in chosen or checked(compiler)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(archs, map(parse, pool.map(assemble, archs)), strict=True))
 
@@ -93,15 +102,15 @@ def parse(report: str) -> dict[str, dict[str, int]]:
     params=[
         "lbfgs",
         pytest.param("blocks", marks=pytest.mark.slow),
-        "blocks, sm_90",
+        "blocks, sm_90 sm_100",
         pytest.param("hvp", marks=pytest.mark.slow),
-        "hvp, sm_90",
+        "hvp, sm_90 sm_100",
     ],
 )
 def measured(request, tmp_path_factory):
-    """(family, what ptxas reports for it); the many kernels of `blocks` for one architecture where time is short."""
+    """(family, what ptxas reports for it); the many kernels of `blocks` for two architectures where time is short."""
     family = request.param.split(",")[0]
-    chosen = (90,) if "sm_90" in request.param else ()
+    chosen = tuple(int(x) for x in re.findall(r"sm_(\d+)", request.param))
     return family, resources(nvcc(), tmp_path_factory.mktemp("cuda"), family, chosen)
 
 
@@ -154,8 +163,18 @@ def test_resources_are_those_of_the_table(measured):
     if compiler_version(nvcc()) != recorded["nvcc"]:
         pytest.skip(f"the table was written with nvcc {recorded['nvcc']}")
     assert archs == {arch: recorded["kernels"][arch] for arch in archs}
-    if len(archs) > 1:
-        assert archs.keys() == recorded["kernels"].keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_cover_what_is_shipped(family):
+    compiler = nvcc()
+    recorded = json.loads(table(family).read_text())
+    assert {f"sm_{x}" for x in shipped()} <= recorded["kernels"].keys()
+    if compiler_version(compiler) == recorded["nvcc"]:
+        assert {f"sm_{x}" for x in checked(compiler)} == recorded["kernels"].keys()
+    for arch, kernels in recorded["kernels"].items():
+        assert sorted(kernels) == expected_kernels(family), arch
+        assert all(found["stack"] == found["spills"] == 0 for found in kernels.values()), arch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
