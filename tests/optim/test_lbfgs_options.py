@@ -136,6 +136,49 @@ def test_unequal_lr_still_converges(line_search_fn):
     assert run.losses[-1] < 0.1 * run.losses[0]
 
 
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_unequal_lr_is_a_run_in_other_coordinates(line_search_fn):
+    """With R = diag(lr_k / max lr) the points are R^(1/2) times those of the loss of R^(1/2) z: as robust as equal lr."""
+    loss, start = PROBLEMS["mlp"]
+    shares = [1.0, 0.25, 0.0625, 1.0]  # whose roots are exact
+    roots = [math.sqrt(share) for share in shares]
+    run = grouped(shares, line_search_fn=line_search_fn, max_iter=20).step()
+    other = Run(
+        LBFGS, lambda z: loss([r * x for r, x in zip(roots, z, strict=True)]),
+        [x / r for r, x in zip(roots, start, strict=True)], line_search_fn=line_search_fn, max_iter=20,
+    ).step()  # fmt: skip
+    scale = torch.cat([torch.full((x.numel(),), r).double() for r, x in zip(roots, start, strict=True)])
+    assert len(run.points) == len(other.points)
+    for a, b in zip(run.points, other.points, strict=True):
+        # As in the trajectory tests: rounding, amplified over twenty iterations.
+        assert (a - scale * b).norm() <= 1e-8 * (1.0 + a.norm())
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_ratios_of_lr_may_change(line_search_fn):
+    """The pairs are rescaled: on a quadratic that they know, the step to the minimum is the same for every R."""
+    a = torch.tensor([1.0, 4.0]).double()
+    ends = []
+    for lr in (1.0, 0.25, 0.5):
+        params = [torch.tensor([3.0]).double().requires_grad_(), torch.tensor([-2.0]).double().requires_grad_()]
+        optimizer = LBFGS([{"params": [p]} for p in params], line_search_fn=line_search_fn, max_iter=1, max_eval=30)
+
+        def closure(params=params, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = 0.5 * (a * torch.cat(params) ** 2).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        optimizer.param_groups[1]["lr"] = lr
+        optimizer.step(closure)
+        ends.append(torch.cat([p.detach() for p in params]))
+    # Two independent pairs determine the inverse Hessian of two parameters up to the change of gamma in the step.
+    assert all(torch.isfinite(x).all() for x in ends)
+    assert all((x.abs() <= ends[0].abs().max() + 1e-9).all() for x in ends)
+
+
 def test_a_group_added_later_starts_anew():
     loss, start = PROBLEMS["mlp"]
     run = Run(LBFGS, loss, start)

@@ -247,3 +247,42 @@ def test_a_narrow_bracket_ends_the_search():
 def test_errors_name_the_argument(start, first, options, name):
     with pytest.raises(ValueError, match=f"strong_wolfe: {name}: expected"):
         next(strong_wolfe(start, first, **options))
+
+
+def rounded(phi, unit):
+    """The values of phi to a multiple of `unit`, the slopes exact: what a loss in few digits looks like."""
+    return lambda t: (round(phi(t)[0] / unit) * unit, phi(t)[1])
+
+
+@pytest.mark.parametrize("first", [0.01, 0.3, 1.0, 1.7, 30.0])
+def test_values_that_are_all_rounding_leave_the_slopes(first):
+    """f = 268 to a unit of 1, a decrease of 1/2: the search ends by the slope, at most 0.9 of that at the start."""
+    phi = rounded(lambda t: (268.0 + 0.5 * (t - 1.0) ** 2, t - 1.0), 1.0)
+    step, trials = search(phi, first, noise=1.0, tolerance=0.0, max_evaluations=100)
+    assert step.wolfe
+    assert abs(step.trial.slope) <= 0.9
+    assert len(trials) <= 5
+
+
+def test_a_search_below_rounding_ends_soon():
+    """Nothing moves, or slopes are noise: a few evaluations, and back to the start."""
+    for_ever = {"noise": 1e-7, "tolerance": 0.0, "max_evaluations": 500}
+    step, trials = search(lambda t: (1.0, -1e-12 if t == 0.0 else 5e-12), 1.0, **for_ever)
+    assert step.trial.t == 0.0
+    assert len(trials) <= 1 + 5 + 1
+
+
+def test_a_step_that_moves_nothing_becomes_longer():
+    def phi(t):  # x = 1e9 in float32: steps below 64 change nothing
+        moved = 64.0 * round(t / 64.0)
+        return 0.5 * (1e9 - moved) ** 2, moved - 1e9
+
+    step, trials = search(phi, 1.0, noise=1.0, tolerance=0.0, max_evaluations=20)
+    assert step.trial.value < phi(0.0)[0]
+    assert len(trials) <= 20
+
+
+@pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf])
+def test_invalid_noise(noise):
+    with pytest.raises(ValueError, match="strong_wolfe: noise: expected a finite number >= 0"):
+        next(strong_wolfe(Trial(0.0, 1.0, -1.0), Trial(1.0, 0.0, 0.0), noise=noise))

@@ -16,7 +16,7 @@ from secant.ops import _gate
 from secant.ops.lbfgs import LBFGSHistory, Stats
 from secant.optim._flat import FlatParameters, check_parameters
 from secant.optim._options import LAYOUT, RATE, SHARED, check_groups, check_options, is_integer, rate
-from secant.optim._state import NUMBERS, OP, check_state, from_torch, is_of_torch, offer, pairs_of
+from secant.optim._state import NUMBERS, OP, Pairs, check_state, from_torch, is_of_torch, offer, pairs_of
 from secant.optim._undo import Undo
 from secant.solvers.line_search import Trial, strong_wolfe
 
@@ -25,6 +25,8 @@ _G_MAX, _Y_NORM = Stats._fields.index("g_max"), Stats._fields.index("y_norm")
 _OF_PAIR = slice(Stats._fields.index("sy"), Stats._fields.index("accepted") + 1)
 #: Trials beyond the default max_eval for a search whose first trial is not finite; eight undo a step 1e9 too long.
 _SPARE_TRIALS = 10
+#: Rounding of a loss relative to it, in units of its dtype.
+_NOISE = 1.0
 #: Halvings of a step, without a search, before it is shortened by more each time, as a search does.
 _HALVINGS = 8
 #: Options that states of earlier versions lack.
@@ -72,19 +74,36 @@ class LBFGS(torch.optim.Optimizer):
       loss or a run near its end keeps learning curvature.
     * **NaN and Inf.** A trial with a non-finite loss or gradient is never accepted: the search shortens the step, and
       if nothing finite is found the parameters return to where the iteration began. Without a line search the step is
-      halved. The last step of a call without line search is not evaluated, as in torch; if the next call finds it
-      non-finite, it halves it then. No step turns a finite parameter into a non-finite one.
+      halved, after eight times shortened by more, until it is at most tolerance_change or below rounding. The last step
+      of a call without line search is not evaluated, as in torch; if the next call finds it non-finite, it halves it
+      then. No step turns a finite parameter into a non-finite one.
+    * **Rounding.** A search takes values that are equal to the rounding of the loss's dtype for equal, and goes by the
+      slope; it ends when the parameters no longer move. So in float32, in narrow valleys and near the end of a run, it
+      takes steps where torch's fails, and where there is none it ends after a few evaluations.
+    * **A closure that raises** leaves parameters, gradients and state as they were before the call; then the exception
+      passes. See on_error.
+    * **Batches.** With a line search the last pair of a call is formed before the call ends, from gradients of this
+      call alone, so that each call may be about another batch. Without one the last step of a call has no gradient at
+      its end, and is made a pair by the next call, as in torch; so it is when the closure leaves the gradients as they
+      are, because backward is called outside.
+    * **Frozen parameters.** A parameter whose gradient is None, or that stopped requiring a gradient in mid-run, does
+      not move; the others move along their part of d. The pairs stay, with the one under way left out. torch moves it.
+    * **Options** may be changed in `param_groups` in mid-run, those of the first group for all; they are checked at the
+      next step. With another history_size, history_dtype or curvature_tol the newest pairs that fit and pass are kept;
+      changing maximize forgets them.
     * **max_eval** given as a number is never exceeded. The default None means max_iter * 5 // 4, counted as torch does,
       which lets the last line search of a call go one evaluation over, and ten more if its first trial is not finite.
     * **Parameter groups.** lr may differ between groups, everything else is shared. With R = diag(lr_k / max lr) the
-      direction is d = -R^(1/2) H R^(1/2) g and the step is tried at t = max lr: it always descends, the first step is
-      lr_k times the gradient, and lr = 0 freezes a group as if it were not there. With unequal lr, `tolerance_grad`
-      looks at R^(1/2) g.
+      run is one in R^(-1/2) x, tried at t = max lr: its H_0 is gamma R in place of gamma I. It always descends, the
+      first step is lr_k times the gradient, lr = 0 freezes a group as if it were not there, and what the pairs have
+      learned does not depend on R. With unequal lr, `tolerance_grad` looks at R^(1/2) g. When the ratios change, the
+      pairs are rescaled.
     * **Gradients** live in one vector of which every `p.grad` is a view from the first evaluation on. `zero_grad`
       zeroes that vector in one call and keeps the views, also for set_to_none=True. A gradient replaced by someone
       else (such as `model.zero_grad()`) is copied into it; None counts as zero.
     * **The state** has a fixed shape from the first step: `history_size` pairs, two Gram matrices, three vectors and a
-      few numbers, about 2 history_size + 4 times the parameters. A run continues from it bit for bit.
+      few numbers, about 2 history_size + 4 times the parameters. A run continues from it bit for bit. What a closure
+      that raises may have to undo takes 5 vectors more, and, during a call, 2 for each pair that a full ring gives up.
     * **Transfers.** On a GPU there is one transfer to the host per closure evaluation. For this a line search reads g.d
       and |g|_inf together with the loss of its first trial; so a call that stops because of them has, unlike on a CPU,
       evaluated the closure once more before it puts the parameters back.
@@ -92,7 +111,7 @@ class LBFGS(torch.optim.Optimizer):
     Args:
         params: parameters or groups; real, dense, distinct, float32 or float64, all of one dtype and device.
         lr: step length that is tried first, >= 0; a number or a tensor of one element. May be set per group.
-        max_iter: iterations per call of `step`, >= 1.
+        max_iter: iterations per call of `step`, >= 1 (torch takes 0, too, and then only evaluates).
         max_eval: closure evaluations per call of `step`, >= 1, and >= 2 with a line search; None: see above.
         tolerance_grad: stop when |g|_inf is at most this.
         tolerance_change: stop when the loss changes by less than this, no parameter moves by more than this, or
@@ -104,6 +123,10 @@ class LBFGS(torch.optim.Optimizer):
         tolerance_change_rel: stop also when the loss changes by less than this times its magnitude.
         history_dtype: of the stored pairs: float32, float64 or bfloat16; None: that of the parameters.
         curvature_tol: of the gate, in [0, 1); None: the machine epsilon of the parameters' dtype.
+        on_error: "raise", or "backtrack": a RuntimeError (such as `torch.linalg.LinAlgError`), ValueError or
+            ArithmeticError that the closure raises at a trial counts as an infinite loss, and the step is shortened.
+            OutOfMemoryError, NotImplementedError and RecursionError pass, and everything does at the first evaluation
+            of a call, unless that is the end of a step that the last call has not evaluated.
 
     Raises:
         TypeError, ValueError: an argument is invalid, a group is empty, or the parameters differ in dtype or device;
@@ -142,6 +165,7 @@ class LBFGS(torch.optim.Optimizer):
     _about: _Direction
     _undo: Undo
     _absent: tuple[int, ...] | None  # parameters that do not move; None: not known yet
+    _lr: float  # the largest
     _stale: bool  # whether d is not what the pairs and lr make of the last gradient
     _slot: int  # where the next pair goes
     _full: bool  # whether another pair is there
@@ -236,7 +260,7 @@ class LBFGS(torch.optim.Optimizer):
     def _iterate(self, closure: Callable[[], Any]) -> Any:
         state, options = self._own, self.param_groups[0]
         searching, max_iter = options["line_search_fn"] is not None, options["max_iter"]
-        lr = self._learning_rate()
+        lr = self._lr
         self._limit = state["func_evals"] + _evaluations(options)
         if self._adopted:  # where that step began, torch does not say: if its end is not finite, it stays
             self._flat.save(self._start)
@@ -301,7 +325,7 @@ class LBFGS(torch.optim.Optimizer):
     def _update_direction(self) -> float:
         """Offer the pair of the last step, s = t d, y = g - g_prev, to the history; then d = -H g and g_prev = g.
 
-        Nothing is read back. With unequal lr, d = -R^(1/2) H R^(1/2) g, and y is taken on the groups that move.
+        Nothing is read back. With unequal lr, all this is done for R^(-1/2) x.
         Parameters without a gradient do not move, and a step that ended with others of them than it began with is no
         pair: what y is there, nobody knows. Returns the t of the pair that was offered.
         """
@@ -322,7 +346,7 @@ class LBFGS(torch.optim.Optimizer):
             if before is not None:
                 torch.where(before[1], before[0], d, out=d)
         else:
-            history.append(*self._pair())
+            history.append(*self._pair(self._scale))
             offer = self._stats.clone()
             self._prev_grad.copy_(g)
             history.direction(torch.mul(g, self._scale, out=d), out=d)
@@ -344,10 +368,10 @@ class LBFGS(torch.optim.Optimizer):
         """
         return not self._packed and self._scale is None and torch.equal(self._grad, self._prev_grad)
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        """The last step and the change of the gradient on the way, where lr is not 0."""
-        y = self._grad - self._prev_grad
-        return self._direction * self._own["t"], y if self._scale is None else y.mul_(self._scale != 0)
+    def _pair(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The last step and the change of the gradient on the way, in R^(-1/2) x."""
+        s, y = self._direction * self._own["t"], self._grad - self._prev_grad
+        return torch.where(scale != 0, s / scale, 0.0), y.mul_(scale)
 
     def _move(self, closure: Callable[[], Any], t: float, *, last: bool) -> _Moved | None:
         """Move by t d, and evaluate there unless this is the last step of the call.
@@ -437,6 +461,7 @@ class LBFGS(torch.optim.Optimizer):
             size=self._about.size,
             tolerance=options["tolerance_change"],
             max_evaluations=trials,
+            noise=_NOISE * self._unit * abs(value),
         )
         try:
             t, best = next(search)
@@ -544,7 +569,7 @@ class LBFGS(torch.optim.Optimizer):
             if self._forgiving and not isinstance(error, _OTHER):
                 return None
             raise
-        loss = _checked_loss(loss)
+        _check_loss(loss)
         self._unit = torch.finfo(loss.dtype).eps if _is_floating(loss) else self._rounding
         self._flat.gather_grad()
         if self._maximize:
@@ -558,7 +583,7 @@ class LBFGS(torch.optim.Optimizer):
         if isinstance(loss, Tensor) and loss.device == self._flat.device:
             tensors = (loss, *tensors)
         elif loss is not None:
-            values.append(_as_float(loss.item() if isinstance(loss, Tensor) else loss))
+            values.append(_as_float(_number(loss)))
         if self._packed:
             values += torch.cat([x.reshape(-1) for x in tensors]).tolist() if tensors else []
         else:
@@ -620,28 +645,31 @@ class LBFGS(torch.optim.Optimizer):
         self.__dict__.pop("_flat", None)
         self.state.clear()
 
-    def _learning_rate(self) -> float:
-        """The largest lr; `_scale` becomes R^(1/2), or None when all are equal."""
+    def _rates(self) -> list[float]:
         rates = []
         for group in self.param_groups:
             rates.append(rate(group["lr"]))
             if math.isnan(rates[-1]):
                 raise _gate.fail("LBFGS", "lr", RATE, repr(group["lr"]))
-        top = max(rates)
-        scaled = min(rates) != top
-        self._stale |= scaled != (self._scale is not None)
-        self._scale = self._root_of_rates(rates, top) if scaled else None
-        return top
+        return rates
 
-    def _root_of_rates(self, rates: list[float], top: float) -> Tensor:
+    def _root_of(self, shares: tuple[float, ...]) -> Tensor:
         """The diagonal of R^(1/2)."""
         return torch.cat(
             [
-                torch.full((p.numel(),), math.sqrt(rate / top), dtype=p.dtype, device=p.device)
-                for rate, group in zip(rates, self.param_groups, strict=True)
+                torch.full((p.numel(),), math.sqrt(share), dtype=p.dtype, device=p.device)
+                for share, group in zip(shares, self.param_groups, strict=True)
                 for p in group["params"]
             ]
         )
+
+    def _rescaled(self, pairs: Pairs, scale: Tensor | None) -> Pairs:
+        """Pairs of R^(-1/2) x for another R; where one of the two lr is 0 there is nothing left of them."""
+        if scale is None and self._scale is None:
+            return pairs
+        old, new = (torch.ones_like(self._prev_grad) if x is None else x for x in (self._scale, scale))
+        up, down = (torch.where((old != 0) & (new != 0), a / b, 0.0) for a, b in ((old, new), (new, old)))
+        return [(s.to(up) * up, y.to(down) * down) for s, y in pairs]
 
     def _bind(self) -> dict[str, Any]:
         """Build the buffers, at the first step, after a load and after a change of options; return the state.
@@ -655,7 +683,10 @@ class LBFGS(torch.optim.Optimizer):
         """
         self._check_changes()
         options, key = self.param_groups[0], self.param_groups[0]["params"][0]
-        layout = tuple(options[name] for name in LAYOUT)
+        rates = self._rates()
+        self._lr = max(rates)
+        shares = tuple(each / self._lr for each in rates) if min(rates) != self._lr else None
+        layout = (*(options[name] for name in LAYOUT), shares)
         state = self.state.get(key)
         mine = bool(state) and state is self._own
         stayed = hasattr(self, "_flat") and not self._flat.moved()
@@ -670,13 +701,14 @@ class LBFGS(torch.optim.Optimizer):
             storage_dtype=options["history_dtype"],
             curvature_tol=options["curvature_tol"],
         )
+        scale = None if shares is None else self._root_of(shares)
         vectors = {name: flat.vector() for name in _VECTORS}
         numbers, adopted = dict(NUMBERS), False
         if state:
             if mine:
                 numbers = {name: state[name] for name in NUMBERS}
                 if options["maximize"] == self._maximize:
-                    offer(history, pairs_of(self._history))
+                    offer(history, self._rescaled(pairs_of(self._history), scale))
                 else:  # the curvature of the function that is minimized now is the opposite
                     numbers["t"] = 0.0
                 adopted = self._adopted
@@ -708,11 +740,8 @@ class LBFGS(torch.optim.Optimizer):
         # max * eps / 4; half of that leaves room for the rounding of s.
         info = torch.finfo(flat.dtype)
         self._longest, self._rounding = 0.125 * info.max * info.eps, info.eps
-        self._absent = self._scale = None
-        self._stale = mine
-        if not mine:
-            self._learning_rate()
-            self._stale = False
+        self._absent = self._absent if mine else None
+        self._scale, self._stale = scale, mine
         self._synchronize()
         return self._own
 
@@ -806,21 +835,21 @@ def _shares() -> Iterator[float]:
     return (0.5 ** max(1, k - _HALVINGS) for k in itertools.count(1))
 
 
-def _checked_loss(loss: Any) -> Any:
-    """What a closure returned, if it is a real number or one element: a tensor, or a number."""
-    if isinstance(loss, Tensor):
-        if loss.numel() == 1 and not loss.is_complex():
-            return loss
-    else:
-        if not isinstance(loss, Real) and getattr(loss, "size", None) == 1 and hasattr(loss, "item"):
-            loss = loss.item()  # an array of NumPy
-        if isinstance(loss, Real):
-            return loss
+def _check_loss(loss: Any) -> None:
     if loss is None:
         raise TypeError("LBFGS.step: closure: expected it to return the loss, got None")
-    raise TypeError(
-        f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_gate.describe(loss)}"
-    )
+    one = loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(_number(loss), Real)
+    if not one:
+        raise TypeError(
+            f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_gate.describe(loss)}"
+        )
+
+
+def _number(x: Any) -> Any:
+    """What a tensor or an array of one element holds; anything else as it is."""
+    if isinstance(x, Tensor) or (not isinstance(x, Real) and getattr(x, "size", None) == 1 and hasattr(x, "item")):
+        return x.item()
+    return x
 
 
 def _is_floating(loss: Any) -> bool:

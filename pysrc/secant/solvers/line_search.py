@@ -11,6 +11,8 @@ layout of the parameters and any test function.
 
 References:
     Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 3.5 and 3.6, pp. 60-61; eq. 3.59, p. 59.
+    Hager and Zhang, A new conjugate gradient method with guaranteed descent and an efficient line search, SIAM J.
+    Optim. 16 (2005), section 4 (the approximate Wolfe conditions).
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from typing import NamedTuple
+
+#: Trials where the decrease to be expected is below the rounding of the values.
+_MAX_BLIND_TRIALS = 5
 
 
 class Trial(NamedTuple):
@@ -89,6 +94,7 @@ def strong_wolfe(
     c2: float = 0.9,
     tolerance: float = 1e-9,
     max_evaluations: int = 25,
+    noise: float = 0.0,
 ) -> Generator[tuple[float, float], Trial, Step]:
     """Search for a step that satisfies the strong Wolfe conditions, beginning with a trial already made.
 
@@ -113,9 +119,16 @@ def strong_wolfe(
         c2: of curvature; c1 < c2 < 1.
         tolerance: a bracket in which no parameter moves by as much as this ends the search.
         max_evaluations: trials allowed, `first` included.
+        noise: rounding error of the difference of two values near phi(0), >= 0. With noise > 0 values that differ by
+            less are equal, and the approximate Wolfe conditions of Hager and Zhang do, too:
+            phi(t) <= phi(0) + noise, phi'(t) <= (2 c1 - 1) phi'(0), and |phi'(t)| <= c2 |phi'(0)|. A trial with the
+            value and the slope of the last one did not move the parameters: the next is ten times as far, or, in a
+            bracket, there is none; neither is there after five trials in it whose whole decrease, -t phi'(0), is at
+            most noise. With 0 the steps are those of `torch.optim.LBFGS` to the last comparison.
 
     Returns:
-        A `Step`. When the trials run out while bracketing, the last one if it is lower than the start, else the start;
+        A `Step`; its `wolfe` is of the approximate conditions where they decided.
+        When the trials run out while bracketing, the last one if it is lower than the start, else the start;
         while zooming, the low end of the bracket.
 
     Raises:
@@ -138,11 +151,21 @@ def strong_wolfe(
         raise ValueError(f"strong_wolfe: first: expected a positive finite t, got {first}")
     if not 0.0 < c1 < c2 < 1.0:
         raise ValueError(f"strong_wolfe: c1, c2: expected 0 < c1 < c2 < 1, got {c1} and {c2}")
+    if not 0.0 <= noise < math.inf:
+        raise ValueError(f"strong_wolfe: noise: expected a finite number >= 0, got {noise}")
     if max_evaluations < 1:
         raise ValueError(f"strong_wolfe: max_evaluations: expected at least 1, got {max_evaluations}")
 
     def decreases(trial: Trial) -> bool:
-        return trial.value <= start.value + c1 * trial.t * start.slope
+        if trial.value <= start.value + c1 * trial.t * start.slope:
+            return True
+        return noise > 0.0 and trial.value <= start.value + noise and trial.slope <= (2.0 * c1 - 1.0) * start.slope
+
+    def is_same(a: Trial, b: Trial) -> bool:
+        return noise > 0.0 and a.value == b.value and a.slope == b.slope
+
+    def is_blind(t: float) -> bool:
+        return -t * start.slope <= noise
 
     def is_flat(trial: Trial) -> bool:
         return abs(trial.slope) <= -c2 * start.slope
@@ -150,23 +173,26 @@ def strong_wolfe(
     # Algorithm 3.5: lengthen the step until a bracket or an acceptable point appears.
     last, new, used = start, _checked(first), 1
     while used < max_evaluations:
-        if not decreases(new) or (used > 2 and new.value >= last.value):
+        if not decreases(new) or (used > 2 and new.value >= last.value + noise):
             break
         if is_flat(new):
             return Step(new, True, used)
         if new.slope >= 0.0:
             break
-        t = cubic_minimizer(last, new, new.t + 0.01 * (new.t - last.t), 10.0 * new.t)
+        if is_same(new, last):
+            t = 10.0 * new.t
+        else:
+            t = cubic_minimizer(last, new, new.t + 0.01 * (new.t - last.t), 10.0 * new.t)
         last = new
         new, used = _checked((yield t, last.t)), used + 1
     else:
-        best = new if new.value < start.value else start
+        best = new if new.value < start.value + noise and not is_same(new, start) else start
         return Step(best, best is new and decreases(new) and is_flat(new), used)
 
     # Algorithm 3.6: shrink the bracket. Which end is the low one matters only by value, but a tie goes to ends[0].
     ends = [last, new]
     low = 0 if ends[0].value <= ends[1].value else 1
-    fraction, near_end = 1.0, False
+    fraction, near_end, blind = 1.0, False, 0
     while used < max_evaluations:
         left, right = sorted((ends[0].t, ends[1].t))
         if (right - left) * size < tolerance or right == left:
@@ -177,8 +203,13 @@ def strong_wolfe(
         else:
             t = cubic_minimizer(ends[0], ends[1], left, right)
             t, near_end = _move_inwards(t, left, right, near_end)
+        blind += is_blind(t)
+        if blind > _MAX_BLIND_TRIALS:
+            break
         new, used = _checked((yield t, ends[low].t)), used + 1
-        if not decreases(new) or new.value >= ends[low].value:
+        if is_same(new, ends[low]):
+            break
+        if not decreases(new) or new.value >= ends[low].value + noise:
             ends[1 - low] = new
             low = 0 if ends[0].value <= ends[1].value else 1
             continue
@@ -187,7 +218,7 @@ def strong_wolfe(
         if new.slope * (ends[1 - low].t - ends[low].t) >= 0.0:
             ends[1 - low] = ends[low]
         ends[low], fraction = new, 1.0
-    return Step(ends[low], False, used)
+    return Step(start if is_same(ends[low], start) else ends[low], False, used)
 
 
 def _checked(trial: Trial) -> Trial:
