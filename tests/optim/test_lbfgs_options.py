@@ -138,7 +138,7 @@ def test_unequal_lr_still_converges(line_search_fn):
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_unequal_lr_is_a_run_in_other_coordinates(line_search_fn):
-    """With R = diag(lr_k / max lr) the points are R^(1/2) times those of the loss of R^(1/2) z: as robust as equal lr."""
+    """With R = diag(lr_k / max lr) the points are R^(1/2) times those of loss(R^(1/2) z): as robust as equal lr."""
     loss, start = PROBLEMS["mlp"]
     shares = [1.0, 0.25, 0.0625, 1.0]  # whose roots are exact
     roots = [math.sqrt(share) for share in shares]
