@@ -857,7 +857,7 @@ SECANT_DEVICE void sum(const Product& a) {
     }                                                                          \
   }
 #define SECANT_HVP_REST_ENTRIES(TAG, C)                                               \
-  extern "C" __global__ void __launch_bounds__(256) hvp_between_##TAG(OfX a) {        \
+  extern "C" __global__ void __launch_bounds__(256, 4) hvp_between_##TAG(OfX a) {     \
     SECANT_DYNAMIC_SHARED(memory);                                                    \
     secant_hvp::between<C>(a, memory);                                                \
   }                                                                                   \
