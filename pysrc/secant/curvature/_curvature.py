@@ -272,10 +272,13 @@ class CurvatureOperator(LinearOperator):
                 "it has no derivative, and takes several vectors as columns (matmat)"
             )
 
-    @contextlib.contextmanager
-    def _kept_gradients(self) -> Iterator[None]:
+    def _kept_gradients(self) -> contextlib.AbstractContextManager[None]:
         """Leave `.grad` of the parameters alone; autograd writes it where retain_grad was called."""
-        retained = [(p, p.grad) for p in self.params.tensors if not p.is_leaf and p.retains_grad]
+        return self._putting_back() if self.params.computed else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _putting_back(self) -> Iterator[None]:
+        retained = [(p, p.grad) for p in self.params.computed if p.retains_grad]
         try:
             yield
         finally:

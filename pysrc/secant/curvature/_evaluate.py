@@ -131,9 +131,17 @@ def _own_buffers(kept: Collection[int]) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
-@contextlib.contextmanager
-def plain(device: torch.device) -> Iterator[None]:
+_NOTHING = contextlib.nullcontext()
+
+
+def plain(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The state in which products are made, whatever the caller's: no inference mode, no autocast."""
+    autocast = torch.is_autocast_enabled("cpu") or (device.type != "cpu" and torch.is_autocast_enabled(device.type))
+    return _plain(device) if autocast or torch.is_inference_mode_enabled() else _NOTHING
+
+
+@contextlib.contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in {"cpu", device.type}:

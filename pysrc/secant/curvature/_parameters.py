@@ -45,7 +45,7 @@ class Parameters:
                 raise _gate.fail(op, name, "a tensor that requires gradients", "requires_grad=False")
         if len({id(p) for p in self.tensors}) < len(self.tensors):
             raise _gate.fail(op, "params", "distinct tensors", "one of them twice")
-        self.op = op
+        self.op, self.computed = op, [p for p in self.tensors if not p.is_leaf]
         self._check_independence()
         self.sizes = [p.numel() for p in self.tensors]
         self.n = sum(self.sizes)

@@ -52,12 +52,15 @@ class Randomness:
             {key: generator.get_state() for key, generator in self._explicit.items()},
         )
 
-    def _set(self, states: _States, met: dict[int, torch.Generator]) -> None:
-        torch.set_rng_state(states.cpu)
+    def _set(self, states: _States, now: _States, met: dict[int, torch.Generator]) -> None:
+        """Go from the states `now` to others."""
+        if not torch.equal(states.cpu, now.cpu):
+            torch.set_rng_state(states.cpu)
         if self._module is not None and states.device is not None:
             self._module.set_rng_state(states.device, self._device)
-        random.setstate(states.python)
-        if states.numpy is not None:
+        if states.python != now.python:
+            random.setstate(states.python)
+        if states.numpy is not None and not _alike(states.numpy, now.numpy):
             sys.modules["numpy"].random.set_state(states.numpy)
         for key, state in states.explicit.items():
             (self._explicit.get(key) or met[key]).set_state(state)
@@ -66,11 +69,13 @@ class Randomness:
     def section(self, key: Hashable) -> Iterator[Callable[[torch.Generator], None]]:
         """Draw within; yields what is to be told of each explicit generator, before it is used."""
         outside = self._states()
-        first = key not in self._starts
-        if first:
+        start = self._starts.get(key)
+        first = start is None
+        if start is None:
             start = outside if self._last is None else self._last
             self._starts[key] = start._replace(explicit={**outside.explicit, **start.explicit})
-        self._set(self._starts[key], {})
+        if start is not outside:
+            self._set(start, outside, {})
         met: dict[int, torch.Generator] = {}
 
         def meet(generator: torch.Generator) -> None:
@@ -88,9 +93,15 @@ class Randomness:
         try:
             yield meet
         finally:
+            now = self._states()
             if first:
-                self._last = self._states()
-            self._set(outside, met)
+                self._last = now
+            self._set(outside, now, met)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two states of numpy's global generator are the same."""
+    return b is not None and a[2:] == b[2:] and bool((a[1] == b[1]).all())
 
 
 class Meeting(TorchFunctionMode):

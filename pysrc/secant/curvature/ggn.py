@@ -147,7 +147,7 @@ class GGN(_JacobianOperator):
     Linear + activation layers are recognised as in `Hessian`. The cross-entropy of class labels is recognised
     above any model: its product reads the log-probabilities that the graph holds, in one pass, and stores nothing else
     as large as they are. Elsewhere J v is either the derivative of J^T u by u ("double-backward", on the kept graph) or
-    forward mode through the closure ("forward"), whichever is faster.
+    forward mode through the closure ("forward"), whichever is faster. `diag()` is exact.
 
     Args:
         closure: () -> (outputs, loss), or (batch) -> (outputs, loss) with `batches`: outputs a real tensor with its

@@ -32,9 +32,17 @@ class Hessian(CurvatureOperator):
 
     **Modes.** Elsewhere three ways are compared once per operator, at its first product, and the fastest is kept:
     "double-backward" on the kept graph, "forward-over-reverse" and "reverse-over-forward", which evaluate the closure
-    at every product (with the same random numbers) and keep no graph. One that disagrees with the first to half the
-    digits is not used. `timings` has the seconds, or the reason. A mode chosen by `mode` is not checked: torch 2.13
-    differentiates the forward mode of layer_norm wrongly, for one, and "reverse-over-forward" is then off.
+    at every product (with the same random numbers) and keep no graph. One that is not symmetric for two random vectors,
+    or that disagrees with the first to half the digits, is not used. `timings` has the seconds, or the reason. Where
+    no other mode is compared (one chosen by `mode`, terms beside recognised layers) the symmetry is checked once.
+
+    **Normalisations.** torch 2.13 has wrong third derivatives of layer_norm, instance_norm and batch_norm in training,
+    and wrong forward modes. In forward modes, and where the loss contains a derivative of such a layer, they are made
+    of elementary operations here.
+
+    **Parameters** may have a graph of their own: a hidden value that was computed before, a view. Each is a variable by
+    itself, none may be computed from another, and the closure has to use it as it is; one that it computes again is an
+    error. A leaf that the closure does not use has zero rows; where it uses none of `params`, that is an error.
 
     **Mini-batches.** With `batches` the closure is called with one batch at a time and the operator is
     sum_b weights_b H_b; weights None means the mean. The graphs of all batches are kept unless `keep_graphs=False`,
@@ -45,13 +53,17 @@ class Hessian(CurvatureOperator):
     DistributedDataParallel, which has no double backward.
 
     **Attention** runs its math implementation, since the fused kernels have no second derivative; a `SecantWarning`
-    says so once. Products are exact for the function that the closure computes: a dropout layer in training mode keeps
-    the mask of its first evaluation, a batch norm in training mode updates its statistics at each one.
+    says so once.
+
+    **Random numbers.** At one point there is one matrix: dropout and sampling repeat those of the first evaluation
+    there, whichever global generator (torch, Python, numpy) or `torch.Generator` they use, and all are left as they
+    were. A closure whose value differs when it is evaluated again is an error. Modules in training lend copies of their
+    buffers: a batch norm uses the statistics of the batch and keeps its running ones.
 
     Args:
         closure: () -> loss, or (batch) -> loss with `batches`: a tensor of one element with its graph; it does not call
             backward.
-        params: real dense tensors that require gradients, of one dtype and device.
+        params: real dense tensors that require gradients and that the closure uses, of one dtype and device.
         batches: something that can be iterated again and again, always in the same order: a list, a DataLoader.
         weights: one number per batch.
         mode: "auto", "r-operator" (raises where the layers are not recognised), "double-backward",
@@ -60,8 +72,10 @@ class Hessian(CurvatureOperator):
         process_group: "auto" for the default group where there is one; a group; None for no reduction.
 
     Raises:
-        TypeError, ValueError: an argument is invalid. At a product: the closure returns no loss with a graph.
-        RuntimeError: at a product: an operation cannot be differentiated twice; the message names it.
+        TypeError, ValueError: an argument is invalid. At a product: the closure returns no loss with a graph, or does
+            not use a parameter that has a graph of its own.
+        RuntimeError: at a product: an operation cannot be differentiated twice, or is differentiated wrongly (the
+            message names it); the closure cannot be repeated; the product is within a transform of torch.func.
 
     References:
         Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
