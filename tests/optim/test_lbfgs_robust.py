@@ -487,7 +487,7 @@ def test_every_option_is_documented():
 def test_float32_searches_know_the_rounding_of_the_loss():
     """Rosenbrock from far away, down a valley where a step changes the loss by less than its rounding.
 
-    Without that knowledge a third of such runs ends for good at losses of 100 and more, at up to 125 evaluations a call.
+    Without that knowledge a third of such runs ends for good at losses of 100 and more.
     """
 
     def rosenbrock(params):
