@@ -138,14 +138,24 @@ def test_unequal_lr_still_converges(line_search_fn):
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_unequal_lr_is_a_run_in_other_coordinates(line_search_fn):
-    """With R = diag(lr_k / max lr) the points are R^(1/2) times those of loss(R^(1/2) z): as robust as equal lr."""
-    loss, start = PROBLEMS["mlp"]
+    """With R = diag(lr_k / max lr) the points are R^(1/2) times those of the loss of R^(1/2) z: as robust as equal lr.
+
+    The loss is small, so that the first step is not scaled by 1 / |d|_1, which depends on the coordinates.
+    """
+    mlp, start = PROBLEMS["mlp"]
+    options = {"line_search_fn": line_search_fn, "max_iter": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+
+    def loss(params):
+        return 2.0**-10 * mlp(params)
+
     shares = [1.0, 0.25, 0.0625, 1.0]  # whose roots are exact
     roots = [math.sqrt(share) for share in shares]
-    run = grouped(shares, line_search_fn=line_search_fn, max_iter=20).step()
+    run = grouped(shares, **options)
+    run.loss = loss
+    run.step()
     other = Run(
         LBFGS, lambda z: loss([r * x for r, x in zip(roots, z, strict=True)]),
-        [x / r for r, x in zip(roots, start, strict=True)], line_search_fn=line_search_fn, max_iter=20,
+        [x / r for r, x in zip(roots, start, strict=True)], **options,
     ).step()  # fmt: skip
     scale = torch.cat([torch.full((x.numel(),), r).double() for r, x in zip(roots, start, strict=True)])
     assert len(run.points) == len(other.points)

@@ -479,3 +479,27 @@ def test_every_option_is_documented():
     for name in LBFGS([torch.ones(1, requires_grad=True)]).defaults:
         assert f"\n        {name}: " in LBFGS.__doc__, name
     assert secant.optim.LBFGS is LBFGS
+
+
+# Rounding -------------------------------------------------------------------------------------------------------------
+
+
+def test_float32_searches_know_the_rounding_of_the_loss():
+    """Rosenbrock from far away, down a valley where a step changes the loss by less than its rounding.
+
+    Without that knowledge a third of such runs ends for good at losses of 100 and more.
+    """
+
+    def rosenbrock(params):
+        (x,) = params
+        return 100.0 * (x[1] - x[0] ** 2) ** 2 + (1.0 - x[0]) ** 2
+
+    gen = torch.Generator().manual_seed(0)
+    starts = [torch.tensor([300.0, 300.0]), *(800.0 * torch.rand(15, 2, generator=gen) - 400.0)]
+    options = {"max_iter": 100, "line_search_fn": "strong_wolfe", "tolerance_change": 0.0, "tolerance_grad": 0.0}
+    for start in starts:
+        run = Run(LBFGS, rosenbrock, [start], **options).step(10)
+        assert (run.x - 1.0).abs().max() <= 1e-3, start
+        solved = len(run.points)
+        run.step()
+        assert len(run.points) - solved <= 40  # there is nothing left to find

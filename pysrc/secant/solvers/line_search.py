@@ -164,6 +164,12 @@ def strong_wolfe(
     def is_same(a: Trial, b: Trial) -> bool:
         return noise > 0.0 and a.value == b.value and a.slope == b.slope
 
+    def minimizer(a: Trial, b: Trial, least: float, most: float) -> float:
+        if not abs(a.value - b.value) <= noise or noise == 0.0:
+            return cubic_minimizer(a, b, least, most)
+        # Equal values tell a cubic to turn back; the secant through the slopes knows better.
+        return min(max(b.t - b.slope * (b.t - a.t) / (b.slope - a.slope), least), most) if a.slope != b.slope else most
+
     def is_blind(t: float) -> bool:
         return -t * start.slope <= noise
 
@@ -182,7 +188,7 @@ def strong_wolfe(
         if is_same(new, last):
             t = 10.0 * new.t
         else:
-            t = cubic_minimizer(last, new, new.t + 0.01 * (new.t - last.t), 10.0 * new.t)
+            t = minimizer(last, new, new.t + 0.01 * (new.t - last.t), 10.0 * new.t)
         last = new
         new, used = _checked((yield t, last.t)), used + 1
     else:
@@ -201,7 +207,7 @@ def strong_wolfe(
             fraction *= 0.5
             t = ends[low].t + fraction * (ends[1 - low].t - ends[low].t)
         else:
-            t = cubic_minimizer(ends[0], ends[1], left, right)
+            t = minimizer(ends[0], ends[1], left, right)
             t, near_end = _move_inwards(t, left, right, near_end)
         blind += is_blind(t)
         if blind > _MAX_BLIND_TRIALS:
@@ -218,7 +224,9 @@ def strong_wolfe(
         if new.slope * (ends[1 - low].t - ends[low].t) >= 0.0:
             ends[1 - low] = ends[low]
         ends[low], fraction = new, 1.0
-    return Step(start if is_same(ends[low], start) else ends[low], False, used)
+    best = ends[low]
+    gained = best.value < start.value or abs(best.slope) < -start.slope
+    return Step(best if gained or noise == 0.0 else start, False, used)
 
 
 def _checked(trial: Trial) -> Trial:
