@@ -30,7 +30,8 @@ class Undo:
     def __init__(
         self, flat: FlatParameters, history: LBFGSHistory, state: dict[str, Any], vectors: list[Tensor]
     ) -> None:
-        self._flat, self._history, self._state, self._vectors = flat, history, state, vectors
+        self._flat, self._state, self._vectors = flat, state, vectors
+        self._rings = (history.s, history.y)
         self._small = [history.sy, history.yy, history.head, history.count]
         self._kept: list[Tensor] = []  # the vectors and the parameters, then the gradients: buffers, made when needed
         self._kept_grad: Tensor | None = None
@@ -66,20 +67,20 @@ class Undo:
     def keep_pair(self, slot: int, *, full: bool) -> None:
         """Keep the pair in the slot that is about to be written; in a ring that is not full there is none."""
         if slot not in self._pairs:
-            history = self._history
-            self._pairs[slot] = (history.s[slot].clone(), history.y[slot].clone()) if full else None
+            s, y = self._rings
+            self._pairs[slot] = (s[slot].clone(), y[slot].clone()) if full else None
 
     @torch.no_grad()
     def restore(self) -> bool:
         """Put everything back, unless the step has ended: whether it was put back."""
         if not self._active:
             return False
-        flat, history = self._flat, self._history
+        flat = self._flat
         if self._counters:
             torch._foreach_copy_(self._vectors, self._kept[:-1])
             flat.set_(self._kept_params)
             for slot, pair in self._pairs.items():
-                for i, ring in enumerate((history.s, history.y)):
+                for i, ring in enumerate(self._rings):
                     if pair is None:
                         ring[slot].zero_()
                     else:

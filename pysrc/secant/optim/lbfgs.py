@@ -154,6 +154,7 @@ class LBFGS(torch.optim.Optimizer):
     _adopted: bool = False  # whether the last step was made by torch
     _history: LBFGSHistory
     _stats: Tensor
+    _counters: tuple[Tensor, Tensor]
     _grad: Tensor  # of the function that is minimized, at the current point
     _prev_grad: Tensor
     _best_grad: Tensor
@@ -355,7 +356,7 @@ class LBFGS(torch.optim.Optimizer):
         for i in self._absent:
             self._direction_views[i].zero_()
         state["t"] = 0.0
-        self._unread = (self._stats, history.head, history.count, self._slope(g), *torch.aminmax(d))
+        self._unread = (self._stats, *self._counters, self._slope(g), *torch.aminmax(d))
         if state["n_iter"] == 0:
             self._unread += (d.abs().sum(dtype=torch.float64),)
         return t
@@ -570,7 +571,9 @@ class LBFGS(torch.optim.Optimizer):
                 return None
             raise
         _check_loss(loss)
-        self._unit = torch.finfo(loss.dtype).eps if _is_floating(loss) else self._rounding
+        self._unit = self._rounding
+        if _is_floating(loss) and loss.dtype is not self._flat.dtype:
+            self._unit = torch.finfo(loss.dtype).eps
         self._flat.gather_grad()
         if self._maximize:
             torch.neg(self._flat.grad, out=self._grad)
@@ -729,7 +732,7 @@ class LBFGS(torch.optim.Optimizer):
         self._prev_grad, self._direction, start = vectors.values()
         self._direction_views, self._start = flat.views(self._direction), flat.views(start)
         self._undo = Undo(flat, history, self._own, list(vectors.values()))
-        self._stats = history.stats_tensor
+        self._stats, self._counters = history.stats_tensor, (history.head, history.count)
         self._maximize, self._searching = options["maximize"], options["line_search_fn"] is not None
         self._grad = flat.vector() if self._maximize else flat.grad
         if self._searching:
