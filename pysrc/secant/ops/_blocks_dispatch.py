@@ -124,7 +124,7 @@ def _codes(a: Tensor) -> Tensor:
 
 def _line(x: Tensor) -> Tensor:
     """(...) as (B,), contiguous; most often it is."""
-    return x if x.dim() == 1 and x.is_contiguous() and not x.is_neg() else x.resolve_neg().reshape(-1).contiguous()
+    return x if x.dim() == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
 
 
 def _finish(x: Tensor, direct: bool, out: Tensor | None) -> Tensor:
