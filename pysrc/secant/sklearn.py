@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -262,7 +263,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return self._result(self._log_probabilities(X).exp(), X)
 
 
-class _LogLink(RegressorMixin, _Linear):
+class _LogLink(RegressorMixin, _Linear, ABC):
     """A regressor whose expected target is exp(X w + b)."""
 
     result_status_: str
@@ -272,9 +273,9 @@ class _LogLink(RegressorMixin, _Linear):
     tol: float
     warm_start: bool
 
+    @abstractmethod
     def _family(self) -> tuple[str, float]:
         """The loss of `secant.glm.fit`, and the power of the deviance."""
-        raise NotImplementedError
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
