@@ -591,7 +591,7 @@ class LBFGS(torch.optim.Optimizer):
             values += torch.cat([x.reshape(-1) for x in tensors]).tolist() if tensors else []
         else:
             for x in tensors:
-                values += x.reshape(-1).tolist() if x.dim() else (x.item(),)
+                values += (x.item(),) if x.dim() == 0 else x.tolist() if x.dim() == 1 else x.reshape(-1).tolist()
         if self._maximize and loss is not None:
             values[0] = -values[0]
         if self._unread:
