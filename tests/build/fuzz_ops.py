@@ -32,6 +32,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 TOLERANCE = {F64: 1e-10, F32: 2e-4, BF16: 3e-2, F16: 4e-3}
 NUMBERS = (0.0, -1.0, 0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, 10**400, True, "a", None, 1j, [1.0])
 ENTRIES = (math.nan, math.inf, -math.inf, 0.0, 1e38, -1e38, 1e-42, 1e-45)
+FUNCTIONS = ("exp", "log", "sqrt", "abs", ("power", -0.5), ("power", 3))
 INDICES = (-1, -(2**31), 2**31 - 1, 10**6, 7)
 
 
@@ -163,11 +164,16 @@ def blocks(name: str) -> Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, 
                 args["out"] = f.out(tuple(args["b"].shape), dtype, given, args["b"])
         elif name == "block_inv":
             args["out"] = f.out(tuple(a.shape), dtype, given)
+        if name == "block_function":
+            hostile = f.spoil(0.1)
+            args["f"] = f.pick(("sin", ("power", 1e9), 3)) if hostile else f.pick(FUNCTIONS)
+        if name == "block_solve" and f.chance(0.3):
+            args["vector"] = f.pick((True, 1)) if f.spoil(0.3) else False
         if name == "block_abs_inv":
             args["floor"] = f.number(0.01)
         elif name == "block_inv_root":
             args["p"] = f.pick((1, 2, 4, 3)) if f.spoil(0.1) else f.pick((1, 2, 4))
-        if name in ("block_inv", "block_solve", "block_inv_root"):
+        if name in ("block_inv", "block_solve", "block_inv_root", "block_function"):
             lam = f.pick((None, f.number(0.1), ("scale", f.number(0.1)), f.tensor(torch.full(batch, 0.1, dtype=dtype))))
             args["damping"] = lam
         return OPS[name], args
@@ -203,10 +209,13 @@ def glm_value_grad(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
         "x": x,
         "target": f.tensor((f.normal(n) > 0).to(dtype)),
         "coef": f.tensor(f.normal(d + intercept, dtype=dtype) / d),
-        "loss": f.pick(("squared", "logistic", "poisson", "huber")) if not f.spoil(0.03) else f.pick(("hinge", None)),
+        "loss": f.pick(("squared", "logistic", "poisson", "huber", "gamma", "tweedie"))
+        if not f.spoil(0.03)
+        else f.pick(("hinge", None)),
         "sample_weight": f.pick((None, f.tensor(f.normal(n, dtype=dtype).abs()))),
         "l2": f.number(0.3),
         "delta": f.number(1.0),
+        "power": f.number(1.3),
         "intercept": intercept,
     }
 
@@ -308,7 +317,10 @@ MAKERS: dict[str, Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, Any]]]]
     "cross_entropy_hvp": cross_entropy_hvp,
     "paired_matmul": paired_matmul,
     "history": history,
-} | {name: blocks(name) for name in ("block_inv", "block_solve", "block_eigh", "block_abs_inv", "block_inv_root")}
+} | {
+    name: blocks(name)
+    for name in ("block_inv", "block_solve", "block_eigh", "block_abs_inv", "block_inv_root", "block_function")
+}
 
 
 def run_case(seed: int) -> str:
