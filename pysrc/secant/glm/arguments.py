@@ -67,15 +67,8 @@ def objective(
 
 
 def _offset(value: Any, x: Tensor, classes: int) -> Tensor:
-    o = as_tensor("offset", value)
     shape = (x.shape[0], classes) if classes else (x.shape[0],)
-    if o.layout is not torch.strided or o.shape != shape:
-        raise _gate.fail(OP, "offset", f"shape {shape}", f"shape {tuple(o.shape)}")
-    if o.device != x.device:
-        raise _gate.fail(OP, "offset", f"device {x.device}, like X", o.device)
-    if o.is_complex():
-        raise TypeError(f"{OP}: offset: expected real numbers, got {o.dtype}")
-    o = o.to(x.dtype).contiguous()
+    o = _values("offset", value, shape, x).to(x.dtype)
     if not bool(torch.isfinite(o).all()):
         raise _gate.fail(OP, "offset", "finite values", f"{float(o[~torch.isfinite(o)][0])}")
     return o
@@ -180,9 +173,13 @@ def check_finite(x: Tensor) -> None:
 
 
 def _vector(name: str, value: Any, n: int, x: Tensor) -> Tensor:
+    return _values(name, value, (n,), x, ", one number per row of X")
+
+
+def _values(name: str, value: Any, shape: tuple[int, ...], x: Tensor, meaning: str = "") -> Tensor:
     v = as_tensor(name, value)
-    if v.layout is not torch.strided or v.shape != (n,):
-        raise _gate.fail(OP, name, f"shape ({n},), one number per row of X", f"shape {tuple(v.shape)}")
+    if v.layout is not torch.strided or v.shape != shape:
+        raise _gate.fail(OP, name, f"shape {shape}{meaning}", f"shape {tuple(v.shape)}")
     if v.device != x.device:
         raise _gate.fail(OP, name, f"device {x.device}, like X", v.device)
     if v.is_complex():
