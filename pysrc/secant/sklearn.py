@@ -31,8 +31,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from secant import glm
-from secant.ops import _gate
+from secant import _checks, glm
 
 __all__ = ["GammaRegressor", "LogisticRegression", "PoissonRegressor", "Ridge", "TweedieRegressor"]
 
@@ -63,7 +62,7 @@ class _Linear(BaseEstimator):
                 raise TypeError(f"{name}: sample_weight: expected an array of numbers ({error})") from None
             if not (np.isfinite(sample_weight).all() and (sample_weight >= 0.0).all()):
                 raise ValueError(
-                    f"{name}: sample_weight: expected finite numbers >= 0, got {_gate.show(sample_weight)}"
+                    f"{name}: sample_weight: expected finite numbers >= 0, got {_checks.show(sample_weight)}"
                 )
             if sample_weight.ndim == 0:
                 sample_weight = np.full(len(y), sample_weight)
@@ -210,7 +209,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LogisticRegression:
         """Fit to X (N, d), dense or sparse, and labels y (N,)."""
         X, y, sample_weight = self._checked(X, y, sample_weight)
-        C = _gate.number("LogisticRegression", "C", self.C, "a number > 0", lambda value: value > 0)
+        C = _checks.number("LogisticRegression", "C", self.C, "a number > 0", lambda value: value > 0)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -414,8 +413,8 @@ class TweedieRegressor(_LogLink):
     def _family(self) -> tuple[str, float]:
         name = "TweedieRegressor"
         if self.link not in ("auto", "log"):
-            raise _gate.fail(name, "link", "'auto' or 'log'", _gate.show(self.link))
-        power = _gate.number(name, "power", self.power, "a number from 1 to 2", lambda p: 1.0 <= p <= 2.0)
+            raise _checks.fail(name, "link", "'auto' or 'log'", _checks.show(self.link))
+        power = _checks.number(name, "power", self.power, "a number from 1 to 2", lambda p: 1.0 <= p <= 2.0)
         return {1.0: "poisson", 2.0: "gamma"}.get(power, "tweedie"), power
 
 
@@ -552,5 +551,5 @@ def _checked_alpha(model: Any, targets: int) -> list[float]:
         alpha = np.ravel(alpha)
         if len(alpha) != targets:
             raise ValueError(f"{name}: alpha: expected a number or {targets}, one for each target, got {len(alpha)}")
-        return [_gate.nonnegative(name, "alpha", float(one)) for one in alpha]
-    return [_gate.nonnegative(name, "alpha", alpha)] * targets
+        return [_checks.nonnegative(name, "alpha", float(one)) for one in alpha]
+    return [_checks.nonnegative(name, "alpha", alpha)] * targets

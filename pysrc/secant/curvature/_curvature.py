@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from secant import _checks
 from secant.curvature import _errors, _estimators, _evaluate, _graph
 from secant.curvature._evaluate import Evaluator
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
 from secant.curvature._points import Point
 from secant.curvature._random import Meeting, Randomness
-from secant.ops import _gate
 
 #: Products per mode when modes are compared; the first warms up.
 _TRIALS = 3
@@ -46,14 +46,14 @@ class CurvatureOperator(LinearOperator):
     ) -> None:
         op = self._name
         if not callable(closure):
-            raise TypeError(f"{op}: closure: expected a function, got {_gate.describe(closure)}")
+            raise TypeError(f"{op}: closure: expected a function, got {_checks.describe(closure)}")
         with torch.inference_mode(False), torch.enable_grad():
             self.params = Parameters(op, params)
         shapes = [p.shape for p in self.params.tensors]
         super().__init__(self.params.n, self.params.dtype, self.params.device, shapes)
         modes = ("auto", "r-operator", *self._MODES)
         if mode not in modes:
-            raise _gate.fail(op, "mode", " or ".join(map(repr, modes)), repr(mode))
+            raise _checks.fail(op, "mode", " or ".join(map(repr, modes)), repr(mode))
         self._check_batches(batches, weights)
         self.closure, self.batches, self.weights = closure, batches, weights
         self.keep_graphs, self.process_group = keep_graphs, process_group
@@ -80,16 +80,16 @@ class CurvatureOperator(LinearOperator):
         op = self._name
         if batches is None:
             if weights is not None:
-                raise _gate.fail(op, "weights", "None without batches", repr(weights))
+                raise _checks.fail(op, "weights", "None without batches", repr(weights))
             return
         if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
-            raise TypeError(f"{op}: batches: expected an iterable of batches, got {_gate.describe(batches)}")
+            raise TypeError(f"{op}: batches: expected an iterable of batches, got {_checks.describe(batches)}")
         if isinstance(batches, Iterator):
             raise TypeError(f"{op}: batches: expected something that can be iterated again (a list, a DataLoader)")
         if weights is not None and not all(
             isinstance(w, (int, float)) and not isinstance(w, bool) and abs(w) <= sys.float_info.max for w in weights
         ):
-            raise _gate.fail(op, "weights", "finite numbers", f"[{', '.join(map(_estimators.brief, weights))}]")
+            raise _checks.fail(op, "weights", "finite numbers", f"[{', '.join(map(_estimators.brief, weights))}]")
 
     @property
     def mode(self) -> str:
@@ -157,7 +157,7 @@ class CurvatureOperator(LinearOperator):
             root = read(result)
             found = _graph.survey([_graph.edge_of(root)], self._slots)
         if any(self._slots.get(edge) != i for edge, i in self.params.locate().items()):
-            raise _gate.fail(self._name, "closure", "parameters left as they are", "one changed in place")
+            raise _checks.fail(self._name, "closure", "parameters left as they are", "one changed in place")
         self._note(found)
         self._repeated((evaluator.key, "root"), root)
         return result, root
@@ -170,7 +170,7 @@ class CurvatureOperator(LinearOperator):
         for i, p in enumerate(self.params.tensors):
             if not p.is_leaf and i not in used:
                 got = f"one made before ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?"
-                raise _gate.fail(self._name, f"params[{i}]", "a tensor that the closure uses", got)
+                raise _checks.fail(self._name, f"params[{i}]", "a tensor that the closure uses", got)
 
     def _visible(self, evaluator: Evaluator, read: Callable[[Any], Tensor]) -> None:
         """Check once that every use of a parameter is one that can be replaced: that forward modes miss none.
@@ -239,7 +239,7 @@ class CurvatureOperator(LinearOperator):
             count += 1
             yield point
         if count and not self._used_slots:
-            raise _gate.fail(self._name, "params", "tensors that the closure uses", "none that it does")
+            raise _checks.fail(self._name, "params", "tensors that the closure uses", "none that it does")
         if self.keep_graphs:
             self._points = points
         self._state = self.params.state()
@@ -301,16 +301,16 @@ class CurvatureOperator(LinearOperator):
             total.add_(part, alpha=1.0 if self.weights is None else self._weight(count))
             count += 1
         if count == 0:
-            raise _gate.fail(self._name, "batches", "at least one", "none")
+            raise _checks.fail(self._name, "batches", "at least one", "none")
         if self.weights is None:
             total /= count
         elif count != len(self.weights):
-            raise _gate.fail(self._name, "weights", f"one per batch ({count})", len(self.weights))
+            raise _checks.fail(self._name, "weights", f"one per batch ({count})", len(self.weights))
 
     def _weight(self, i: int) -> float:
         assert self.weights is not None
         if i >= len(self.weights):
-            raise _gate.fail(self._name, "weights", "one per batch", f"{len(self.weights)} for more batches")
+            raise _checks.fail(self._name, "weights", "one per batch", f"{len(self.weights)} for more batches")
         return float(self.weights[i])
 
     def _reduced(self, total: Tensor) -> Tensor:

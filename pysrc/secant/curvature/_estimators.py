@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 
 Rows = Callable[[Tensor], Tensor]
 #: Probes multiplied together, so that a mini-batch whose graph is not kept is evaluated once for all of them.
@@ -47,12 +47,12 @@ def brief(x: object) -> str:
 def check_count(op: str, name: str, value: object, least: int, most: int | None = None) -> None:
     """Raise unless `value` is an integer in the range."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name}: expected an int, got {_gate.describe(value)}")
+        raise TypeError(f"{op}: {name}: expected an int, got {_checks.describe(value)}")
     if not least <= value <= (_MOST if most is None else most):
         expected = f"an int >= {least}" if most is None else f"an int in [{least}, {most}]"
         if most is None and value > _MOST:
             expected = f"an int in [{least}, {_MOST}]"
-        raise _gate.fail(op, name, expected, brief(value))
+        raise _checks.fail(op, name, expected, brief(value))
 
 
 def rademacher(k: int, n: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -64,13 +64,13 @@ def rademacher(k: int, n: int, dtype: torch.dtype, device: torch.device, generat
 def check_seed(op: str, seed: int) -> None:
     """Raise unless torch takes it."""
     if not -(2**63) <= seed < 2**64:
-        raise _gate.fail(op, "seed", "an int of 64 bits", brief(seed))
+        raise _checks.fail(op, "seed", "an int of 64 bits", brief(seed))
 
 
 def check_distribution(op: str, distribution: object) -> None:
     """Raise unless it is a name of one."""
     if distribution not in ("rademacher", "normal"):
-        raise _gate.fail(op, "distribution", "'rademacher' or 'normal'", brief(distribution))
+        raise _checks.fail(op, "distribution", "'rademacher' or 'normal'", brief(distribution))
 
 
 #: (k, n) independent probes of mean 0 and variance 1.

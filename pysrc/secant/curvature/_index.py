@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 
 if TYPE_CHECKING:
     from secant.curvature._operator import LinearOperator
@@ -37,7 +37,7 @@ def indices(op: str, name: str, chosen: object, n: int, device: torch.device) ->
         if chosen.dtype is torch.bool and chosen.shape == (n,):
             return chosen.nonzero()[:, 0].to(device), False
         if chosen.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) or chosen.dim() > 1:
-            raise TypeError(f"{op}: {name}: expected {expected}, got {_gate.describe(chosen)}")
+            raise TypeError(f"{op}: {name}: expected {expected}, got {_checks.describe(chosen)}")
         found, single = chosen.reshape(-1).tolist(), chosen.dim() == 0
     elif isinstance(chosen, (list, tuple, range)):
         found, single = list(chosen), False
@@ -46,7 +46,7 @@ def indices(op: str, name: str, chosen: object, n: int, device: torch.device) ->
     places = []
     for x in found:
         if isinstance(x, bool) or not hasattr(x, "__index__"):
-            raise TypeError(f"{op}: {name}: expected {expected}, got {_gate.describe(x)}")
+            raise TypeError(f"{op}: {name}: expected {expected}, got {_checks.describe(x)}")
         i = python_operator.index(x)
         if not -n <= i < n:
             raise IndexError(f"{op}: {name}: expected indices from {-n} to {n - 1}, got {_short(i)}")
@@ -82,7 +82,7 @@ class Submatrix:
         Raises:
             TypeError, ValueError: `v` does not fit.
         """
-        _gate.shaped("Submatrix.matvec", "v", v, (self.shape[1],), self.dtype, self.device)
+        _checks.shaped("Submatrix.matvec", "v", v, (self.shape[1],), self.dtype, self.device)
         return self._product(v.unsqueeze(1))[:, 0]
 
     def matmat(self, v: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ class Submatrix:
         Raises:
             TypeError, ValueError: `v` does not fit.
         """
-        _gate.tensor("Submatrix.matmat", "v", v, (self.dtype,), self.device)
+        _checks.tensor("Submatrix.matmat", "v", v, (self.dtype,), self.device)
         if v.dim() != 2 or v.shape[0] != self.shape[1]:
-            raise _gate.fail("Submatrix.matmat", "v", f"shape ({self.shape[1]}, k)", f"shape {tuple(v.shape)}")
+            raise _checks.fail("Submatrix.matmat", "v", f"shape ({self.shape[1]}, k)", f"shape {tuple(v.shape)}")
         return self._product(v)
 
     def _product(self, v: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from secant import _checks
 from secant.curvature import _estimators
 from secant.curvature._evaluate import plainly
 from secant.curvature._operator import Damped, LinearOperator
-from secant.ops import _gate
 from secant.solvers.cg import CGResult, CGStatus, cg
 
 
@@ -50,16 +50,16 @@ class Inverse(LinearOperator):
     ) -> None:
         op = self._name
         if not isinstance(operator, LinearOperator):
-            raise TypeError(f"{op}: operator: expected a LinearOperator, got {_gate.describe(operator)}")
+            raise TypeError(f"{op}: operator: expected a LinearOperator, got {_checks.describe(operator)}")
         if tol is None:
             tol = 1e-8 if operator.dtype is torch.float64 else 1e-4
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-            raise _gate.fail(op, "tol", "a number between 0 and 1, or None", _estimators.brief(tol))
+            raise _checks.fail(op, "tol", "a number between 0 and 1, or None", _estimators.brief(tol))
         if max_iter is None:
             max_iter = max(1, min(10 * operator.shape[0], 1000))
         _estimators.check_count(op, "max_iter", max_iter, 1)
         if preconditioner is not None and not callable(preconditioner):
-            raise TypeError(f"{op}: preconditioner: expected a function, got {_gate.describe(preconditioner)}")
+            raise TypeError(f"{op}: preconditioner: expected a function, got {_checks.describe(preconditioner)}")
         super().__init__(operator.shape[0], operator.dtype, operator.device, operator.shapes)
         self.operator = Damped(operator, damping) if isinstance(damping, Tensor) or damping != 0 else operator
         self.tol, self.max_iter, self.preconditioner = float(tol), max_iter, preconditioner

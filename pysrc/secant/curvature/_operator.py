@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secant import _checks
 from secant.curvature import _estimators, _evaluate, _index
 from secant.curvature._estimators import Diagonal, Estimate
 from secant.curvature._index import Submatrix
 from secant.curvature._spectrum import SpectralDensity
-from secant.ops import _gate
 from secant.solvers import lanczos
 from secant.solvers.lanczos import Eigenpairs
 
@@ -75,7 +75,7 @@ class LinearOperator(abc.ABC):
             TypeError, ValueError: `v` does not fit.
         """
         op = f"{self._name}.matvec"
-        v = _gate.shaped(op, "v", _unnested(op, v), (self.shape[0],), self.dtype, self.device)
+        v = _checks.shaped(op, "v", _unnested(op, v), (self.shape[0],), self.dtype, self.device)
         return self._rows(v.detach().contiguous().unsqueeze(0))[0]
 
     def matmat(self, v: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ class LinearOperator(abc.ABC):
             TypeError, ValueError: `v` does not fit.
         """
         op = f"{self._name}.matmat"
-        _gate.tensor(op, "v", _unnested(op, v), (self.dtype,), self.device)
+        _checks.tensor(op, "v", _unnested(op, v), (self.dtype,), self.device)
         if v.dim() != 2 or v.shape[0] != self.shape[0]:
-            raise _gate.fail(op, "v", f"shape ({self.shape[0]}, k)", f"shape {tuple(v.shape)}")
+            raise _checks.fail(op, "v", f"shape ({self.shape[0]}, k)", f"shape {tuple(v.shape)}")
         if v.shape[1] == 0:
             return torch.empty_like(v)
         return self._rows(v.detach().t().contiguous()).t()
@@ -118,19 +118,19 @@ class LinearOperator(abc.ABC):
         if shapes is None:
             raise TypeError(f"{op}: v: expected a tensor, got a list: this operator is over flat vectors")
         if len(parts) != len(shapes):
-            raise _gate.fail(op, "v", f"{len(shapes)} tensors, one per parameter", f"{len(parts)}")
+            raise _checks.fail(op, "v", f"{len(shapes)} tensors, one per parameter", f"{len(parts)}")
         counts: set[int | None] = set()
         for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
-            _gate.tensor(op, f"v[{i}]", _unnested(op, part), (self.dtype,), self.device)
+            _checks.tensor(op, f"v[{i}]", _unnested(op, part), (self.dtype,), self.device)
             more = part.dim() - len(shape)
             inner = part.shape[: len(shape)] if last else part.shape[more:]
             if more not in (0, 1) or inner != shape:
                 k = (*shape, "k") if last else ("k", *shape)
                 expected = f"shape {tuple(shape)} or ({', '.join(map(str, k))})"
-                raise _gate.fail(op, f"v[{i}]", expected, f"shape {tuple(part.shape)}")
+                raise _checks.fail(op, f"v[{i}]", expected, f"shape {tuple(part.shape)}")
             counts.add(None if more == 0 else part.shape[-1 if last else 0])
         if len(counts) > 1:
-            raise _gate.fail(op, "v", "tensors of one number of vectors", sorted(str(x) for x in counts))
+            raise _checks.fail(op, "v", "tensors of one number of vectors", sorted(str(x) for x in counts))
         count = counts.pop()
         if count is None:
             return torch.cat([part.detach().reshape(-1) for part in parts]), None
@@ -253,10 +253,10 @@ class LinearOperator(abc.ABC):
         """The generator of the probes: the one given, or a new one with this seed on the operator's device."""
         if isinstance(seed, torch.Generator):
             if seed.device.type != self.device.type:
-                raise _gate.fail(self._name, "seed", f"a generator on {self.device}", f"one on {seed.device}")
+                raise _checks.fail(self._name, "seed", f"a generator on {self.device}", f"one on {seed.device}")
             return seed
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{self._name}: seed: expected an int or a torch.Generator, got {_gate.describe(seed)}")
+            raise TypeError(f"{self._name}: seed: expected an int or a torch.Generator, got {_checks.describe(seed)}")
         _estimators.check_seed(self._name, seed)
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -341,7 +341,7 @@ class LinearOperator(abc.ABC):
         op = f"{self._name}.trace"
         methods = {"hutchinson": (_estimators.hutchinson, 2), "hutch++": (_estimators.hutch_plus_plus, 6)}
         if not isinstance(method, str) or method not in methods:
-            raise _gate.fail(op, "method", "'hutchinson' or 'hutch++'", _estimators.brief(method))
+            raise _checks.fail(op, "method", "'hutchinson' or 'hutch++'", _estimators.brief(method))
         _estimators.check_distribution(op, distribution)
         estimator, least = methods[method]
         _estimators.check_count(op, "num_probes", num_probes, least)
@@ -383,11 +383,11 @@ class LinearOperator(abc.ABC):
         op, n = f"{self._name}.eigs", self.shape[0]
         _estimators.check_count(op, "k", k, 1, n)
         if which not in _WHICH:
-            raise _gate.fail(op, "which", "'LA', 'SA' or 'LM'", _estimators.brief(which))
+            raise _checks.fail(op, "which", "'LA', 'SA' or 'LM'", _estimators.brief(which))
         if tol is None:
             tol = 1e-8 if self.dtype is torch.float64 else 1e-3
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-            raise _gate.fail(op, "tol", "a number between 0 and 1, or None", _estimators.brief(tol))
+            raise _checks.fail(op, "tol", "a number between 0 and 1, or None", _estimators.brief(tol))
         if max_iter is None:
             max_iter = min(n, max(10 * k, 200))
         _estimators.check_count(op, "max_iter", max_iter, k, n)
@@ -443,7 +443,7 @@ class LinearOperator(abc.ABC):
 def _unnested(op: str, v: Any) -> Any:
     """Refuse what has no shape to be compared."""
     if isinstance(v, Tensor) and v.is_nested:
-        raise _gate.fail(op, "v", "a dense (strided) tensor", "a nested one")
+        raise _checks.fail(op, "v", "a dense (strided) tensor", "a nested one")
     return v
 
 
@@ -463,10 +463,10 @@ class Damped(LinearOperator):
         if not scalar and (isinstance(damping, (bool, Tensor)) or not isinstance(damping, (int, float))):
             raise TypeError(
                 f"{operator._name}: damping: expected a number or a tensor of one element, got "
-                f"{'a nested one' if isinstance(damping, Tensor) and damping.is_nested else _gate.describe(damping)}"
+                f"{'a nested one' if isinstance(damping, Tensor) and damping.is_nested else _checks.describe(damping)}"
             )
         if not isinstance(damping, Tensor) and not abs(damping) <= sys.float_info.max:
-            raise _gate.fail(operator._name, "damping", "a finite number", _estimators.brief(damping))
+            raise _checks.fail(operator._name, "damping", "a finite number", _estimators.brief(damping))
         super().__init__(operator.shape[0], operator.dtype, operator.device, operator.shapes)
         self.operator = operator
         self.damping = damping.detach().reshape(()).to(self.device) if isinstance(damping, Tensor) else float(damping)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+from secant import _checks
 from secant.curvature import _graph
-from secant.ops import _gate
 
 
 class Parameters:
@@ -31,20 +31,22 @@ class Parameters:
             raise TypeError(f"{op}: params: expected an iterable of tensors, got a module: pass module.parameters()")
         self.tensors = list(params)
         if not self.tensors:
-            raise _gate.fail(op, "params", "at least one tensor", "none")
+            raise _checks.fail(op, "params", "at least one tensor", "none")
         first = self.tensors[0]
         for i, p in enumerate(self.tensors):
             name = f"params[{i}]"
             device = first.device if isinstance(first, Tensor) else None
             if isinstance(p, Tensor) and (p.is_nested or p.is_meta):
-                raise _gate.fail(op, name, "a dense tensor with memory", "a nested" if p.is_nested else "a meta tensor")
-            _gate.tensor(op, name, p, _gate.REAL + _gate.HALF, device)
+                raise _checks.fail(
+                    op, name, "a dense tensor with memory", "a nested" if p.is_nested else "a meta tensor"
+                )
+            _checks.tensor(op, name, p, _checks.REAL + _checks.HALF, device)
             if p.dtype is not first.dtype:
                 raise TypeError(f"{op}: {name}: expected {first.dtype}, like the first, got {p.dtype}")
             if not p.requires_grad:
-                raise _gate.fail(op, name, "a tensor that requires gradients", "requires_grad=False")
+                raise _checks.fail(op, name, "a tensor that requires gradients", "requires_grad=False")
         if len({id(p) for p in self.tensors}) < len(self.tensors):
-            raise _gate.fail(op, "params", "distinct tensors", "one of them twice")
+            raise _checks.fail(op, "params", "distinct tensors", "one of them twice")
         self.op, self.computed = op, [p for p in self.tensors if not p.is_leaf]
         self._check_independence()
         self.sizes = [p.numel() for p in self.tensors]
@@ -59,7 +61,7 @@ class Parameters:
             others = {edge: j for edge, j in slots.items() if j != i}
             for j in _graph.survey(_graph.below(_graph.edge_of(p)[0]), others).used:
                 expected = "a tensor that no other one of params is computed from"
-                raise _gate.fail(self.op, f"params[{j}]", expected, f"one below params[{i}]")
+                raise _checks.fail(self.op, f"params[{j}]", expected, f"one below params[{i}]")
 
     def locate(self) -> dict[_graph.Edge, int]:
         """The places of the parameters in graphs that are made from now on.
@@ -69,10 +71,10 @@ class Parameters:
         """
         for i, p in enumerate(self.tensors):
             if not p.requires_grad:
-                raise _gate.fail(self.op, f"params[{i}]", "a tensor that requires gradients", "requires_grad=False")
+                raise _checks.fail(self.op, f"params[{i}]", "a tensor that requires gradients", "requires_grad=False")
         slots = {_graph.edge_of(p): i for i, p in enumerate(self.tensors)}
         if len(slots) < len(self.tensors):
-            raise _gate.fail(self.op, "params", "distinct tensors", "two that are the same value of a graph")
+            raise _checks.fail(self.op, "params", "distinct tensors", "two that are the same value of a graph")
         return slots
 
     def split(self, vector: Tensor) -> list[Tensor]:

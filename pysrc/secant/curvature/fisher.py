@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secant import _checks
 from secant.curvature import _losses
 from secant.curvature._estimators import check_count, check_seed
 from secant.curvature.ggn import _JacobianOperator
 from secant.curvature.hessian import trainable
-from secant.ops import _gate
 
 _LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 _REDUCTIONS = ("mean", "sum")
@@ -20,7 +20,7 @@ _REDUCTIONS = ("mean", "sum")
 
 def _scale(op: str, reduction: str) -> bool:
     if reduction not in _REDUCTIONS:
-        raise _gate.fail(op, "reduction", "'mean' or 'sum'", repr(reduction))
+        raise _checks.fail(op, "reduction", "'mean' or 'sum'", repr(reduction))
     return reduction == "mean"
 
 
@@ -75,10 +75,10 @@ class Fisher(_JacobianOperator):
         **options: Any,
     ) -> None:
         if likelihood not in _LIKELIHOODS:
-            raise _gate.fail(self._name, "likelihood", " or ".join(map(repr, _LIKELIHOODS)), repr(likelihood))
+            raise _checks.fail(self._name, "likelihood", " or ".join(map(repr, _LIKELIHOODS)), repr(likelihood))
         check_count(self._name, "samples", samples, 1)
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{self._name}: seed: expected an int, got {_gate.describe(seed)}")
+            raise TypeError(f"{self._name}: seed: expected an int, got {_checks.describe(seed)}")
         check_seed(self._name, seed)
         self.likelihood, self.samples, self.seed = likelihood, samples, seed
         self._mean = _scale(self._name, reduction)
@@ -99,7 +99,7 @@ class Fisher(_JacobianOperator):
     def resample(self, seed: int) -> None:
         """Draw other labels, from this seed."""
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{self._name}.resample: seed: expected an int, got {_gate.describe(seed)}")
+            raise TypeError(f"{self._name}.resample: seed: expected an int, got {_checks.describe(seed)}")
         check_seed(f"{self._name}.resample", seed)
         self.seed = seed
         self.refresh()
@@ -147,7 +147,7 @@ class Fisher(_JacobianOperator):
             p = torch.sigmoid(outputs)
             return p - torch.bernoulli(p, generator=self._labels)
         if outputs.dim() < 1:
-            raise _gate.fail(self._name, "closure", "logits of shape (..., C)", _gate.describe(outputs))
+            raise _checks.fail(self._name, "closure", "logits of shape (..., C)", _checks.describe(outputs))
         p = torch.softmax(outputs, -1)
         y = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=self._labels).reshape(*p.shape[:-1], 1)
         return p.scatter_add(-1, y, -torch.ones_like(p[..., :1]))
@@ -193,12 +193,12 @@ class EmpiricalFisher(_JacobianOperator):
         losses = result[1]
         if not isinstance(losses, Tensor) or outputs.dim() < 1 or losses.shape != outputs.shape[:1]:
             expected = f"losses of shape ({len(outputs) if outputs.dim() else 'N'},), one per row of the outputs"
-            raise _gate.fail(self._name, "closure", expected, _gate.describe(losses))
+            raise _checks.fail(self._name, "closure", expected, _checks.describe(losses))
         found: tuple[Tensor | None, ...] = (None,)
         if losses.requires_grad:
             found = torch.autograd.grad(losses.sum(), [outputs], retain_graph=True, allow_unused=True)
         if found[0] is None:
-            raise _gate.fail(self._name, "closure", "losses computed from the outputs", "some that do not use them")
+            raise _checks.fail(self._name, "closure", "losses computed from the outputs", "some that do not use them")
         gradients = found[0].detach()
         scale = 1 / len(losses) if self._mean else 1.0
         rest = tuple(range(1, gradients.dim()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secant import _checks
 from secant.curvature import _errors, _evaluate, _graph, _losses, _points
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._estimators import Diagonal
@@ -16,7 +17,6 @@ from secant.curvature._evaluate import Evaluator
 from secant.curvature._operator import Seed
 from secant.curvature._points import Jacobian, Point
 from secant.curvature.hessian import scalar, trainable
-from secant.ops import _gate
 
 
 class _JacobianOperator(CurvatureOperator):
@@ -30,7 +30,7 @@ class _JacobianOperator(CurvatureOperator):
         if not isinstance(first, Tensor):
             raise TypeError(f"{self._name}: closure: expected a pair {self._PAIR}, got {type(result).__name__}")
         if not first.is_floating_point():
-            raise _gate.fail(self._name, "closure", "real outputs", _gate.describe(first))
+            raise _checks.fail(self._name, "closure", "real outputs", _checks.describe(first))
         return first
 
     _PAIR = "(outputs, loss)"
@@ -42,7 +42,7 @@ class _JacobianOperator(CurvatureOperator):
     def _rooted(self, result: Any) -> Tensor:
         outputs = self._outputs(result)
         if not outputs.requires_grad:
-            raise _gate.fail(
+            raise _checks.fail(
                 self._name, "closure", "outputs with their graph", "some without (detached, or under no_grad?)"
             )
         return outputs
@@ -60,7 +60,7 @@ class _JacobianOperator(CurvatureOperator):
                 self._used = "r-operator"
                 return _points.Sandwich(found, middle, outputs.detach())
             if requested == "r-operator":
-                raise _gate.fail(op, "mode", "'auto' or another mode here", f"'r-operator', not for {found}")
+                raise _checks.fail(op, "mode", "'auto' or another mode here", f"'r-operator', not for {found}")
 
         def forward() -> Jacobian:
             self._visible(evaluator, self._rooted)
@@ -196,5 +196,5 @@ class GGN(_JacobianOperator):
         terms = _points.split_terms(loss, {**self._slots, top: -1}) if loss.requires_grad else []
         terms = [term for term in terms if _graph.reaches(term.at, top)]
         if not terms:
-            raise _gate.fail(self._name, "closure", "a loss computed from the outputs", "one that does not use them")
+            raise _checks.fail(self._name, "closure", "a loss computed from the outputs", "one that does not use them")
         return _losses.curvature(terms, _graph.below_views(top), outputs, loss)[1]

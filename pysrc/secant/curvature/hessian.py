@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secant import _checks
 from secant.curvature import _errors, _graph, _points
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._evaluate import Evaluator
 from secant.curvature._points import Point
-from secant.ops import _gate
 
 
 class Hessian(CurvatureOperator):
@@ -112,7 +112,7 @@ class Hessian(CurvatureOperator):
     def _loss(self, result: Any) -> Tensor:
         loss = scalar(self._name, "closure", result)
         if not loss.requires_grad:
-            raise _gate.fail(
+            raise _checks.fail(
                 self._name, "closure", "a loss with its graph", "one without (detached, or under no_grad?)"
             )
         return loss
@@ -134,7 +134,7 @@ class Hessian(CurvatureOperator):
                     self._used = "r-operator"
                     return found if found.rest is None else self._checked(found, self._used, nodes, size)
             if requested == "r-operator":
-                raise _gate.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
+                raise _checks.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
         terms = [_points.whole(loss)]
         with torch.enable_grad():
             if self._chosen is not None:
@@ -180,5 +180,5 @@ def scalar(op: str, name: str, loss: object) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"{op}: {name}: expected a loss (a tensor of one element), got {type(loss).__name__}")
     if loss.numel() != 1 or not loss.is_floating_point():
-        raise _gate.fail(op, name, "a loss of one real element", _gate.describe(loss))
+        raise _checks.fail(op, name, "a loss of one real element", _checks.describe(loss))
     return loss

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secant import _checks
 from secant.glm.gram import row_blocks
 from secant.glm.objective import Objective
-from secant.ops import _gate, hvp
+from secant.ops import hvp
 
 OP = "glm.fit"
 LOSSES = (*hvp.LOSSES, "multinomial")
@@ -43,9 +44,9 @@ def objective(
         TypeError, ValueError: see `secant.glm.fit`; non-finite values of X are left to the first evaluation.
     """
     if loss not in LOSSES:
-        raise _gate.fail(OP, "loss", f"one of {', '.join(LOSSES)}", _gate.show(loss))
-    l2, delta = _gate.nonnegative(OP, "l2", l2), _gate.positive(OP, "delta", delta)
-    power = _gate.number(OP, "power", power, "a number between 1 and 2, neither included", lambda p: 1.0 < p < 2.0)
+        raise _checks.fail(OP, "loss", f"one of {', '.join(LOSSES)}", _checks.show(loss))
+    l2, delta = _checks.nonnegative(OP, "l2", l2), _checks.positive(OP, "delta", delta)
+    power = _checks.number(OP, "power", power, "a number between 1 and 2, neither included", lambda p: 1.0 < p < 2.0)
     x = design(X)
     n = x.shape[0]
     target = _vector("y", y, n, x)
@@ -53,12 +54,12 @@ def objective(
     total = float(n)
     if c is not None:
         if not bool(torch.isfinite(c).all()) or not bool((c >= 0.0).all()):
-            raise _gate.fail(OP, "sample_weight", "finite numbers >= 0", f"{_worst(c)}")
+            raise _checks.fail(OP, "sample_weight", "finite numbers >= 0", f"{_worst(c)}")
         total = float(c.double().sum())
         if total == 0.0:
-            raise _gate.fail(OP, "sample_weight", "at least one positive weight", "only zeros")
+            raise _checks.fail(OP, "sample_weight", "at least one positive weight", "only zeros")
     if type(fit_intercept).__name__ not in ("bool", "bool_"):  # numpy's too
-        raise _gate.fail(OP, "fit_intercept", "True or False", _gate.show(fit_intercept))
+        raise _checks.fail(OP, "fit_intercept", "True or False", _checks.show(fit_intercept))
     level = _level(target, c) if fit_intercept and loss in ("squared", "huber") else 0.0
     target, classes = _targets(target.double() - level if level else target, loss, x.dtype)
     o = None if offset is None else _offset(offset, x, classes)
@@ -70,7 +71,7 @@ def _offset(value: Any, x: Tensor, classes: int) -> Tensor:
     shape = (x.shape[0], classes) if classes else (x.shape[0],)
     o = _values("offset", value, shape, x).to(x.dtype)
     if not bool(torch.isfinite(o).all()):
-        raise _gate.fail(OP, "offset", "finite values", f"{float(o[~torch.isfinite(o)][0])}")
+        raise _checks.fail(OP, "offset", "finite values", f"{float(o[~torch.isfinite(o)][0])}")
     return o
 
 
@@ -142,14 +143,14 @@ def as_tensor(name: str, value: Any) -> Tensor:
 def design(X: Any) -> Tensor:
     """X as a row-major (N, d) tensor or a CSR one, not copied unless it is column-major."""
     x = as_tensor("X", X)
-    if x.dtype not in _gate.REAL:
+    if x.dtype not in _checks.REAL:
         raise TypeError(f"{OP}: X: expected dtype float32 or float64, got {x.dtype}")
     if x.layout not in (torch.strided, torch.sparse_csr):
-        raise _gate.fail(OP, "X", "a dense or CSR tensor", f"layout {x.layout}")
+        raise _checks.fail(OP, "X", "a dense or CSR tensor", f"layout {x.layout}")
     if x.layout is torch.sparse_csr and x.device.type != "cpu":
-        raise _gate.fail(OP, "X", "a CSR tensor on the CPU", f"one on {x.device}")
+        raise _checks.fail(OP, "X", "a CSR tensor on the CPU", f"one on {x.device}")
     if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] < 1:
-        raise _gate.fail(OP, "X", "shape (N, d) with N >= 1 and d >= 1", f"shape {tuple(x.shape)}")
+        raise _checks.fail(OP, "X", "shape (N, d) with N >= 1 and d >= 1", f"shape {tuple(x.shape)}")
     if x.layout is torch.sparse_csr:
         return hvp.checked_rows(OP, "X", x)
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -164,12 +165,12 @@ def check_finite(x: Tensor) -> None:
     if x.layout is torch.sparse_csr:
         bad = ~torch.isfinite(x.values())
         if bool(bad.any()):
-            raise _gate.fail(OP, "X", "finite values", f"{float(x.values()[bad][0])} among the stored values")
+            raise _checks.fail(OP, "X", "finite values", f"{float(x.values()[bad][0])} among the stored values")
         return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
         i, j = (int(k) for k in bad.nonzero()[0])
-        raise _gate.fail(OP, "X", "finite values", f"{float(x[i, j])} in row {i}, column {j}")
+        raise _checks.fail(OP, "X", "finite values", f"{float(x[i, j])} in row {i}, column {j}")
 
 
 def _vector(name: str, value: Any, n: int, x: Tensor) -> Tensor:
@@ -179,9 +180,9 @@ def _vector(name: str, value: Any, n: int, x: Tensor) -> Tensor:
 def _values(name: str, value: Any, shape: tuple[int, ...], x: Tensor, meaning: str = "") -> Tensor:
     v = as_tensor(name, value)
     if v.layout is not torch.strided or v.shape != shape:
-        raise _gate.fail(OP, name, f"shape {shape}{meaning}", f"shape {tuple(v.shape)}")
+        raise _checks.fail(OP, name, f"shape {shape}{meaning}", f"shape {tuple(v.shape)}")
     if v.device != x.device:
-        raise _gate.fail(OP, name, f"device {x.device}, like X", v.device)
+        raise _checks.fail(OP, name, f"device {x.device}, like X", v.device)
     if v.is_complex():
         raise TypeError(f"{OP}: {name}: expected real numbers, got {v.dtype}")
     return v.contiguous()
@@ -194,17 +195,17 @@ def _targets(y: Tensor, loss: str, dtype: torch.dtype) -> tuple[Tensor, int]:
         y = y.long()
         low, high = (int(k) for k in torch.aminmax(y))
         if low < 0 or high < 1:
-            raise _gate.fail(OP, "y", "classes 0, 1, ..., K - 1 with K >= 2", f"values from {low} to {high}")
+            raise _checks.fail(OP, "y", "classes 0, 1, ..., K - 1 with K >= 2", f"values from {low} to {high}")
         return y, high + 1
     y = y.to(dtype)
     if not bool(torch.isfinite(y).all()):
-        raise _gate.fail(OP, "y", "finite values", _worst(y))
+        raise _checks.fail(OP, "y", "finite values", _worst(y))
     counts = "values >= 0"
     ranges = {"logistic": "values in [0, 1]", "poisson": counts, "tweedie": counts, "gamma": "values > 0"}
     low = bool((y <= 0.0).any()) if loss == "gamma" else bool((y < 0.0).any())
     if loss in ranges and (low or (loss == "logistic" and bool((y > 1.0).any()))):
         got = f"values from {float(y.min())} to {float(y.max())}"
-        raise _gate.fail(OP, "y", f"{ranges[loss]} for loss {loss!r}", got)
+        raise _checks.fail(OP, "y", f"{ranges[loss]} for loss {loss!r}", got)
     return y, 0
 
 

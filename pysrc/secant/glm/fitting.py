@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secant import _checks
 from secant._errors import SingularWarning
 from secant.glm import arguments
 from secant.glm.lbfgs import HistorySystem
@@ -20,7 +21,6 @@ from secant.glm.objective import Objective, Point
 from secant.glm.preconditioners import Factor
 from secant.glm.recession import falls_forever, intercept_falls_forever
 from secant.glm.result import GLMResult, Iteration, Recorder
-from secant.ops import _gate
 
 #: Up to as many coefficients "auto" factors the Hessian of dense data.
 _FACTOR_UP_TO = 2048
@@ -157,11 +157,11 @@ def fit(
         >>> result = secant.glm.fit(X, y, loss="squared")       # coef 2, intercept 1
     """
     if solver not in arguments.SOLVERS:
-        raise _gate.fail(arguments.OP, "solver", f"one of {', '.join(arguments.SOLVERS)}", _gate.show(solver))
-    tol = _gate.positive(arguments.OP, "tol", tol)
-    max_cg_iter = _gate.integer(arguments.OP, "max_cg_iter", max_cg_iter, 1)
+        raise _checks.fail(arguments.OP, "solver", f"one of {', '.join(arguments.SOLVERS)}", _checks.show(solver))
+    tol = _checks.positive(arguments.OP, "tol", tol)
+    max_cg_iter = _checks.integer(arguments.OP, "max_cg_iter", max_cg_iter, 1)
     if max_iter is not None:
-        max_iter = _gate.integer(arguments.OP, "max_iter", max_iter, 0)
+        max_iter = _checks.integer(arguments.OP, "max_iter", max_iter, 0)
     objective = arguments.objective(
         X,
         y,
@@ -176,11 +176,11 @@ def fit(
     if solver == "min-norm":
         if objective.loss != "squared" or objective.x.layout is not torch.strided:
             got = f"loss {loss!r}, layout {objective.x.layout}"
-            raise _gate.fail(arguments.OP, "solver", 'loss "squared" and dense X for "min-norm"', got)
+            raise _checks.fail(arguments.OP, "solver", 'loss "squared" and dense X for "min-norm"', got)
         if start is not None:
-            raise _gate.fail(arguments.OP, "start", 'None for "min-norm", which has one answer', "a start")
+            raise _checks.fail(arguments.OP, "start", 'None for "min-norm", which has one answer', "a start")
     if callback is not None and not callable(callback):
-        raise TypeError(f"{arguments.OP}: callback: expected a function or None, got {_gate.show(callback)}")
+        raise TypeError(f"{arguments.OP}: callback: expected a function or None, got {_checks.show(callback)}")
     theta = objective.first() if start is None else _start(objective, start)
     if solver == "auto":
         solver = choose(objective)
@@ -192,7 +192,7 @@ def fit(
         if not point.finite:
             arguments.check_finite(objective.x)
         if not math.isfinite(point.value):
-            raise _gate.fail(
+            raise _checks.fail(
                 arguments.OP, "X, start", f"an objective that is finite at the start in {theta.dtype}", point.value
             )
         record = Recorder(callback, objective.total)
@@ -266,16 +266,16 @@ def _start(objective: Objective, start: GLMResult | tuple[Any, Any]) -> Tensor:
     elif isinstance(start, tuple | list) and len(start) == 2:
         coef, intercept = start
     else:
-        raise _gate.fail(arguments.OP, "start", "a GLMResult or (coef, intercept)", _gate.show(start))
+        raise _checks.fail(arguments.OP, "start", "a GLMResult or (coef, intercept)", _checks.show(start))
     x, d = objective.x, objective.x.shape[1]
     tail = objective.shape[1:]
     parts = []
     for name, value, shape in (("coef", coef, (d, *tail)), ("intercept", intercept, tail)):
         part = arguments.as_tensor("start", value)
         if part.shape != shape:
-            raise _gate.fail(arguments.OP, "start", f"{name} of shape {shape}", f"shape {tuple(part.shape)}")
+            raise _checks.fail(arguments.OP, "start", f"{name} of shape {shape}", f"shape {tuple(part.shape)}")
         if not bool(torch.isfinite(part).all()):
-            raise _gate.fail(arguments.OP, "start", f"{name} of finite numbers", "some that are not")
+            raise _checks.fail(arguments.OP, "start", f"{name} of finite numbers", "some that are not")
         parts.append(part.to(dtype=x.dtype, device=x.device))
     return objective.centred(*parts)
 

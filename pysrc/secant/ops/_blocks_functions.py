@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 
 #: What names a function here: a tuple of its kind and its constants, so that a compiler can trace it.
 Rule = tuple[Any, ...]
@@ -200,7 +200,7 @@ def checked(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     def call(w: Tensor) -> Tensor:
         x = f(w)
         if not isinstance(x, Tensor) or x.shape != w.shape:
-            raise _gate.fail(
+            raise _checks.fail(
                 "block_function", "f", f"callables that return a tensor of the shape they get, {tuple(w.shape)}",
                 f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__,
             )  # fmt: skip

@@ -1,106 +1,13 @@
-"""The checks that every public function makes before a kernel sees a pointer."""
+"""What a kernel asks of tensors before it sees a pointer: who else must see the call, and what may be written where."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from numbers import Integral, Real
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-REAL = (torch.float32, torch.float64)
-HALF = (torch.bfloat16, torch.float16)
-
-
-def fail(op: str, name: str, expected: str, got: object) -> ValueError:
-    """The one form of an argument error: op, argument, what was expected, what came."""
-    return ValueError(f"{op}: {name}: expected {expected}, got {got}")
-
-
-def describe(x: object) -> str:
-    """Shape, dtype and device of a tensor, or the type of anything else."""
-    if isinstance(x, Tensor):
-        if x.is_nested:
-            return f"a nested tensor, {x.dtype}, on {x.device}"
-        return f"a tensor of shape {tuple(x.shape)}, {x.dtype}, on {x.device}"
-    return f"{type(x).__name__} {show(x)}"
-
-
-def show(x: object) -> str:
-    """`repr` of anything, in a length that a message can bear."""
-    try:
-        text = repr(x)
-    except ValueError:  # Python does not write out integers of more than 4300 digits
-        return "of more digits than Python writes"
-    return text if len(text) <= 80 else text[:60] + "..."
-
-
-def number(
-    op: str,
-    name: str,
-    value: object,
-    expected: str = "a finite number",
-    accept: Callable[[float], bool] = math.isfinite,
-) -> float:
-    """Return `value` as a float: a real number, neither bool nor tensor, that `accept` takes."""
-    if isinstance(value, (float, int, Real)) and not isinstance(value, bool):
-        try:
-            x = float(value)
-        except OverflowError:
-            raise fail(op, name, expected, describe(value)) from None
-        if accept(x):
-            return x
-    raise fail(op, name, expected, describe(value))
-
-
-def positive(op: str, name: str, value: object, expected: str = "a finite number > 0") -> float:
-    """Return `value` as a float in (0, inf)."""
-    return number(op, name, value, expected, lambda x: 0.0 < x < math.inf)
-
-
-def nonnegative(op: str, name: str, value: object, expected: str = "a finite number >= 0") -> float:
-    """Return `value` as a float in [0, inf)."""
-    return number(op, name, value, expected, lambda x: 0.0 <= x < math.inf)
-
-
-def integer(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value` as an int of [low, high]; a bool is none."""
-    if isinstance(value, (int, Integral)) and not isinstance(value, bool):
-        if value > 2**63 - 1:  # type: ignore[operator]
-            raise fail(op, name, "an integer of at most 63 bits", show(value))
-        if low <= value and (high is None or value <= high):  # type: ignore[operator]
-            return int(value)
-    raise fail(op, name, f"an integer, {low}{f' to {high}' if high is not None else ' or more'}", show(value))
-
-
-def tensor(
-    op: str, name: str, x: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
-) -> Tensor:
-    """Check that `x` is a strided tensor of an allowed dtype, on `device` when that is given."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.is_nested:
-        raise fail(op, name, "a dense (strided) tensor", "a nested tensor")
-    if x.layout is not torch.strided:
-        raise fail(op, name, "a dense (strided) tensor", f"layout {x.layout}")
-    if x.dtype not in dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        kind = " (complex is not supported: pass torch.view_as_real)" if x.dtype.is_complex else ""
-        raise TypeError(f"{op}: {name}: expected dtype {allowed}, got {x.dtype}{kind}")
-    if device is not None and x.device != device:
-        raise fail(op, name, f"device {device}, like the first argument", x.device)
-    if x.is_meta:
-        raise fail(op, name, "a tensor with memory (for shapes alone, use FakeTensorMode)", "device meta")
-    return x
-
-
-def shaped(op: str, name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Check that `x` is a dense tensor of exactly this shape, dtype and device."""
-    x = tensor(op, name, x, (dtype,), device)
-    if x.shape != shape:
-        raise fail(op, name, f"shape {shape}", f"shape {tuple(x.shape)}")
-    return x
+from secant._checks import fail, shaped
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant import backends
+from secant import _checks, backends
 from secant._errors import BackendError
 from secant.ops import _gate
 
@@ -92,7 +92,7 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
             dtype = first.dtype if place == 0 or name in ("cross_entropy_hvp", "paired_matmul") else wide
             dtype = wide if argument == "lse" else dtype
         if x.dtype is not dtype or x.device != first.device or x.layout is not torch.strided:
-            raise _gate.fail(name, argument, f"a dense tensor of {dtype} on {first.device}", _gate.describe(x))
+            raise _checks.fail(name, argument, f"a dense tensor of {dtype} on {first.device}", _checks.describe(x))
         fits = x.dim() == len(letters)
         for letter, size in zip(letters, x.shape, strict=False):
             known = sizes.setdefault(letter, size)
@@ -101,7 +101,7 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
                 fits &= size - sizes["d"] in (0, 1)
         if not fits:
             expected = f"shape ({', '.join(letters)}) with {', '.join(f'{a} = {n}' for a, n in sizes.items())}"
-            raise _gate.fail(name, argument, expected, f"shape {tuple(x.shape)}")
+            raise _checks.fail(name, argument, expected, f"shape {tuple(x.shape)}")
 
 
 def _implementation(name: str) -> Any:

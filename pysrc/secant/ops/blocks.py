@@ -24,12 +24,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from secant import _checks
 from secant.ops import _blocks_autograd as autograd
 from secant.ops import _blocks_dispatch as dispatch
 from secant.ops import _gate
 
 MAX_N = 64
-DTYPES = _gate.REAL + _gate.HALF
+DTYPES = _checks.REAL + _checks.HALF
 
 MAX_POWER = 64
 NAMED = {"exp": ("exp",), "log": ("log",), "sqrt": ("root", 0.5), "abs": ("abs",)}
@@ -42,27 +43,27 @@ SpectralFunction: TypeAlias = (
 
 
 def _check_blocks(op: str, a: Tensor) -> None:
-    _gate.tensor(op, "a", a, DTYPES)
+    _checks.tensor(op, "a", a, DTYPES)
     shape = a.shape
     if len(shape) < 2 or shape[-1] != shape[-2]:
-        raise _gate.fail(op, "a", "square blocks, shape (..., n, n)", f"shape {tuple(shape)}")
+        raise _checks.fail(op, "a", "square blocks, shape (..., n, n)", f"shape {tuple(shape)}")
     if not 1 <= shape[-1] <= MAX_N:
-        raise _gate.fail(op, "a", f"blocks of 1 to {MAX_N} rows", f"shape {tuple(shape)}")
+        raise _checks.fail(op, "a", f"blocks of 1 to {MAX_N} rows", f"shape {tuple(shape)}")
 
 
 def _check_spd(op: str, assume: str) -> bool:
     if assume not in ("spd", "general"):
-        raise _gate.fail(op, "assume", "'spd' or 'general'", _gate.show(assume))
+        raise _checks.fail(op, "assume", "'spd' or 'general'", _checks.show(assume))
     return assume == "spd"
 
 
 def _per_block(op: str, name: str, x: Tensor, a: Tensor) -> Tensor:
     """A tensor of one number a block, in the compute dtype and of the batch's shape."""
-    _gate.tensor(op, name, x, DTYPES, a.device)
+    _checks.tensor(op, name, x, DTYPES, a.device)
     batch = a.shape[:-2]
     sizes = zip(reversed(x.shape), reversed(batch), strict=False)
     if x.dim() > len(batch) or any(size not in (1, full) for size, full in sizes):
-        raise _gate.fail(
+        raise _checks.fail(
             op, name, f"a number per block, of a shape that broadcasts to {tuple(batch)}", f"shape {tuple(x.shape)}"
         )
     return x.resolve_neg().to(torch.float64 if a.dtype is torch.float64 else torch.float32).expand(batch)
@@ -76,21 +77,27 @@ def _check_damping(op: str, damping: Damping, a: Tensor) -> tuple[Tensor | None,
     scaled = isinstance(damping, tuple)
     if isinstance(damping, tuple):
         if len(damping) != 2 or damping[0] != "scale":
-            raise _gate.fail(op, "damping", "a number, a tensor or ('scale', number or tensor)", _gate.show(damping))
+            raise _checks.fail(
+                op, "damping", "a number, a tensor or ('scale', number or tensor)", _checks.show(damping)
+            )
         amount = damping[1]
     if isinstance(amount, Tensor):
         return _per_block(op, "damping", amount, a), None, scaled
-    return None, _gate.nonnegative(op, "damping", amount, "a finite number >= 0, a tensor or ('scale', either)"), scaled
+    return (
+        None,
+        _checks.nonnegative(op, "damping", amount, "a finite number >= 0, a tensor or ('scale', either)"),
+        scaled,
+    )
 
 
 def _refuse_out(op: str, out: Tensor | None) -> None:
     if out is not None:
-        raise _gate.fail(op, "out", "None when an argument is being differentiated", "a tensor")
+        raise _checks.fail(op, "out", "None when an argument is being differentiated", "a tensor")
 
 
 def _real(a: Tensor) -> Tensor:
     """Half precision is differentiated in float32, and each result rounded once."""
-    return a if a.dtype in _gate.REAL else a.float()
+    return a if a.dtype in _checks.REAL else a.float()
 
 
 def block_inv(
@@ -134,7 +141,7 @@ def block_inv(
     spd = _check_spd(op, assume)
     lam, value, scaled = _check_damping(op, damping, a)
     if out is not None:
-        _gate.tensor(op, "out", out, (a.dtype,), a.device)
+        _checks.tensor(op, "out", out, (a.dtype,), a.device)
     if _gate.is_transformed(a, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
@@ -189,12 +196,12 @@ def block_solve(
     """
     op = "block_solve"
     _check_blocks(op, a)
-    _gate.tensor(op, "b", b, (a.dtype,), a.device)
+    _checks.tensor(op, "b", b, (a.dtype,), a.device)
     spd = _check_spd(op, assume)
     a, b, vector = _broadcast(op, a, b, vector)
     lam, value, scaled = _check_damping(op, damping, a)
     if out is not None:
-        _gate.tensor(op, "out", out, (a.dtype,), a.device)
+        _checks.tensor(op, "out", out, (a.dtype,), a.device)
     if _gate.is_transformed(a, b, lam, out):
         _refuse_out(op, out)
         x, info = autograd.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
@@ -221,17 +228,17 @@ def _broadcast(op: str, a: Tensor, b: Tensor, vector: bool | None) -> tuple[Tens
     elif vector is False:
         expected = f"matrices, shape (..., {a.shape[-1]}, k),"
     else:
-        raise _gate.fail(op, "vector", "True, False or None", _gate.show(vector))
+        raise _checks.fail(op, "vector", "True, False or None", _checks.show(vector))
     n, given = a.shape[-1], b.shape
     if vector and given:
         b = b.unsqueeze(-1)
     if b.dim() < 2 or b.shape[-2] != n:
-        raise _gate.fail(op, "b", f"{expected} for a of shape {tuple(a.shape)}", f"shape {tuple(given)}")
+        raise _checks.fail(op, "b", f"{expected} for a of shape {tuple(a.shape)}", f"shape {tuple(given)}")
     if a.shape[:-2] != b.shape[:-2]:
         try:
             batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         except RuntimeError:
-            raise _gate.fail(
+            raise _checks.fail(
                 op, "b", f"batch dimensions that broadcast with {tuple(a.shape[:-2])}", f"shape {tuple(given)}"
             ) from None
         a, b = a.expand(*batch, n, n), b.expand(*batch, n, b.shape[-1])
@@ -286,11 +293,11 @@ def _check_function(op: str, f: Any) -> tuple[Any, ...]:
     if isinstance(f, tuple) and len(f) == 2 and f[0] == "power":
         p = f[1]
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not -MAX_POWER <= p <= MAX_POWER:
-            raise _gate.fail(op, "f", f"a power from -{MAX_POWER} to {MAX_POWER}", _gate.show(p))
+            raise _checks.fail(op, "f", f"a power from -{MAX_POWER} to {MAX_POWER}", _checks.show(p))
         return ("integer", int(p)) if p == int(p) else ("root", float(p))
     if isinstance(f, tuple) and len(f) in (2, 3) and all(callable(x) for x in f):
         return ("given", f[0], f[1], f[2] if len(f) == 3 else None)
-    raise _gate.fail(op, "f", expected, _gate.show(f))
+    raise _checks.fail(op, "f", expected, _checks.show(f))
 
 
 def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
@@ -380,10 +387,10 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
     value: float | None = None
     if isinstance(floor, Tensor):
         if floor.requires_grad:
-            raise _gate.fail(op, "floor", "a tensor that does not require grad (detach it)", "requires_grad=True")
+            raise _checks.fail(op, "floor", "a tensor that does not require grad (detach it)", "requires_grad=True")
         least = _per_block(op, "floor", floor, a)
     else:
-        value = _gate.positive(op, "floor", floor, "a positive finite number or a tensor")
+        value = _checks.positive(op, "floor", floor, "a positive finite number or a tensor")
     if _gate.is_transformed(a, least):
         x, info = autograd.apply(autograd.AbsInv, _real(a), least, value)
         return x.to(a.dtype), info
@@ -425,7 +432,7 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
     op = "block_inv_root"
     _check_blocks(op, a)
     if not isinstance(p, int) or isinstance(p, bool) or p not in (1, 2, 4):
-        raise _gate.fail(op, "p", "1, 2 or 4", _gate.show(p))
+        raise _checks.fail(op, "p", "1, 2 or 4", _checks.show(p))
     lam, value, scaled = _check_damping(op, damping, a)
     if _gate.is_transformed(a, lam):
         x, info = autograd.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)

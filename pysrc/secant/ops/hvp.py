@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secant import _checks
 from secant.kernels.hvp import LOSSES, rows
 from secant.ops import _gate, _shortcut
 from secant.ops import _hvp_autograd as autograd
 from secant.ops import _hvp_dispatch as dispatch
 from secant.ops import _hvp_formulas as formulas
 
-DTYPES = _gate.REAL + _gate.HALF
+DTYPES = _checks.REAL + _checks.HALF
 #: Vectors that a kernel takes at once; more are taken in turns.
 MAX_VECTORS = 64
 
@@ -40,14 +41,14 @@ MAX_VECTORS = 64
 def _check_x(op: str, x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic."""
     if isinstance(x, Tensor) and x.layout is torch.sparse_csr:
-        if x.dtype not in _gate.REAL:
+        if x.dtype not in _checks.REAL:
             raise TypeError(f"{op}: x: expected float32 or float64 for sparse rows, got {x.dtype}")
         if x.device.type != "cpu":
-            raise _gate.fail(op, "x", "sparse rows on the CPU (pass x.to_dense() elsewhere)", x.device)
+            raise _checks.fail(op, "x", "sparse rows on the CPU (pass x.to_dense() elsewhere)", x.device)
     else:
-        _gate.tensor(op, "x", x, DTYPES)
+        _checks.tensor(op, "x", x, DTYPES)
     if x.dim() != 2 or x.shape[1] < 1:
-        raise _gate.fail(op, "x", "shape (N, d), d >= 1", f"shape {tuple(x.shape)}")
+        raise _checks.fail(op, "x", "shape (N, d), d >= 1", f"shape {tuple(x.shape)}")
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
@@ -69,25 +70,25 @@ def checked_rows(op: str, name: str, x: Tensor) -> Tensor:
 def _check_constant(op: str, x: Tensor) -> None:
     """Of sparse rows there is no derivative here."""
     if x.layout is torch.sparse_csr and x.requires_grad and torch.is_grad_enabled():
-        raise _gate.fail(op, "x", "sparse rows that require no derivative (pass x.to_dense())", "some that do")
+        raise _checks.fail(op, "x", "sparse rows that require no derivative (pass x.to_dense())", "some that do")
 
 
 def _check_columns(op: str, name: str, v: Tensor, x: Tensor, dtype: torch.dtype, intercept: bool, both: bool) -> Tensor:
     """`v` as a matrix of columns."""
-    _gate.tensor(op, name, v, (dtype,), x.device)
+    _checks.tensor(op, name, v, (dtype,), x.device)
     rows = x.shape[1] + bool(intercept)
     if v.dim() not in ((1, 2) if both else (2,)) or v.shape[0] != rows:
         shapes = f"({rows},) or ({rows}, k)" if both else f"({rows}, K)"
-        raise _gate.fail(op, name, f"shape {shapes}", f"shape {tuple(v.shape)}")
+        raise _checks.fail(op, name, f"shape {shapes}", f"shape {tuple(v.shape)}")
     return v if v.dim() == 2 else v[:, None]
 
 
 def _check_row_values(op: str, name: str, w: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return w if w is None else _gate.shaped(op, name, w, (x.shape[0],), dtype, x.device)
+    return w if w is None else _checks.shaped(op, name, w, (x.shape[0],), dtype, x.device)
 
 
 def _check_number(op: str, name: str, value: float, positive: bool = False) -> float:
-    return (_gate.positive if positive else _gate.nonnegative)(op, name, value)
+    return (_checks.positive if positive else _checks.nonnegative)(op, name, value)
 
 
 def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
@@ -167,7 +168,7 @@ def glm_hvp(
     op = "glm_hvp"
     dtype = _check_x(op, x)
     columns = _check_columns(op, "v", v, x, dtype, intercept, both=True)
-    _gate.shaped(op, "weight", weight, (x.shape[0],), dtype, x.device)
+    _checks.shaped(op, "weight", weight, (x.shape[0],), dtype, x.device)
     l2 = _check_number(op, "l2", l2)
     if out is not None:
         stored = x.values() if x.layout is torch.sparse_csr else x
@@ -255,13 +256,13 @@ def glm_value_grad(
             return value, grad, weight
     op = "glm_value_grad"
     dtype = _check_x(op, x)
-    _gate.shaped(op, "target", target, (x.shape[0],), dtype, x.device)
-    _gate.shaped(op, "coef", coef, (x.shape[1] + bool(intercept),), dtype, x.device)
+    _checks.shaped(op, "target", target, (x.shape[0],), dtype, x.device)
+    _checks.shaped(op, "coef", coef, (x.shape[1] + bool(intercept),), dtype, x.device)
     _check_row_values(op, "sample_weight", sample_weight, x, dtype)
     if loss not in LOSSES:
-        raise _gate.fail(op, "loss", f"one of {LOSSES}", _gate.show(loss))
+        raise _checks.fail(op, "loss", f"one of {LOSSES}", _checks.show(loss))
     l2, delta = _check_number(op, "l2", l2), _check_number(op, "delta", delta, positive=True)
-    power = _gate.number(op, "power", power, "a number between 1 and 2, neither included", lambda p: 1 < p < 2)
+    power = _checks.number(op, "power", power, "a number between 1 and 2, neither included", lambda p: 1 < p < 2)
     number = power if loss == "tweedie" else delta
 
     _check_constant(op, x)
@@ -333,7 +334,7 @@ def softmax_hvp(
     op = "softmax_hvp"
     dtype = _check_x(op, x)
     _check_columns(op, "v", v, x, dtype, intercept, both=False)
-    _gate.shaped(op, "probs", probs, (x.shape[0], v.shape[1]), dtype, x.device)
+    _checks.shaped(op, "probs", probs, (x.shape[0], v.shape[1]), dtype, x.device)
     _check_row_values(op, "sample_weight", sample_weight, x, dtype)
     l2 = _check_number(op, "l2", l2)
 
@@ -377,7 +378,7 @@ def softmax_value_grad(
     """
     op = "softmax_value_grad"
     dtype = _check_x(op, x)
-    _gate.shaped(op, "target", target, (x.shape[0],), torch.int64, x.device)
+    _checks.shaped(op, "target", target, (x.shape[0],), torch.int64, x.device)
     _check_columns(op, "coef", coef, x, dtype, intercept, both=False)
     _check_row_values(op, "sample_weight", sample_weight, x, dtype)
     l2 = _check_number(op, "l2", l2)
@@ -390,7 +391,7 @@ def softmax_value_grad(
     ):
         low, high = (int(t) for t in torch.aminmax(target))
         if low < 0 or high >= classes:
-            raise _gate.fail(op, "target", f"classes in 0..{classes - 1}", f"values in {low}..{high}")
+            raise _checks.fail(op, "target", f"classes in 0..{classes - 1}", f"values in {low}..{high}")
 
     def kernel(coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -445,13 +446,13 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -
         >>> hjv = secant.ops.cross_entropy_hvp(logits, jv, lse=lse)     # then back through the model: GGN v
     """
     op = "cross_entropy_hvp"
-    _gate.tensor(op, "logits", logits, DTYPES)
+    _checks.tensor(op, "logits", logits, DTYPES)
     if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise _gate.fail(op, "logits", "shape (..., V), V >= 1", f"shape {tuple(logits.shape)}")
-    _gate.shaped(op, "u", u, tuple(logits.shape), logits.dtype, logits.device)
+        raise _checks.fail(op, "logits", "shape (..., V), V >= 1", f"shape {tuple(logits.shape)}")
+    _checks.shaped(op, "u", u, tuple(logits.shape), logits.dtype, logits.device)
     if lse is not None:
         dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
-        _gate.shaped(op, "lse", lse, tuple(logits.shape[:-1]), dtype, logits.device)
+        _checks.shaped(op, "lse", lse, tuple(logits.shape[:-1]), dtype, logits.device)
     size = logits.shape[-1]
 
     def product(u: Tensor) -> Tensor:
@@ -505,12 +506,12 @@ def paired_matmul(
         Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994, equations (8) to (11).
     """
     op = "paired_matmul"
-    _gate.tensor(op, "a", a, _gate.REAL)
+    _checks.tensor(op, "a", a, _checks.REAL)
     if a.dim() != 2:
-        raise _gate.fail(op, "a", "shape (M, K)", f"shape {tuple(a.shape)}")
-    _gate.tensor(op, "b", b, (a.dtype,), a.device)
+        raise _checks.fail(op, "a", "shape (M, K)", f"shape {tuple(a.shape)}")
+    _checks.tensor(op, "b", b, (a.dtype,), a.device)
     if b.dim() != 2 or b.shape[0] != a.shape[1]:
-        raise _gate.fail(op, "b", f"shape ({a.shape[1]}, N)", f"shape {tuple(b.shape)}")
+        raise _checks.fail(op, "b", f"shape ({a.shape[1]}, N)", f"shape {tuple(b.shape)}")
     rows, columns = a.shape[0], b.shape[1]
     for first, second, x, y in (("c", "e", c, e), ("p", "q", p, q)):
         if (x is None) != (y is None):
@@ -518,26 +519,26 @@ def paired_matmul(
                 f"{op}: {first}, {second}: expected both or none, got only {first if y is None else second}"
             )
     if c is not None and e is not None:
-        _gate.tensor(op, "c", c, (a.dtype,), a.device)
+        _checks.tensor(op, "c", c, (a.dtype,), a.device)
         if c.dim() != 2 or c.shape[0] != rows:
-            raise _gate.fail(op, "c", f"shape ({rows}, L)", f"shape {tuple(c.shape)}")
-        _gate.shaped(op, "e", e, (c.shape[1], columns), a.dtype, a.device)
+            raise _checks.fail(op, "c", f"shape ({rows}, L)", f"shape {tuple(c.shape)}")
+        _checks.shaped(op, "e", e, (c.shape[1], columns), a.dtype, a.device)
     for name, z, shape in (
         ("bias", bias, (columns,)), ("scale", scale, (rows, columns)), ("p", p, (rows, columns)),
         ("q", q, (rows, columns)),
     ):  # fmt: skip
         if z is not None:
-            _gate.shaped(op, name, z, shape, a.dtype, a.device)
+            _checks.shaped(op, name, z, shape, a.dtype, a.device)
     differentiated = autograd.is_differentiated(a, b, c, e, bias, scale, p, q)
     if out is None:
         if differentiated:
             return formulas.paired_matmul(a, b, c, e, bias, scale, p, q)
         out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
     else:
-        _gate.shaped(op, "out", out, (rows, columns), a.dtype, a.device)
+        _checks.shaped(op, "out", out, (rows, columns), a.dtype, a.device)
         if differentiated or not out.is_contiguous() or out.is_neg():
             wanted = "None where a derivative is wanted" if differentiated else "a contiguous tensor, not negated"
-            raise _gate.fail(op, "out", wanted, _gate.describe(out))
+            raise _checks.fail(op, "out", wanted, _checks.describe(out))
         names = ("a", "b", "c", "e", "bias", "scale", "p", "q")
         inputs = dict(zip(names, (a, b, c, e, bias, scale, p, q), strict=True))
         _gate.output(op, out, (rows, columns), a.dtype, a.device, inputs)

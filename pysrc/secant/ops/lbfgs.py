@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secant import backends
+from secant import _checks, backends
 from secant.ops import _batching, _gate, _shortcut
 
 MAX_HISTORY = 256
@@ -99,9 +99,9 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
     if not _gate.is_transformed(grad, s, y):
         return _two_loop(grad, s, y, gamma, out)
     if s.requires_grad or y.requires_grad:
-        raise _gate.fail("two_loop", "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
+        raise _checks.fail("two_loop", "s, y", "tensors that do not require grad (detach them)", "requires_grad=True")
     if out is not None:
-        raise _gate.fail("two_loop", "out", "None when grad is being differentiated", "a tensor")
+        raise _checks.fail("two_loop", "out", "None when grad is being differentiated", "a tensor")
     return _batching.apply(_TwoLoop, grad, s, y, gamma)
 
 
@@ -147,25 +147,25 @@ def _plan_key(grad: Tensor, s: Tensor, y: Tensor) -> Any:
 
 def _check_two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> None:
     op = "two_loop"
-    _gate.tensor(op, "grad", grad, _gate.REAL + _gate.HALF)
+    _checks.tensor(op, "grad", grad, _checks.REAL + _checks.HALF)
     if grad.dim() not in (1, 2):
-        raise _gate.fail(op, "grad", "shape (n,) or (B, n)", f"shape {tuple(grad.shape)}")
+        raise _checks.fail(op, "grad", "shape (n,) or (B, n)", f"shape {tuple(grad.shape)}")
     for name, pair in (("s", s), ("y", y)):
-        _gate.tensor(op, name, pair, (*STORAGE, torch.float16), grad.device)
+        _checks.tensor(op, name, pair, (*STORAGE, torch.float16), grad.device)
         want = (*grad.shape[:-1], pair.shape[-2] if pair.dim() == grad.dim() + 1 else -1, grad.shape[-1])
         if pair.shape != want:
             form = "(m, n)" if grad.dim() == 1 else "(B, m, n)"
-            raise _gate.fail(
+            raise _checks.fail(
                 op, name, f"shape {form} for grad of shape {tuple(grad.shape)}", f"shape {tuple(pair.shape)}"
             )
     if s.shape != y.shape:
-        raise _gate.fail(op, "y", f"the shape of s, {tuple(s.shape)}", f"shape {tuple(y.shape)}")
+        raise _checks.fail(op, "y", f"the shape of s, {tuple(s.shape)}", f"shape {tuple(y.shape)}")
     if s.dtype != y.dtype:
         raise TypeError(f"{op}: y: expected the dtype of s, {s.dtype}, got {y.dtype}")
     if s.shape[-2] > MAX_HISTORY:
-        raise _gate.fail(op, "s", f"at most {MAX_HISTORY} pairs", s.shape[-2])
+        raise _checks.fail(op, "s", f"at most {MAX_HISTORY} pairs", s.shape[-2])
     if gamma is not None:
-        _gate.positive(op, "gamma", gamma, "None or a positive finite number")
+        _checks.positive(op, "gamma", gamma, "None or a positive finite number")
     if out is not None:
         inputs = {"s": s, "y": y, "grad": grad}
         _gate.output(op, out, tuple(grad.shape), grad.dtype, grad.device, inputs, same="grad")
@@ -175,7 +175,7 @@ def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tens
     """Checked arguments: canonical layout, dispatch, and back."""
     given = (grad, s, y)
     g, s, y = grad.resolve_neg(), s.resolve_neg(), y.resolve_neg()
-    g = (g if g.dtype in _gate.REAL else g.float()).contiguous()
+    g = (g if g.dtype in _checks.REAL else g.float()).contiguous()
     if s.dtype is torch.float16:
         s, y = s.float(), y.float()
     s = s if s.stride(-1) == 1 or s.shape[-1] <= 1 else s.contiguous()
@@ -307,23 +307,23 @@ class LBFGSHistory:
         curvature_tol: float | None = None,
     ) -> None:
         op = "LBFGSHistory"
-        n = _gate.integer(op, "n", n, 1)
-        history_size = _gate.integer(op, "history_size", history_size, 1, MAX_HISTORY)
-        batch = None if batch is None else _gate.integer(op, "batch", batch, 1)
-        if dtype not in _gate.REAL:
-            raise TypeError(f"{op}: dtype: expected torch.float32 or torch.float64, got {_gate.show(dtype)}")
+        n = _checks.integer(op, "n", n, 1)
+        history_size = _checks.integer(op, "history_size", history_size, 1, MAX_HISTORY)
+        batch = None if batch is None else _checks.integer(op, "batch", batch, 1)
+        if dtype not in _checks.REAL:
+            raise TypeError(f"{op}: dtype: expected torch.float32 or torch.float64, got {_checks.show(dtype)}")
         storage_dtype = dtype if storage_dtype is None else storage_dtype
         if storage_dtype not in STORAGE:
             raise TypeError(
-                f"{op}: storage_dtype: expected float32, float64 or bfloat16, got {_gate.show(storage_dtype)}"
+                f"{op}: storage_dtype: expected float32, float64 or bfloat16, got {_checks.show(storage_dtype)}"
             )
         tol = torch.finfo(dtype).eps if curvature_tol is None else curvature_tol
-        self.curvature_tol = _gate.number(op, "curvature_tol", tol, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        self.curvature_tol = _checks.number(op, "curvature_tol", tol, "a number in [0, 1)", lambda x: 0 <= x < 1)
         self.n, self.history_size, self.batch = n, history_size, batch
         self.dtype, self.storage_dtype = dtype, storage_dtype
         self.device = torch.empty(0, device=device).device
         if self.device.type == "meta":
-            raise _gate.fail(op, "device", "a device with memory", "meta")
+            raise _checks.fail(op, "device", "a device with memory", "meta")
         b, m = batch or 1, history_size
         kw: dict[str, Any] = {"device": self.device}
         self._s = torch.zeros(b, m, n, dtype=storage_dtype, **kw)
@@ -395,18 +395,20 @@ class LBFGSHistory:
         plain = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
         if plain and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
             return x.resolve_neg().contiguous()
-        return _gate.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).resolve_neg().contiguous()
+        return _checks.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).resolve_neg().contiguous()
 
     def _output(self, op: str, name: str, x: Tensor, *others: Tensor) -> Tensor:
         """A checked output: contiguous as it is, and apart from the other vectors (all of one size)."""
         if self._vector(op, name, x) is not x:
             got = "a negated view" if x.is_neg() else f"strides {x.stride()}"
-            raise _gate.fail(op, name, "a contiguous tensor (it is written in place)", got)
+            raise _checks.fail(op, name, "a contiguous tensor (it is written in place)", got)
         if x.requires_grad and torch.is_grad_enabled():
-            raise _gate.fail(op, name, "a tensor that does not require grad (or torch.no_grad())", "requires_grad=True")
+            raise _checks.fail(
+                op, name, "a tensor that does not require grad (or torch.no_grad())", "requires_grad=True"
+            )
         for other in others:
             if self._overlaps(x, other):
-                raise _gate.fail(op, name, "no overlap with the other vectors", "overlapping memory")
+                raise _checks.fail(op, name, "no overlap with the other vectors", "overlapping memory")
         return x
 
     def _overlaps(self, a: Tensor, b: Tensor) -> bool:
@@ -444,7 +446,7 @@ class LBFGSHistory:
         g = self._vector("direction", "grad", grad)
         d = torch.empty_like(g) if out is None else self._output("direction", "out", out)
         if out is not None and out is not grad and self._overlaps(d, g):
-            raise _gate.fail("direction", "out", "grad itself or no overlap with it", "overlapping memory")
+            raise _checks.fail("direction", "out", "grad itself or no overlap with it", "overlapping memory")
         self._update(g, None, None, None, 1.0, d, None)
         return d
 
@@ -473,12 +475,12 @@ class LBFGSHistory:
         if isinstance(t, Tensor):
             shape = () if self.batch is None else (self.batch,)
             if t.dtype is not torch.float64 or t.device != self.device or t.shape not in ((), shape):
-                raise _gate.fail(
-                    "step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _gate.describe(t)
+                raise _checks.fail(
+                    "step", "t", f"a number or a float64 tensor of {shape} on {self.device}", _checks.describe(t)
                 )
             t = t.resolve_neg().reshape(-1).contiguous()
         else:
-            t = _gate.number("step", "t", t, "a number or a float64 tensor", lambda x: True)
+            t = _checks.number("step", "t", t, "a number or a float64 tensor", lambda x: True)
         self._update(g, d, g, p, t, d, p)
         return self.stats
 
@@ -533,17 +535,19 @@ class LBFGSHistory:
         """Raise what `load_state_dict` would, and change nothing. It reads the counters back to the host."""
         own = self.state_dict()
         if set(state) != set(own):
-            raise _gate.fail("load_state_dict", "state", f"keys {sorted(own)}", sorted(state))
+            raise _checks.fail("load_state_dict", "state", f"keys {sorted(own)}", sorted(state))
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.shape != own[key].shape or value.dtype != own[key].dtype:
-                raise _gate.fail("load_state_dict", f"state[{key!r}]", _gate.describe(own[key]), _gate.describe(value))
+                raise _checks.fail(
+                    "load_state_dict", f"state[{key!r}]", _checks.describe(own[key]), _checks.describe(value)
+                )
             if value.is_nested or value.layout is not torch.strided or value.is_meta:
-                raise _gate.fail("load_state_dict", f"state[{key!r}]", "a dense tensor with memory", value.device)
+                raise _checks.fail("load_state_dict", f"state[{key!r}]", "a dense tensor with memory", value.device)
         # A kernel takes these for places in the ring.
         for key, high in (("head", self.history_size - 1), ("count", self.history_size)):
             if state[key].numel():
                 low, top = (int(x) for x in torch.aminmax(state[key]))
                 if low < 0 or top > high:
-                    raise _gate.fail(
+                    raise _checks.fail(
                         "load_state_dict", f"state[{key!r}]", f"numbers in 0..{high}", f"values in {low}..{top}"
                     )

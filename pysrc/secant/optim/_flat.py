@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 
 
 def check_parameters(owner: str, params: Sequence[Tensor]) -> None:
     """Raise unless `params` are distinct dense tensors of one dtype, float32 or float64, on one device."""
     for i, p in enumerate(params):
-        _gate.tensor(owner, f"params[{i}]", p, _gate.REAL, params[0].device)
+        _checks.tensor(owner, f"params[{i}]", p, _checks.REAL, params[0].device)
         if p.dtype != params[0].dtype:
             raise TypeError(f"{owner}: params[{i}]: expected dtype {params[0].dtype}, like params[0], got {p.dtype}")
     if len({id(p) for p in params}) != len(params):
-        raise _gate.fail(owner, "params", "distinct tensors", "one of them twice")
+        raise _checks.fail(owner, "params", "distinct tensors", "one of them twice")
 
 
 class FlatParameters:
@@ -44,7 +44,7 @@ class FlatParameters:
         self.sizes = [p.numel() for p in self.params]
         self.numel = sum(self.sizes)
         if self.numel == 0:
-            raise _gate.fail(owner, "params", "at least one element", "empty tensors only")
+            raise _checks.fail(owner, "params", "at least one element", "empty tensors only")
         self.grad = self.vector()
         self._grads = self.views(self.grad)
         self._gathered = False
@@ -135,7 +135,7 @@ class FlatParameters:
                 if not p.requires_grad:
                     continue
             elif g.layout is not torch.strided:
-                raise _gate.fail(
+                raise _checks.fail(
                     self.owner, f"params[{i}].grad", "a dense gradient (for an embedding: sparse=False)", g.layout
                 )
             else:

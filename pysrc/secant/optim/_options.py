@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 from secant.ops.lbfgs import MAX_HISTORY, STORAGE
 
 TOLERANCES = ("tolerance_grad", "tolerance_change", "tolerance_grad_rel", "tolerance_change_rel")
@@ -48,7 +48,7 @@ def check_options(op: str, options: dict[str, Any]) -> None:
 
     def check(name: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise _gate.fail(op, name, expected, repr(options[name]))
+            raise _checks.fail(op, name, expected, repr(options[name]))
 
     searching = options["line_search_fn"] is not None
     check("lr", not math.isnan(rate(options["lr"])), RATE)
@@ -81,7 +81,7 @@ def check_groups(op: str, groups: Sequence[dict[str, Any]]) -> None:
         for name in SHARED:
             if group[name] != groups[0][name]:
                 expected = f"{groups[0][name]!r} in every group (only lr may differ)"
-                raise _gate.fail(op, name, expected, repr(group[name]))
+                raise _checks.fail(op, name, expected, repr(group[name]))
 
 
 def _is_one_of(x: object, choices: tuple[Any, ...]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 from secant.ops.lbfgs import LBFGSHistory
 from secant.optim._options import is_integer, is_number
 
@@ -26,21 +26,21 @@ def check_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raise unless `state` has tensors like these, and valid numbers."""
     expected = tensors.keys() | NUMBERS.keys()
     if state.keys() != expected:
-        raise _gate.fail(OP, "state", f"keys {sorted(expected)}", sorted(map(str, state)))
+        raise _checks.fail(OP, "state", f"keys {sorted(expected)}", sorted(map(str, state)))
     for name, x in tensors.items():
         got = state[name]
         if not isinstance(got, Tensor) or got.shape != x.shape or got.dtype != x.dtype or got.layout != x.layout:
-            raise _gate.fail(OP, f"state[{name!r}]", _gate.describe(x), _gate.describe(got))
+            raise _checks.fail(OP, f"state[{name!r}]", _checks.describe(x), _checks.describe(got))
     _check_numbers(state)
 
 
 def _check_numbers(state: dict[str, Any]) -> None:
     for name in ("func_evals", "n_iter"):
         if not is_integer(state[name], 0):
-            raise _gate.fail(OP, f"state[{name!r}]", "an integer >= 0", _gate.describe(state[name]))
+            raise _checks.fail(OP, f"state[{name!r}]", "an integer >= 0", _checks.describe(state[name]))
     for name in ("t", "first_grad_max"):
         if not is_number(state[name], 0.0):
-            raise _gate.fail(OP, f"state[{name!r}]", "a finite number >= 0", _gate.describe(state[name]))
+            raise _checks.fail(OP, f"state[{name!r}]", "a finite number >= 0", _checks.describe(state[name]))
 
 
 def is_of_torch(state: dict[str, Any]) -> bool:
@@ -69,7 +69,7 @@ def from_torch(state: dict[str, Any], like: Tensor) -> tuple[dict[str, Any], Pai
 
     def vector(name: str, got: object) -> Tensor:
         if not isinstance(got, Tensor) or got.shape != like.shape or got.dtype != like.dtype:
-            raise _gate.fail(OP, f"state[{name!r}]", _gate.describe(like), _gate.describe(got))
+            raise _checks.fail(OP, f"state[{name!r}]", _checks.describe(like), _checks.describe(got))
         return got.to(like.device)
 
     if state.get("d") is None:
@@ -79,10 +79,10 @@ def from_torch(state: dict[str, Any], like: Tensor) -> tuple[dict[str, Any], Pai
     for name in ("old_stps", "old_dirs"):
         got = state.get(name)
         if not isinstance(got, list):
-            raise _gate.fail(OP, f"state[{name!r}]", "a list of vectors", _gate.describe(got))
+            raise _checks.fail(OP, f"state[{name!r}]", "a list of vectors", _checks.describe(got))
         lists.append([vector(name, x) for x in got])
     if len(lists[0]) != len(lists[1]):
-        raise _gate.fail(OP, "state['old_dirs']", f"{len(lists[0])} vectors, as in old_stps", len(lists[1]))
+        raise _checks.fail(OP, "state['old_dirs']", f"{len(lists[0])} vectors, as in old_stps", len(lists[1]))
     vectors = {
         "prev_grad": vector("prev_flat_grad", state.get("prev_flat_grad")),
         "direction": vector("d", state["d"]),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secant.ops import _gate
+from secant import _checks
 from secant.ops.lbfgs import LBFGSHistory, Stats
 from secant.optim._flat import FlatParameters, check_parameters
 from secant.optim._options import LAYOUT, RATE, SHARED, check_groups, check_options, is_integer, rate
@@ -638,7 +638,7 @@ class LBFGS(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             if not self.param_groups[-1]["params"]:
-                raise _gate.fail("LBFGS", "params", "at least one parameter in every group", "an empty group")
+                raise _checks.fail("LBFGS", "params", "at least one parameter in every group", "an empty group")
             check_groups("LBFGS", self.param_groups)
             check_parameters("LBFGS", self._params)
         except (TypeError, ValueError):
@@ -653,7 +653,7 @@ class LBFGS(torch.optim.Optimizer):
         for group in self.param_groups:
             rates.append(rate(group["lr"]))
             if math.isnan(rates[-1]):
-                raise _gate.fail("LBFGS", "lr", RATE, repr(group["lr"]))
+                raise _checks.fail("LBFGS", "lr", RATE, repr(group["lr"]))
         return rates
 
     def _root_of(self, shares: tuple[float, ...]) -> Tensor:
@@ -824,7 +824,7 @@ class LBFGS(torch.optim.Optimizer):
         if key in given["state"]:
             state = given["state"][key]
             if not isinstance(state, dict):
-                raise _gate.fail(OP, "state", "a dictionary", _gate.describe(state))
+                raise _checks.fail(OP, "state", "a dictionary", _checks.describe(state))
             self.state[self._params[0]] = dict(state)
             self._bind()
 
@@ -844,7 +844,7 @@ def _check_loss(loss: Any) -> None:
     one = loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(_number(loss), Real)
     if not one:
         raise TypeError(
-            f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_gate.describe(loss)}"
+            f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_checks.describe(loss)}"
         )
 
 

@@ -1,0 +1,66 @@
+"""What every solver, fit and optimizer says of itself: why it stopped, and how each iteration went."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Status(IntEnum):
+    """Why an iteration stopped.
+
+    A number, so that it can be kept in an int32 tensor on the device, one for each problem or column. As in scipy,
+    0 is success. `str` of it is its name in lower case, `message` a sentence, and `ok` tells whether what was asked for
+    was reached.
+
+    Example:
+        >>> Status(torch.tensor(0, dtype=torch.int32).item()).message
+        'converged: the gradient or residual is within its tolerance'
+    """
+
+    message: str
+
+    CONVERGED = 0, "converged: the gradient or residual is within its tolerance"
+    SMALL_CHANGE = 1, "the last step changed the value or the parameters by less than the tolerance"
+    MAX_ITER = 2, "the iterations allowed were not enough"
+    MAX_EVAL = 3, "the evaluations allowed were not enough"
+    STALLED = 4, "no step that decreases the value can be told from rounding"
+    NO_DESCENT = 5, "the direction does not descend"
+    NOT_FINITE = 6, "no finite value, gradient or product was found"
+    NO_MINIMUM = 7, "the objective falls forever"
+    FLAT = 8, "a direction without positive curvature was found"
+    BOUNDARY = 9, "the boundary of the trust region was reached"
+    STOPPED = 10, "the callback stopped it"
+
+    def __new__(cls, value: int, message: str = "") -> Status:
+        """Make a member of a number and its sentence."""
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.message = message
+        return member
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+    @property
+    def ok(self) -> bool:
+        """Whether a tolerance was met: CONVERGED or SMALL_CHANGE."""
+        return self in (Status.CONVERGED, Status.SMALL_CHANGE)
+
+
+class Iteration(NamedTuple):
+    """One iteration, as it is recorded and given to a callback.
+
+    n: number, 0 for the starting point. value: of the objective. grad_norm: largest component of the gradient in
+    absolute value. step: length along the direction. inner: products with the Hessian that the direction took, 0 where
+    there was no inner solver. rows: rows of the data that were looked at, 0 where it is not about rows. evaluations: of
+    the objective since the run began.
+    """
+
+    n: int
+    value: float
+    grad_norm: float
+    step: float
+    inner: int = 0
+    rows: int = 0
+    evaluations: int = 0
