@@ -10,7 +10,7 @@ from secant import curvature, glm, ops, optim
 from secant._errors import BackendError, SecantWarning, SingularWarning
 from secant._version import __version__
 from secant.backends import current_backend, use_backend
-from secant.ops.lbfgs import LBFGSHistory
+from secant.ops.history import LBFGSHistory
 
 __all__ = [
     "BackendError",

@@ -7,7 +7,7 @@ from torch import Tensor
 from secant.glm.newton import Direction
 from secant.glm.objective import Objective, Point
 from secant.glm.preconditioners import Diagonal
-from secant.ops.lbfgs import LBFGSHistory
+from secant.ops.history import LBFGSHistory
 
 HISTORY = 20
 

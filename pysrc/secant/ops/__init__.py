@@ -1,6 +1,7 @@
 """The public functions over the kernels, one module per family: checks, allocation, dispatch, autograd."""
 
 from secant.ops.blocks import block_abs_inv, block_eigh, block_function, block_inv, block_inv_root, block_solve
+from secant.ops.history import LBFGSHistory
 from secant.ops.hvp import (
     cross_entropy_hvp,
     glm_hvp,
@@ -12,6 +13,7 @@ from secant.ops.hvp import (
 from secant.ops.lbfgs import two_loop
 
 __all__ = [
+    "LBFGSHistory",
     "block_abs_inv",
     "block_eigh",
     "block_function",

@@ -33,7 +33,7 @@ def _unwrapped(x: Tensor, level: int) -> Tensor | None:
 
 def apply(function: type[Function], *args: Any) -> Any:
     """`function.apply`, by the function's rule `vmap` where an argument is an older batching tensor."""
-    if torch.compiler.is_compiling() or not any(isinstance(x, Tensor) and _gate.is_batched(x) for x in args):
+    if not any(isinstance(x, Tensor) and _gate.is_batched(x) for x in args):
         return function.apply(*args)
     top = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()

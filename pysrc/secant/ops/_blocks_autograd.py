@@ -19,17 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from secant.ops import _batching
 from secant.ops import _blocks_dispatch as kernels
 from secant.ops import _blocks_functions as functions
-
-
-def apply(function: type[Function], *args: Any) -> Any:
-    """`function.apply`, of its variant with a forward mode wherever there can be one.
-
-    torch.compile refuses to trace a function that defines `jvp`, so that each comes twice.
-    """
-    return _batching.apply(function if torch.compiler.is_compiling() else _DUAL[function], *args)
+from secant.ops._batching import apply
 
 
 def _symmetric(g: Tensor) -> Tensor:
@@ -124,15 +116,13 @@ class Inv(Function):
         return *_damped_vjp(x if a is None else a, -(x.mT @ g @ x.mT), lam, *ctx.options), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
-        return apply(Inv, *_lead(info.batch_size, in_dims, a, lam), *options), (0, 0)
-
-
-class _DualInv(Inv):
-    @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any) -> tuple[Tensor, None]:
         a, lam, x = ctx.saved_tensors
         return -(x @ _damped_jvp(x if a is None else a, tangent, lam, lam_tangent, *ctx.options) @ x), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
+        return apply(Inv, *_lead(info.batch_size, in_dims, a, lam), *options), (0, 0)
 
 
 class Solve(Function):
@@ -168,12 +158,6 @@ class Solve(Function):
         return a_grad, u, lam_grad, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
-        return apply(Solve, *_lead(info.batch_size, in_dims, a, b, lam), *options), (0, 0)
-
-
-class _DualSolve(Solve):
-    @staticmethod
     def jvp(
         ctx: Any, tangent: Tensor | None, b_tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any
     ) -> tuple[Tensor, None]:
@@ -182,6 +166,10 @@ class _DualSolve(Solve):
         if tangent is not None or lam_tangent is not None:
             right = right - _damped_jvp(a, tangent, lam, lam_tangent, *ctx.options) @ x
         return apply(Solve, a, right, lam, *ctx.options)[0], None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
+        return apply(Solve, *_lead(info.batch_size, in_dims, a, b, lam), *options), (0, 0)
 
 
 def _inverse_gaps(a: Tensor, w: Tensor, v: Tensor) -> Tensor:
@@ -228,17 +216,15 @@ class Eigh(Function):
         return _symmetric(v @ k @ v.mT)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor) -> tuple[Any, Any]:
-        return apply(Eigh, *_lead(info.batch_size, in_dims, a)), (0, 0, 0)
-
-
-class _DualEigh(Eigh):
-    @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor, None]:
         a, w, v = ctx.saved_tensors
         k = v.mT @ _symmetric(tangent) @ v
         turn = torch.where(k == 0, 0.0, _inverse_gaps(a, w, v) * k)
         return _diagonal(k).clone(), v @ turn, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor) -> tuple[Any, Any]:
+        return apply(Eigh, *_lead(info.batch_size, in_dims, a)), (0, 0, 0)
 
 
 class Lyapunov(Function):
@@ -266,16 +252,14 @@ class Lyapunov(Function):
         return -_symmetric(u @ y.mT + y.mT @ u), u
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, s: Tensor, c: Tensor) -> tuple[Any, Any]:
-        return apply(Lyapunov, *_lead(info.batch_size, in_dims, s, c)), 0
-
-
-class _DualLyapunov(Lyapunov):
-    @staticmethod
     def jvp(ctx: Any, s_tangent: Tensor, c_tangent: Tensor) -> Tensor:
         s, y = ctx.saved_tensors
         d = _symmetric(s_tangent)
         return apply(Lyapunov, s, c_tangent - d @ y - y @ d)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, s: Tensor, c: Tensor) -> tuple[Any, Any]:
+        return apply(Lyapunov, *_lead(info.batch_size, in_dims, s, c)), 0
 
 
 class InvRoot(Function):
@@ -305,6 +289,16 @@ class InvRoot(Function):
         return *_damped_vjp(x if a is None else a, g, lam, ctx.value, ctx.scaled, True), None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any) -> tuple[Tensor, None]:
+        a, lam, x = ctx.saved_tensors
+        inverse = _inverse(x, ctx.p)
+        d = _damped_jvp(x if a is None else a, tangent, lam, lam_tangent, ctx.value, ctx.scaled, True)
+        d = -(inverse @ d @ inverse)
+        for root in reversed(_roots(x, ctx.p)):
+            d = apply(Lyapunov, root, d)
+        return d, None
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, a: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
         return apply(InvRoot, *_lead(info.batch_size, in_dims, a, lam), *options), (0, 0)
 
@@ -317,18 +311,6 @@ def _roots(x: Tensor, p: int) -> tuple[Tensor, ...]:
 def _inverse(x: Tensor, p: int) -> Tensor:
     """M^-1 = X^p."""
     return x if p == 1 else _inverse(x @ x, p // 2)
-
-
-class _DualInvRoot(InvRoot):
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None, lam_tangent: Tensor | None, *_: Any) -> tuple[Tensor, None]:
-        a, lam, x = ctx.saved_tensors
-        inverse = _inverse(x, ctx.p)
-        d = _damped_jvp(x if a is None else a, tangent, lam, lam_tangent, ctx.value, ctx.scaled, True)
-        d = -(inverse @ d @ inverse)
-        for root in reversed(_roots(x, ctx.p)):
-            d = apply(Lyapunov, root, d)
-        return d, None
 
 
 class Frechet(Function):
@@ -358,6 +340,12 @@ class Frechet(Function):
         return a_grad, apply(Frechet, a, g, parameter, ctx.rule), None, None
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, e_tangent: Tensor, *_: Any) -> Tensor:
+        a, e, parameter = ctx.saved_tensors
+        second = _frechet_second(a, e, _symmetric(tangent), parameter, ctx.rule)
+        return apply(Frechet, a, e_tangent, parameter, ctx.rule) + second
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, a: Tensor, e: Tensor, parameter: Tensor | None, rule: Any) -> tuple[Any, Any]:
         return apply(Frechet, *_lead(info.batch_size, in_dims, a, e, parameter), rule), 0
 
@@ -382,14 +370,6 @@ def _defined(rule: functions.Rule, w: Tensor, v: Tensor, info: Tensor) -> tuple[
             value, outside = functions.value(rule, w)
             bad = bad | (outside | ~torch.isfinite(value.to(v.dtype))).any(-1, keepdim=True)
     return torch.where(bad, torch.nan, w), v
-
-
-class _DualFrechet(Frechet):
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, e_tangent: Tensor, *_: Any) -> Tensor:
-        a, e, parameter = ctx.saved_tensors
-        second = _frechet_second(a, e, _symmetric(tangent), parameter, ctx.rule)
-        return apply(Frechet, a, e_tangent, parameter, ctx.rule) + second
 
 
 def spectral(a: Tensor, rule: functions.Rule) -> tuple[Tensor, Tensor]:
@@ -428,15 +408,13 @@ class Spectral(Function):
         return apply(Frechet, a, _symmetric(g), None, ctx.rule), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, rule: Any) -> tuple[Any, Any]:
-        return apply(Spectral, *_lead(info.batch_size, in_dims, a), rule), (0, 0)
-
-
-class _DualSpectral(Spectral):
-    @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
         (a,) = ctx.saved_tensors
         return None if tangent is None else apply(Frechet, a, _symmetric(tangent), None, ctx.rule), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, rule: Any) -> tuple[Any, Any]:
+        return apply(Spectral, *_lead(info.batch_size, in_dims, a), rule), (0, 0)
 
 
 class AbsInv(Function):
@@ -460,12 +438,6 @@ class AbsInv(Function):
         return apply(Frechet, a, -(x @ _symmetric(g) @ x), floor, ("floor", ctx.value)), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, floor: Tensor | None, value: Any) -> tuple[Any, Any]:
-        return apply(AbsInv, *_lead(info.batch_size, in_dims, a, floor), value), (0, 0)
-
-
-class _DualAbsInv(AbsInv):
-    @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, floor_tangent: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
         if floor_tangent is not None:
             raise RuntimeError("block_abs_inv: not differentiable in floor")
@@ -474,14 +446,6 @@ class _DualAbsInv(AbsInv):
             return None, None
         return -(x @ apply(Frechet, a, _symmetric(tangent), floor, ("floor", ctx.value)) @ x), None
 
-
-_DUAL: dict[type[Function], type[Function]] = {
-    Inv: _DualInv,
-    Solve: _DualSolve,
-    Eigh: _DualEigh,
-    Lyapunov: _DualLyapunov,
-    InvRoot: _DualInvRoot,
-    Frechet: _DualFrechet,
-    Spectral: _DualSpectral,
-    AbsInv: _DualAbsInv,
-}
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, floor: Tensor | None, value: Any) -> tuple[Any, Any]:
+        return apply(AbsInv, *_lead(info.batch_size, in_dims, a, floor), value), (0, 0)

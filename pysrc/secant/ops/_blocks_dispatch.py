@@ -12,73 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant import backends
-from secant.ops import _gate
+from secant.ops import _gate, _register
 
-_lib = torch.library.Library("secant", "FRAGMENT")
-_lib.define(
-    "block_inv(Tensor a, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, Tensor(b!) info) -> ()"
+
+def _damped(a: Tensor, lam: Tensor | None, value: float | None, *rest: Any) -> tuple[Any, ...]:
+    return a, value if lam is None else lam, *rest
+
+
+_inv = _register.Kernel(
+    "blocks",
+    "inv",
+    "block_inv(Tensor a, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, Tensor(b!) info)",
+    settle=lambda a, *rest: (_flat(a), *rest),
+    contract=_damped,
 )
-_lib.define(
+_solve = _register.Kernel(
+    "blocks",
+    "solve",
     "block_solve(Tensor a, Tensor b, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, "
-    "Tensor(b!) info) -> ()"
+    "Tensor(b!) info)",
+    settle=lambda a, b, *rest: (_flat(a), _flat(b), *rest),
+    contract=lambda a, b, lam, value, *rest: (a, b, value if lam is None else lam, *rest),
 )
-_lib.define("block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info) -> ()")
-_lib.define("block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info) -> ()")
-_lib.define(
-    "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info) -> ()"
+_eigh = _register.Kernel(
+    "blocks",
+    "eigh",
+    "block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info)",
+    settle=lambda a, *rest: (_flat(a), *rest),
 )
-
-
-def _either(tensor: Tensor | None, value: float | None) -> Tensor | float | None:
-    return value if tensor is None else tensor
-
-
-# What is registered flattens its inputs again: a compiler may hand over other strides than it traced.
-
-
-def _inv_op(
-    a: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor, info: Tensor
-) -> None:
-    backend = backends.resolve("blocks", a.device, a.dtype)
-    backend.inv(_flat(a), _either(lam, value), scaled, spd, out, info)
-
-
-def _solve_op(
-    a: Tensor, b: Tensor, lam: Tensor | None, value: float | None, scaled: bool, spd: bool, out: Tensor, info: Tensor
-) -> None:
-    backend = backends.resolve("blocks", a.device, a.dtype)
-    backend.solve(_flat(a), _flat(b), _either(lam, value), scaled, spd, out, info)
-
-
-def _eigh_op(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
-    backends.resolve("blocks", a.device, a.dtype).eigh(_flat(a), values, vectors, info)
-
-
-def _abs_inv_op(a: Tensor, floor: Tensor | None, value: float | None, out: Tensor, info: Tensor) -> None:
-    backends.resolve("blocks", a.device, a.dtype).abs_inv(_flat(a), _either(floor, value), out, info)
-
-
-def _inv_root_op(
-    a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool, out: Tensor, info: Tensor
-) -> None:
-    backends.resolve("blocks", a.device, a.dtype).inv_root(_flat(a), p, _either(lam, value), scaled, out, info)
-
-
-def _no_op(*args: Any) -> None:
-    """Fake implementation: every result is written into an argument."""
-
-
-for _name, _op in (
-    ("block_inv", _inv_op),
-    ("block_solve", _solve_op),
-    ("block_eigh", _eigh_op),
-    ("block_abs_inv", _abs_inv_op),
-    ("block_inv_root", _inv_root_op),
-):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _op, _key)
-    torch.library.register_fake(f"secant::{_name}", _no_op, lib=_lib)
+_abs_inv = _register.Kernel(
+    "blocks",
+    "abs_inv",
+    "block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info)",
+    settle=lambda a, *rest: (_flat(a), *rest),
+    contract=_damped,
+)
+_inv_root = _register.Kernel(
+    "blocks",
+    "inv_root",
+    "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info)",
+    settle=lambda a, *rest: (_flat(a), *rest),
+    contract=lambda a, p, lam, value, *rest: (a, p, value if lam is None else lam, *rest),
+)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -98,17 +73,12 @@ def mirrored(a: Tensor) -> Tensor:
     return a.tril() + a.tril(-1).mT
 
 
-def _registered(a: Tensor) -> bool:
-    """Whether the call has to be visible to a compiler or a tensor subclass."""
-    return torch.compiler.is_compiling() or (type(a) is not Tensor and not _gate.is_plain(a))
-
-
 def _result(shape: torch.Size, like: Tensor, out: Tensor | None) -> tuple[Tensor, bool]:
     """Where a kernel may write: `out` itself when its layout allows, else a new tensor."""
-    # While compiling, an argument that is written may not be an input too, so that `out` is copied to.
+    # A registered op may not write to an argument that is an input too, so that `out` is copied to.
     if out is None:
         return _empty(shape, like), False
-    direct = not _registered(out) and out.is_contiguous() and not out.is_neg()
+    direct = _gate.is_plain(out) and out.is_contiguous() and not out.is_neg()
     return (out if direct else _empty(shape, like)), direct
 
 
@@ -143,12 +113,8 @@ def inv(
     x, direct = (torch.empty_like(a), False) if out is None and a.is_contiguous() else _result(a.shape, a, out)
     info = _codes(a)
     if a.numel():
-        a3, x3, codes = _flat(a), (x if x.dim() == 3 else _flat(x)), _line(info)
-        if _registered(a):
-            torch.ops.secant.block_inv(a3, lam if lam is None else _line(lam), value, scaled, spd, x3, codes)
-        else:
-            backend = backends.resolve("blocks", a.device, a.dtype)
-            backend.inv(a3, value if lam is None else _line(lam), scaled, spd, x3, codes)
+        lam = lam if lam is None else _line(lam)
+        _inv(_flat(a), lam, value, scaled, spd, x if x.dim() == 3 else _flat(x), _line(info))
     return _finish(x, direct, out), info
 
 
@@ -165,17 +131,13 @@ def solve(
     x, direct = _result(b.shape, b, out)
     info = _codes(a)
     if a.numel():
-        a3, codes = _flat(a), _line(info)
+        a3, lam = _flat(a), lam if lam is None else _line(lam)
         if b.shape[-1]:
             b3, x3 = _flat(b), (x if x.dim() == 3 else _flat(x))
         else:  # nothing to solve for, but the codes are asked for
             b3 = torch.zeros(len(a3), a3.shape[1], 1, dtype=a.dtype, device=a.device)
             x3 = torch.empty_like(b3)
-        if _registered(a) or _registered(b):
-            torch.ops.secant.block_solve(a3, b3, lam if lam is None else _line(lam), value, scaled, spd, x3, codes)
-        else:
-            backend = backends.resolve("blocks", a.device, a.dtype)
-            backend.solve(a3, b3, value if lam is None else _line(lam), scaled, spd, x3, codes)
+        _solve(a3, b3, lam, value, scaled, spd, x3, _line(info))
     return _finish(x, direct, out), info
 
 
@@ -185,11 +147,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     vectors = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        arguments = (_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), _line(info))
-        if _registered(a):
-            torch.ops.secant.block_eigh(*arguments)
-        else:
-            backends.resolve("blocks", a.device, a.dtype).eigh(*arguments)
+        _eigh(_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), _line(info))
     return values, vectors, info
 
 
@@ -198,13 +156,7 @@ def abs_inv(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tenso
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        if _registered(a):
-            torch.ops.secant.block_abs_inv(
-                _flat(a), floor if floor is None else _line(floor), value, _flat(x), _line(info)
-            )
-        else:
-            backend = backends.resolve("blocks", a.device, a.dtype)
-            backend.abs_inv(_flat(a), value if floor is None else _line(floor), _flat(x), _line(info))
+        _abs_inv(_flat(a), floor if floor is None else _line(floor), value, _flat(x), _line(info))
     if floor is None:
         return x, info
     bad = ~((floor > 0) & (floor < math.inf))  # its value is known on the device alone; NaN is none
@@ -216,11 +168,5 @@ def inv_root(a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled:
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        if _registered(a):
-            torch.ops.secant.block_inv_root(
-                _flat(a), p, lam if lam is None else _line(lam), value, scaled, _flat(x), _line(info)
-            )
-        else:
-            backend = backends.resolve("blocks", a.device, a.dtype)
-            backend.inv_root(_flat(a), p, value if lam is None else _line(lam), scaled, _flat(x), _line(info))
+        _inv_root(_flat(a), p, lam if lam is None else _line(lam), value, scaled, _flat(x), _line(info))
     return x, info

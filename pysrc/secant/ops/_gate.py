@@ -19,10 +19,8 @@ def is_batched(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: T
     """Whether one of these is a tensor with which torch.autograd batches gradients.
 
     Those of is_grads_batched, vectorize=True and check_batched_grad are older than torch.func, no subclass, and have no
-    address. They are not seen while compiling.
+    address.
     """
-    if torch.compiler.is_compiling():
-        return False
     batched = torch._C._functorch.is_legacy_batchedtensor
     return (
         batched(a) or (b is not None and batched(b)) or (c is not None and batched(c)) or (d is not None and batched(d))
@@ -54,9 +52,9 @@ def is_transformed(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, 
 def overlaps(a: Tensor, b: Tensor) -> bool:
     """Whether the memory spans of two tensors intersect (conservative: interleaved views count as overlapping).
 
-    There are no addresses to compare while compiling.
+    There are no addresses to compare behind a tensor subclass, nor while compiling.
     """
-    if torch.compiler.is_compiling() or a.device != b.device or a.numel() == 0 or b.numel() == 0:
+    if not is_plain(a, b) or a.device != b.device or a.numel() == 0 or b.numel() == 0:
         return False
     a0, b0 = a.data_ptr(), b.data_ptr()
     return a0 < b0 + span(b) and b0 < a0 + span(a)
@@ -110,7 +108,7 @@ def has_own_addresses(x: Tensor) -> bool:
         reach += (size - 1) * stride
     else:
         return True
-    if any(stride == 0 for stride, _ in dims) or torch.compiler.is_compiling():
+    if any(stride == 0 for stride, _ in dims) or not is_plain(x):
         return False
     # Strides that interlace, such as (2, 3), decide nothing by themselves.
     places = torch.zeros((), dtype=torch.int64)
@@ -122,7 +120,7 @@ def has_own_addresses(x: Tensor) -> bool:
 def written(*tensors: Tensor) -> None:
     """Tell autograd that a kernel wrote to these: what was saved for a backward pass is no longer what it was.
 
-    While compiling, the schema of the registered op says so.
+    Of what a compiler traces with, the schema of the registered op says so.
     """
-    if not torch.compiler.is_compiling():
+    if is_plain(*tensors):
         torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])

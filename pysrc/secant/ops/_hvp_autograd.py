@@ -22,8 +22,6 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
         for x in tensors:
             if x is not None and x.requires_grad:
                 return True
-    if torch.compiler.is_compiling():
-        return False
     if any(x is not None and _gate.is_batched(x) for x in tensors):
         return True
     transformed = torch._C._functorch.maybe_current_level() is not None
@@ -37,9 +35,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether a functorch transform, or an older batch, stands around this tensor."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.is_functorch_wrapped_tensor(x) or _gate.is_batched(x)
-    )
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or _gate.is_batched(x)
 
 
 class _Product(Function):
@@ -60,10 +56,6 @@ class _Product(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return apply(g, ctx.product, ctx.columns), None, None
 
-
-class _DualProduct(_Product):
-    """With what torch.compile does not trace: a forward mode and a batching rule."""
-
     @staticmethod
     def jvp(ctx: Any, dv: Tensor, *others: None) -> Tensor:
         return apply(dv, ctx.product, ctx.columns)
@@ -80,7 +72,7 @@ class _DualProduct(_Product):
 
 def apply(v: Tensor, product: Product, columns: bool) -> Tensor:
     """product(v), differentiable by v."""
-    return _batching.apply(_Product if torch.compiler.is_compiling() else _DualProduct, v, product, columns)
+    return _batching.apply(_Product, v, product, columns)
 
 
 class ValueGrad(Function):

@@ -12,28 +12,7 @@ from torch import Tensor
 
 from secant import _checks, backends
 from secant._errors import BackendError
-from secant.ops import _gate
-
-_lib = torch.library.Library("secant", "FRAGMENT")
-_lib.define("glm_hvp(Tensor x, Tensor v, Tensor weight, float l2, Tensor(a!) out) -> ()")
-_lib.define(
-    "glm_value_grad(Tensor x, Tensor target, Tensor coef, str loss, float delta, Tensor? sample_weight, float l2, "
-    "Tensor(a!) value, Tensor(b!) grad, Tensor(c!) weight) -> ()"
-)
-_lib.define(
-    "softmax_hvp(Tensor x, Tensor v, Tensor probs, Tensor? sample_weight, float l2, Tensor(a!) out) -> ()"
-)  # fmt: skip
-_lib.define(
-    "softmax_value_grad(Tensor x, Tensor target, Tensor coef, Tensor? sample_weight, float l2, "
-    "Tensor(a!) value, Tensor(b!) grad, Tensor(c!) probs) -> ()"
-)
-_lib.define("cross_entropy_hvp(Tensor logits, Tensor u, Tensor? lse, Tensor(a!) out) -> ()")
-_lib.define(
-    "paired_matmul(Tensor a, Tensor b, Tensor? c, Tensor? e, Tensor? bias, Tensor? scale, Tensor? p, Tensor? q, "
-    "Tensor(a!) out) -> ()"
-)
-
-NAMES = ("glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad", "cross_entropy_hvp", "paired_matmul")
+from secant.ops import _register
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -70,8 +49,6 @@ _SHAPES = {
     "cross_entropy_hvp": ("rv", "rv", "r?", "rv"),
     "paired_matmul": ("mk", "kn", "mp?", "pn?", "n?", "mn?", "mn?", "mn?", "mn"),
 }
-#: How many of its arguments receive results: the last ones.
-_RESULTS = {name: 3 if name.endswith("value_grad") else 1 for name in NAMES}
 
 
 def _check(name: str, args: tuple[Any, ...]) -> None:
@@ -83,7 +60,7 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
         if shape == "-" or (x is None and shape.endswith("?")):
             continue
         letters = shape.removesuffix("?")
-        argument = getattr(torch.ops.secant, name).default._schema.arguments[place].name
+        argument = _KERNELS[name].arguments[place]
         if argument == "value":
             dtype = torch.float64
         elif argument == "target" and name == "softmax_value_grad":
@@ -104,36 +81,42 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
             raise _checks.fail(name, argument, expected, f"shape {tuple(x.shape)}")
 
 
-def _implementation(name: str) -> Any:
-    def op(*args: Any) -> None:
+def _kernel(schema: str) -> _register.Kernel:
+    name = schema.partition("(")[0]
+
+    def settle(*args: Any) -> tuple[Any, ...]:
         _check(name, args)
-        backend = backends.resolve("hvp", args[0].device, args[0].dtype)
-        laid = _arguments(name, args)
-        getattr(backend, name)(*laid)
-        for result, given in zip(laid[-_RESULTS[name] :], args[-_RESULTS[name] :], strict=True):
-            if result is not given:
-                given.copy_(result)  # a kernel writes one entry behind the other
+        return _arguments(name, args)
 
-    return op
+    return _register.Kernel("hvp", name, schema, settle=settle)
 
 
-def _no_op(*args: Any) -> None:
-    """Fake implementation: every result is written into an argument."""
-
-
-for _name in NAMES:
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _implementation(_name), _key)
-    torch.library.register_fake(f"secant::{_name}", _no_op, lib=_lib)
+_KERNELS = {
+    kernel.method: kernel
+    for kernel in map(
+        _kernel,
+        (
+            "glm_hvp(Tensor x, Tensor v, Tensor weight, float l2, Tensor(a!) out)",
+            "glm_value_grad(Tensor x, Tensor target, Tensor coef, str loss, float delta, Tensor? sample_weight, "
+            "float l2, Tensor(a!) value, Tensor(b!) grad, Tensor(c!) weight)",
+            "softmax_hvp(Tensor x, Tensor v, Tensor probs, Tensor? sample_weight, float l2, Tensor(a!) out)",
+            "softmax_value_grad(Tensor x, Tensor target, Tensor coef, Tensor? sample_weight, float l2, "
+            "Tensor(a!) value, Tensor(b!) grad, Tensor(c!) probs)",
+            "cross_entropy_hvp(Tensor logits, Tensor u, Tensor? lse, Tensor(a!) out)",
+            "paired_matmul(Tensor a, Tensor b, Tensor? c, Tensor? e, Tensor? bias, Tensor? scale, Tensor? p, "
+            "Tensor? q, Tensor(a!) out)",
+        ),
+    )
+}
 
 
 def call(name: str, *args: Any) -> None:
     """Launch a kernel; through the registered op where a compiler or a tensor subclass has to see it."""
-    first, out = args[0], args[-1]
-    if torch.compiler.is_compiling() or not _gate.is_plain(first, out):
-        getattr(torch.ops.secant, name)(*args)
-        return
-    backend = backends.resolve("hvp", first.device, first.dtype)
-    if first.layout is torch.sparse_csr and not getattr(backend, "SPARSE_ROWS", False):
-        raise BackendError(f"backend {backend.__name__.rpartition('.')[2]!r} has no sparse {name}: pass x.to_dense()")
-    getattr(backend, name)(*_arguments(name, args))
+    first = args[0]
+    if first.layout is torch.sparse_csr:
+        backend = backends.resolve("hvp", first.device, first.dtype)
+        if not getattr(backend, "SPARSE_ROWS", False):
+            raise BackendError(
+                f"backend {backend.__name__.rpartition('.')[2]!r} has no sparse {name}: pass x.to_dense()"
+            )
+    _KERNELS[name](*_arguments(name, args))

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from secant import _checks
+from secant.ops import _batching, _gate, _register
 from secant.ops import _blocks_autograd as autograd
 from secant.ops import _blocks_dispatch as dispatch
-from secant.ops import _gate
 
 MAX_N = 64
 DTYPES = _checks.REAL + _checks.HALF
@@ -100,6 +100,7 @@ def _real(a: Tensor) -> Tensor:
     return a if a.dtype in _checks.REAL else a.float()
 
 
+@_register.whole
 def block_inv(
     a: Tensor, *, damping: Damping = None, assume: str = "spd", out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -144,13 +145,14 @@ def block_inv(
         _checks.tensor(op, "out", out, (a.dtype,), a.device)
     if _gate.is_transformed(a, lam, out):
         _refuse_out(op, out)
-        x, info = autograd.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
+        x, info = _batching.apply(autograd.Inv, _real(a), lam, value, scaled, spd)
         return x.to(a.dtype), info
     if out is not None:
         _gate.output(op, out, tuple(a.shape), a.dtype, a.device, {"a": a, "damping": lam}, same="a")
     return dispatch.inv(a, lam, value, scaled, spd, out)
 
 
+@_register.whole
 def block_solve(
     a: Tensor,
     b: Tensor,
@@ -204,7 +206,7 @@ def block_solve(
         _checks.tensor(op, "out", out, (a.dtype,), a.device)
     if _gate.is_transformed(a, b, lam, out):
         _refuse_out(op, out)
-        x, info = autograd.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
+        x, info = _batching.apply(autograd.Solve, _real(a), _real(b), lam, value, scaled, spd)
         x = x.to(a.dtype)
         return (x.squeeze(-1) if vector else x), info
     if out is None:
@@ -245,6 +247,7 @@ def _broadcast(op: str, a: Tensor, b: Tensor, vector: bool | None) -> tuple[Tens
     return a, b, vector
 
 
+@_register.whole
 def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues and eigenvectors of many small symmetric matrices, A = V diag(w) V^T.
 
@@ -280,7 +283,7 @@ def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     _check_blocks("block_eigh", a)
     if _gate.is_transformed(a):
-        w, v, info = autograd.apply(autograd.Eigh, _real(a))
+        w, v, info = _batching.apply(autograd.Eigh, _real(a))
         return w.to(a.dtype), v.to(a.dtype), info
     return dispatch.eigh(a)
 
@@ -338,18 +341,31 @@ def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -
         >>> # x equals e I, and its derivative in the direction E is e E
         >>> soft, _ = secant.ops.block_function(torch.eye(3), (torch.tanh, lambda w: 1 / torch.cosh(w) ** 2))
     """
+    if torch.compiler.is_dynamo_compiling() and isinstance(f, tuple) and callable(f[0]):
+        return _block_function_of_held(a, _register.hold(f), damping)
+    return _block_function(a, f, damping)
+
+
+@_register.whole
+def _block_function_of_held(a: Tensor, key: int, damping: Damping) -> tuple[Tensor, Tensor]:
+    return _block_function(a, _register.held(key), damping)
+
+
+@_register.whole
+def _block_function(a: Tensor, f: SpectralFunction, damping: Damping) -> tuple[Tensor, Tensor]:
     op = "block_function"
     _check_blocks(op, a)
     rule = _check_function(op, f)
     lam, value, scaled = _check_damping(op, damping, a)
     m = autograd.damped(_real(a), lam, value, scaled)
     if _gate.is_transformed(m):
-        x, info = autograd.apply(autograd.Spectral, m, rule)
+        x, info = _batching.apply(autograd.Spectral, m, rule)
     else:
         x, info = autograd.spectral(m, rule)
     return x.to(a.dtype), info
 
 
+@_register.whole
 def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
     """Inverses of |A| with its eigenvalues bounded below: V diag(1 / max(|w|, floor)) V^T for A = V diag(w) V^T.
 
@@ -392,11 +408,12 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
     else:
         value = _checks.positive(op, "floor", floor, "a positive finite number or a tensor")
     if _gate.is_transformed(a, least):
-        x, info = autograd.apply(autograd.AbsInv, _real(a), least, value)
+        x, info = _batching.apply(autograd.AbsInv, _real(a), least, value)
         return x.to(a.dtype), info
     return dispatch.abs_inv(a, least, value)
 
 
+@_register.whole
 def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
     """Inverse p-th roots of many small symmetric positive definite matrices, (A + damping)^(-1/p).
 
@@ -435,6 +452,6 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
         raise _checks.fail(op, "p", "1, 2 or 4", _checks.show(p))
     lam, value, scaled = _check_damping(op, damping, a)
     if _gate.is_transformed(a, lam):
-        x, info = autograd.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)
+        x, info = _batching.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)
         return x.to(a.dtype), info
     return dispatch.inv_root(a, p, lam, value, scaled)

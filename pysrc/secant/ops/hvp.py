@@ -28,7 +28,7 @@ from torch import Tensor
 
 from secant import _checks
 from secant.kernels.hvp import LOSSES, rows
-from secant.ops import _gate, _shortcut
+from secant.ops import _gate, _register, _shortcut
 from secant.ops import _hvp_autograd as autograd
 from secant.ops import _hvp_dispatch as dispatch
 from secant.ops import _hvp_formulas as formulas
@@ -106,7 +106,7 @@ _glm_plain = _shortcut.Shortcut("hvp", "glm_plain")
 
 def _plain(l2: float, delta: float = 1.0, power: float = 1.5) -> Any:
     """The shortcut of the two `glm_` functions (see `kernels/hvp/cpu.py`), None if the gate has to look at a number."""
-    if torch.compiler.is_compiling() or not (
+    if torch.compiler.is_dynamo_compiling() or not (
         type(l2) in _NUMBERS
         and type(delta) in _NUMBERS
         and type(power) in _NUMBERS
@@ -165,6 +165,11 @@ def glm_hvp(
         numbers = (l2, bool(intercept), 0, 1.0)
         if type(result) is Tensor and plain(_HVP, x, v, weight, None, *numbers, result, None, None):
             return result
+    return _any_glm_hvp(x, v, weight, l2, intercept, out)
+
+
+@_register.whole
+def _any_glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float, intercept: bool, out: Tensor | None) -> Tensor:
     op = "glm_hvp"
     dtype = _check_x(op, x)
     columns = _check_columns(op, "v", v, x, dtype, intercept, both=True)
@@ -254,6 +259,21 @@ def glm_value_grad(
         args = (None, l2, bool(intercept), LOSSES.index(loss), number, grad, value, weight)
         if type(grad) is Tensor and plain(_VALUE_GRAD, x, coef, target, *args):
             return value, grad, weight
+    return _any_glm_value_grad(x, target, coef, loss, sample_weight, l2, delta, power, intercept)
+
+
+@_register.whole
+def _any_glm_value_grad(
+    x: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    loss: str,
+    sample_weight: Tensor | None,
+    l2: float,
+    delta: float,
+    power: float,
+    intercept: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     op = "glm_value_grad"
     dtype = _check_x(op, x)
     _checks.shaped(op, "target", target, (x.shape[0],), dtype, x.device)
@@ -301,6 +321,7 @@ def _softmax_product(x: Tensor, v: Tensor, probs: Tensor, sample_weight: Tensor 
     return out
 
 
+@_register.whole
 def softmax_hvp(
     x: Tensor,
     v: Tensor,
@@ -346,6 +367,7 @@ def softmax_hvp(
     return autograd.apply(v, product, False) if autograd.is_differentiated(v) else product(v)
 
 
+@_register.whole
 def softmax_value_grad(
     x: Tensor,
     target: Tensor,
@@ -384,11 +406,7 @@ def softmax_value_grad(
     l2 = _check_number(op, "l2", l2)
     classes = coef.shape[1]
     _check_constant(op, x)
-    if (
-        target.device.type == "cpu"
-        and target.numel()
-        and not (torch.compiler.is_compiling() or autograd.is_wrapped(target))
-    ):
+    if target.device.type == "cpu" and target.numel() and _gate.is_plain(target) and not autograd.is_wrapped(target):
         low, high = (int(t) for t in torch.aminmax(target))
         if low < 0 or high >= classes:
             raise _checks.fail(op, "target", f"classes in 0..{classes - 1}", f"values in {low}..{high}")
@@ -420,6 +438,7 @@ def softmax_value_grad(
     return kernel(coef)
 
 
+@_register.whole
 def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -> Tensor:
     """Product with the Hessian of cross entropy by its logits, (diag(p) - p p^T) u for every row.
 
@@ -469,6 +488,7 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -
     return autograd.apply(u, product, False) if autograd.is_differentiated(u) else product(u)
 
 
+@_register.whole
 def paired_matmul(
     a: Tensor,
     b: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.ops.lbfgs import LBFGSHistory
+from secant.ops.history import LBFGSHistory
 from secant.optim._options import is_integer, is_number
 
 OP = "LBFGS.load_state_dict"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secant.ops.lbfgs import LBFGSHistory
+from secant.ops.history import LBFGSHistory
 from secant.optim._flat import FlatParameters
 from secant.optim._state import NUMBERS
 

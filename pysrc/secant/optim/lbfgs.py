@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.ops.lbfgs import LBFGSHistory, Stats
+from secant.ops.history import LBFGSHistory, Stats
 from secant.optim._flat import FlatParameters, check_parameters
 from secant.optim._options import LAYOUT, RATE, SHARED, check_groups, check_options, is_integer, rate
 from secant.optim._state import NUMBERS, OP, Pairs, check_state, from_torch, is_of_torch, offer, pairs_of
