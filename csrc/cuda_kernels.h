@@ -1,5 +1,4 @@
-// The tables of CUDA kernels that one source a family (cuda_<family>.cu) exports to cuda_module.cpp. A new family: its
-// source in CMakeLists.txt, its table here and in cuda_module.cpp.
+// How a family's CUDA kernels enter the module secant._cuda: by one `CudaFamily` in its bind.cu, with their table.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +11,20 @@ struct CudaKernel {
   size_t parameter_bytes;  // of the one struct that every kernel takes
 };
 
-struct CudaTable {
+struct CudaFamily {
   const CudaKernel* kernels;
   int count;
-};
+  const CudaFamily* next;
 
-CudaTable lbfgs_kernels();
-CudaTable blocks_kernels();
-CudaTable hvp_kernels();
+  template <int N>
+  explicit CudaFamily(const CudaKernel (&table)[N]) : kernels(table), count(N), next(first()) {
+    first() = this;
+  }
+  static const CudaFamily*& first() {
+    static const CudaFamily* head = nullptr;
+    return head;
+  }
+};
 
 }  // namespace secant
 

@@ -51,8 +51,8 @@ class OnDevice {
 const std::vector<secant::CudaKernel>& table() {
   static const std::vector<secant::CudaKernel> all = [] {
     std::vector<secant::CudaKernel> x;
-    for (const secant::CudaTable& family : {secant::lbfgs_kernels(), secant::blocks_kernels(), secant::hvp_kernels()}) {
-      x.insert(x.end(), family.kernels, family.kernels + family.count);
+    for (const auto* family = secant::CudaFamily::first(); family != nullptr; family = family->next) {
+      x.insert(x.end(), family->kernels, family->kernels + family->count);
     }
     return x;
   }();

@@ -53,4 +53,22 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   return a.address() < b.address() + b.span() && b.address() < a.address() + a.span();
 }
 
+// The table of torch.Tensor, once Python has handed it over.
+inline const Exchange* exchange = nullptr;
+
+// Views a dense CPU tensor; false for anything else, and without the table.
+inline bool view(PyObject* object, Tensor* out) {
+  if (exchange == nullptr) return false;
+  if (exchange->view(object, out) == 0) return out->device.type == kCpu && out->dtype.lanes == 1;
+  PyErr_Clear();
+  return false;
+}
+
+// The number of a dtype in the tables of kernels: float32 (0), float64 (1), bfloat16 (2), -1 for another.
+inline int dtype_code(const Tensor& x) {
+  if (x.dtype.code == kFloat && x.dtype.bits == 32) return 0;
+  if (x.dtype.code == kFloat && x.dtype.bits == 64) return 1;
+  return x.dtype.code == kBfloat && x.dtype.bits == 16 ? 2 : -1;
+}
+
 }  // namespace secant::dlpack

@@ -180,18 +180,22 @@ bool valid(double sy, double yy) { return std::isfinite(sy) && std::isfinite(yy)
 
 // ---------------------------------------------------------------------------------------------------------- update
 
-// What the dot products of pass 1 leave per problem: four per slot, and the ones of the new pair and the gradient.
-enum { kGG, kGMax, kSY, kSS, kYY, kSG, kYG, kScalars };
+// What the dot products of pass 1 leave per problem: s_i.g, y_i.g, s_i.y', y_i.y' of every slot, and behind them the
+// ones of the new pair s', y' and the gradient.
+enum { kSY, kSS, kYY, kSG, kYG, kGG, kGMax, kUnused, kScalars };
+// Coefficients: -gamma, the slot of an accepted pair (-1: none), then those of the rows of S and of Y.
+enum { kScale, kSlot, kRows };
 
-// From dot products to coefficients: d = -gamma g + sum cs_j s_j + cy_j y_j. Returns {gamma, g.d}. Slots follow each
-// other by comparison: a division for the remainder took longer than everything else of a short problem.
-struct Direction {
-  double gamma, gd;
-};
-Direction solve(int64_t m, int64_t newest, const double* sy, const double* yy, const double* dots, double gg,
-                double* cs, double* cy, double* alpha) {
+// From sums to coefficients: d = -gamma g + sum cs_j s_j + cy_j y_j. Returns g.d. `slot` holds a pair that is new,
+// whose products with g are sg and yg. Slots follow each other by comparison: a division for the remainder took longer
+// than everything else of a short problem.
+double solve(int64_t m, int64_t newest, const double* sy, const double* yy, const double* sums, int64_t slot, double sg,
+             double yg, double gg, double* coefs, double* alpha) {
   const auto older = [m](int64_t i) { return i == 0 ? m - 1 : i - 1; };
   const auto newer = [m](int64_t i) { return i == m - 1 ? 0 : i + 1; };
+  const auto s_dot_g = [&](int64_t i) { return i == slot ? sg : sums[4 * i]; };
+  const auto y_dot_g = [&](int64_t i) { return i == slot ? yg : sums[4 * i + 1]; };
+  double *cs = coefs + kRows, *cy = cs + m;
   const int64_t oldest = newer(newest);
   double gamma = 1;
   bool first = true;
@@ -201,7 +205,7 @@ Direction solve(int64_t m, int64_t newest, const double* sy, const double* yy, c
     const double sy_ii = sy[i * m + i];
     if (!valid(sy_ii, yy[i * m + i])) continue;
     if (first) gamma = sy_ii / yy[i * m + i], first = false;
-    double x = -dots[4 * i];
+    double x = -s_dot_g(i);
     for (int64_t j = newest; j != i; j = older(j))
       if (alpha[j] != 0) x -= alpha[j] * sy[i * m + j];
     alpha[i] = x / sy_ii;
@@ -212,7 +216,7 @@ Direction solve(int64_t m, int64_t newest, const double* sy, const double* yy, c
     const double sy_ii = sy[i * m + i];
     cs[i] = cy[i] = 0;
     if (!valid(sy_ii, yy[i * m + i])) continue;
-    double x = -dots[4 * i + 1];
+    double x = -y_dot_g(i);
     for (int64_t j = 0; j < m; ++j)
       if (alpha[j] != 0) x -= alpha[j] * yy[i * m + j];
     x *= gamma;
@@ -220,9 +224,10 @@ Direction solve(int64_t m, int64_t newest, const double* sy, const double* yy, c
       if (cs[j] != 0) x += cs[j] * sy[j * m + i];
     cs[i] = alpha[i] - x / sy_ii;
     cy[i] = -gamma * alpha[i];
-    gd += cs[i] * dots[4 * i] + cy[i] * dots[4 * i + 1];
+    gd += cs[i] * s_dot_g(i) + cy[i] * y_dot_g(i);
   }
-  return {gamma, gd};
+  coefs[kScale] = -gamma;
+  return gd;
 }
 
 // The new pair over a block, as the ring stores it.
@@ -252,6 +257,9 @@ struct Problem {
   int32_t *head, *count;
   const T *grad, *s, *y, *y_prev;
   T *out, *prev_out;
+  double *dots, *coefs;
+  bool pair, direction;
+  int phases;
   T t;
   double tol;
 
@@ -271,6 +279,11 @@ struct Problem {
         y_prev(at(a.y_prev, b)),
         out(const_cast<T*>(at(a.out, b))),
         prev_out(const_cast<T*>(at(a.prev_out, b))),
+        dots(a.dots == nullptr ? nullptr : a.dots + b * (4 * m + kScalars)),
+        coefs(a.coefs == nullptr ? nullptr : a.coefs + b * (2 * m + kRows)),
+        pair(a.pair),
+        direction(a.direction),
+        phases(a.phases),
         t(static_cast<T>(a.t_ptr != nullptr ? a.t_ptr[b * a.t_stride] : a.t)),
         tol(a.tol) {}
 
@@ -281,11 +294,9 @@ struct Problem {
 // What the threads of a team share.
 template <class T, class S>
 struct UpdateScratch {
-  std::vector<double> partial, dots, cs, cy, alpha;
-  std::vector<const S*> rows;
+  std::vector<double> partial, coefs, alpha;
+  std::vector<const S*> rows;  // those with a coefficient
   std::vector<T> coef;
-  double gamma = 1;
-  int64_t accepted = -1;  // slot of the accepted pair
 };
 
 template <bool G, bool P, class T, class S>
@@ -329,55 +340,64 @@ void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, double* part) {
   }
 }
 
-// Between the passes, on one thread: reduce, gate, Gram matrices, coefficients.
-template <class T, class S>
-void middle(const Problem<T, S>& p, int threads, UpdateScratch<T, S>& w) {
-  const int64_t m = p.m, width = 4 * m + kScalars;
-  double* sum = w.partial.data();
+// The sums of all threads, in the place of the first.
+inline void reduce(double* sums, int64_t m, int threads) {
+  const int64_t width = 4 * m + kScalars;
   for (int r = 1; r < threads; ++r) {
-    const double* other = w.partial.data() + r * width;
+    const double* other = sums + r * width;
     for (int64_t k = 0; k < width; ++k) {
       if (k == 4 * m + kGMax) {
-        sum[k] = std::max(sum[k], other[k]);
+        sums[k] = std::max(sums[k], other[k]);
       } else {
-        sum[k] += other[k];
+        sums[k] += other[k];
       }
     }
   }
-  const double* sc = sum + 4 * m;
+  if (std::isnan(sums[4 * m + kGG])) sums[4 * m + kGMax] = sums[4 * m + kGG];
+}
+
+// Gate, Gram matrices, counters, statistics and coefficients of a problem, from its sums.
+template <class T, class S>
+void settle(const Problem<T, S>& p, const double* sums, double* coefs, double* alpha) {
+  const int64_t m = p.m;
+  const double* sc = sums + 4 * m;
   std::fill(p.stats, p.stats + 8, 0.0);
-  w.accepted = -1;
-  if (p.s != nullptr) {
+  coefs[kSlot] = -1;
+  int64_t slot = -1;
+  if (p.pair) {
     const double norms = std::sqrt(sc[kSS]) * std::sqrt(sc[kYY]);
     const bool finite = std::isfinite(sc[kSY]) && std::isfinite(sc[kSS]) && std::isfinite(sc[kYY]);
     p.stats[3] = sc[kSY], p.stats[4] = std::sqrt(sc[kSS]), p.stats[5] = std::sqrt(sc[kYY]);
     if (finite && sc[kSY] > p.tol * norms) {
-      const int64_t k = *p.head;
-      w.accepted = k;
+      slot = *p.head;
+      coefs[kSlot] = static_cast<double>(slot);
       p.stats[6] = 1;
       for (int64_t j = 0; j < m; ++j) {
-        p.sy[k * m + j] = 0;
-        p.sy[j * m + k] = sum[4 * j + 2];
-        p.yy[k * m + j] = p.yy[j * m + k] = sum[4 * j + 3];
+        p.sy[slot * m + j] = 0;
+        p.sy[j * m + slot] = sums[4 * j + 2];
+        p.yy[slot * m + j] = p.yy[j * m + slot] = sums[4 * j + 3];
       }
-      p.sy[k * m + k] = sc[kSY];
-      p.yy[k * m + k] = sc[kYY];
-      sum[4 * k] = sc[kSG], sum[4 * k + 1] = sc[kYG];
-      *p.head = static_cast<int32_t>((k + 1) % m);
+      p.sy[slot * m + slot] = sc[kSY];
+      p.yy[slot * m + slot] = sc[kYY];
+      *p.head = static_cast<int32_t>((slot + 1) % m);
       *p.count = static_cast<int32_t>(std::min<int64_t>(*p.count + 1, m));
     }
   }
-  if (p.out == nullptr) return;
+  if (!p.direction) return;
   const int64_t newest = (*p.head + m - 1) % m;
-  const Direction d = solve(m, newest, p.sy, p.yy, sum, sc[kGG], w.cs.data(), w.cy.data(), w.alpha.data());
-  w.gamma = d.gamma;
-  p.stats[0] = d.gd, p.stats[1] = std::sqrt(sc[kGG]), p.stats[7] = d.gamma;
-  p.stats[2] = std::isnan(sc[kGG]) ? sc[kGG] : sc[kGMax];
+  const double gd = solve(m, newest, p.sy, p.yy, sums, slot, sc[kSG], sc[kYG], sc[kGG], coefs, alpha);
+  p.stats[0] = gd, p.stats[1] = std::sqrt(sc[kGG]), p.stats[2] = sc[kGMax], p.stats[7] = -coefs[kScale];
+}
+
+// The rows that a direction is made of.
+template <class T, class S>
+void list_rows(const Problem<T, S>& p, const double* coefs, UpdateScratch<T, S>& w) {
   w.rows.clear();
   w.coef.clear();
-  for (int64_t j = 0; j < m; ++j) {
+  if (!p.direction) return;
+  for (int64_t j = 0; j < p.m; ++j) {
     for (int which = 0; which < 2; ++which) {
-      const double c = which == 0 ? w.cs[j] : w.cy[j];
+      const double c = coefs[kRows + which * p.m + j];
       if (c == 0) continue;
       w.rows.push_back((which == 0 ? p.s_ring : p.y_ring) + j * p.n);
       w.coef.push_back(static_cast<T>(c));
@@ -388,18 +408,19 @@ void middle(const Problem<T, S>& p, int threads, UpdateScratch<T, S>& w) {
 // Backwards, so that what pass 1 left in the cache is used first. The accepted pair is written here, not in pass 1:
 // until the gate has spoken the slot still holds a pair that a rejection must keep.
 template <class T, class S>
-void pass2(const Problem<T, S>& p, int64_t begin, int64_t end, const UpdateScratch<T, S>& w) {
+void pass2(const Problem<T, S>& p, int64_t begin, int64_t end, const double* coefs, const UpdateScratch<T, S>& w) {
   alignas(64) T acc[kBlock];
   const int64_t blocks = (end - begin + kBlock - 1) / kBlock;
-  const T scale = static_cast<T>(-w.gamma);
+  const T scale = static_cast<T>(coefs[kScale]);
+  const int64_t slot = static_cast<int64_t>(coefs[kSlot]);
   for (int64_t b = blocks - 1; b >= 0; --b) {
     const int64_t at = begin + b * kBlock;
     const int len = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-    if (w.accepted >= 0) {
-      new_pair(p.s + at, p.y + at, p.y_prev != nullptr ? p.y_prev + at : nullptr, p.t, len,
-               p.s_ring + w.accepted * p.n + at, p.y_ring + w.accepted * p.n + at);
+    if (slot >= 0) {
+      new_pair(p.s + at, p.y + at, p.y_prev != nullptr ? p.y_prev + at : nullptr, p.t, len, p.s_ring + slot * p.n + at,
+               p.y_ring + slot * p.n + at);
     }
-    if (p.out != nullptr) {
+    if (p.direction) {
       for (int i = 0; i < len; ++i) acc[i] = scale * p.grad[at + i];
       combine(w.rows, w.coef, at, acc, len);
       if (p.prev_out != nullptr) std::copy(p.grad + at, p.grad + at + len, p.prev_out + at);
@@ -411,26 +432,39 @@ void pass2(const Problem<T, S>& p, int64_t begin, int64_t end, const UpdateScrat
 template <class T, class S>
 void reserve(UpdateScratch<T, S>& w, int64_t m, int threads) {
   w.partial.resize(static_cast<size_t>(threads * (4 * m + kScalars)));
-  w.cs.resize(m), w.cy.resize(m), w.alpha.resize(m);
+  w.coefs.resize(2 * m + kRows), w.alpha.resize(m);
   w.rows.reserve(2 * m), w.coef.reserve(2 * m);
 }
 
 template <class T, class S>
 void update_team(const Problem<T, S>& p, const Team& team, UpdateScratch<T, S>& w) {
   const auto [begin, end] = team.share(p.n, kBlock);
-  double* part = w.partial.data() + team.rank * (4 * p.m + kScalars);
-  std::fill(part, part + 4 * p.m + kScalars, 0.0);
-  if (p.s == nullptr) {
-    pass1<true, false>(p, begin, end, part);
-  } else if (p.grad == nullptr) {
-    pass1<false, true>(p, begin, end, part);
-  } else {
-    pass1<true, true>(p, begin, end, part);
+  const int64_t width = 4 * p.m + kScalars;
+  if (p.phases & secant::kDots) {
+    double* part = w.partial.data() + team.rank * width;
+    std::fill(part, part + width, 0.0);
+    if (!p.pair) {
+      pass1<true, false>(p, begin, end, part);
+    } else if (p.grad == nullptr) {
+      pass1<false, true>(p, begin, end, part);
+    } else {
+      pass1<true, true>(p, begin, end, part);
+    }
+    team.barrier();
   }
+  double* coefs = p.coefs != nullptr ? p.coefs : w.coefs.data();
+  if (team.rank == 0) {
+    if (p.phases & secant::kDots) {
+      reduce(w.partial.data(), p.m, team.size);
+      if (p.dots != nullptr) std::copy_n(w.partial.data(), width, p.dots);
+    }
+    const double* sums = p.dots != nullptr ? p.dots : w.partial.data();
+    if (p.phases & secant::kSolve) settle(p, sums, coefs, w.alpha.data());
+    if (p.phases & secant::kCombine) list_rows(p, coefs, w);
+  }
+  if (!(p.phases & secant::kCombine)) return;
   team.barrier();
-  if (team.rank == 0) middle(p, team.size, w);
-  team.barrier();
-  pass2(p, begin, end, w);
+  pass2(p, begin, end, coefs, w);
 }
 
 // Asks for what a problem will read and write.
@@ -902,9 +936,9 @@ void two_loop(const LbfgsTwoLoop& a) {
   const int64_t bytes = 2 * a.m * a.n * static_cast<int64_t>(sizeof(S));
   const int threads = team_size(a.threads, a.batch * bytes);
   const bool is_short = a.panel == 0 && a.n <= kShort;
-  // Measured: a history beyond the caches wants few passes over it; one that they hold is fastest without the extra
-  // products of a panel.
-  const int panel = a.panel > 0 ? std::min(a.panel, kPanel) : bytes > (8 << 20) ? kPanel : 1;
+  // Where memory is slow for what the processor computes, a history beyond the caches wants few passes over it; else it
+  // is fastest without the extra products of a panel. `secant.defaults` says where.
+  const int panel = a.panel > 0 ? std::min(a.panel, kPanel) : bytes > a.panel_bytes ? kPanel : 1;
   if (a.batch > 1 || (is_short && threads == 1)) {
     secant::run_team(static_cast<int>(std::min<int64_t>(threads, a.batch)), [&](const Team& team) {
       const auto [begin, end] = team.share(a.batch, 1);

@@ -17,8 +17,14 @@ struct LbfgsUpdate {
   int64_t t_stride;                   // 0: one step length for all problems
   double t, tol;
   void *out, *prev_out;
-  int threads;  // 0: as many as pay off
+  double *dots, *coefs;  // (batch, 4 m + 8), (batch, 2 m + 2); null: memory of its own
+  bool pair, direction;  // what there is to do: offer s and y, compute out
+  int phases;            // kDots, kSolve, kCombine
+  int threads;           // 0: as many as pay off
 };
+
+// The parts of an update: sums over the elements; gate, Gram matrices and coefficients; the rows combined.
+enum LbfgsPhase { kDots = 1, kSolve = 2, kCombine = 4, kAllPhases = 7 };
 
 struct LbfgsTwoLoop {
   int64_t batch, m, n;
@@ -26,8 +32,9 @@ struct LbfgsTwoLoop {
   int64_t s_batch, s_row, y_batch, y_row;  // strides in elements
   double gamma;                            // NaN: from the newest valid pair
   void* out;
-  int panel;    // 0: chosen by size
-  int threads;  // 0: as many as pay off
+  int64_t panel_bytes;  // histories beyond it go by panels of many pairs, where `panel` is 0
+  int panel;            // pairs read together, 0: one, or many
+  int threads;          // 0: as many as pay off
 };
 
 // One entry per pair of dtypes: vectors float32 (0), float64 (1); rings float32 (0), float64 (1), bfloat16 (2).

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from secant.kernels._cpu_support import address, shortcut
 from secant.kernels._cpu_support import available as available
 from secant.kernels._cpu_support import extension as _cpu
+from secant.kernels.lbfgs.contract import Pair, State
 from torch import Tensor
 
 _VECTORS = {torch.float32: 0, torch.float64: 1}
@@ -19,6 +21,16 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on CPU tensors, got {device}"
     return None if dtype in _VECTORS else f"it computes in float32 or float64, got {dtype}"
+
+
+class _Processor(Protocol):
+    @property
+    def panel_bytes(self) -> int | None: ...
+
+
+def tune(processor: _Processor) -> None:
+    """Take the choices for a processor, those of `secant.defaults`."""
+    _cpu.lbfgs_panel_bytes(2**62 if processor.panel_bytes is None else processor.panel_bytes)
 
 
 #: two_loop_plain(grad, s, y, out) -> bool: `two_loop` with gamma None and the checks of the public function.
@@ -38,19 +50,44 @@ def two_loop(
     )  # fmt: skip
 
 
-def update(
-    s_ring: Tensor,
-    y_ring: Tensor,
-    sy: Tensor,
-    yy: Tensor,
-    head: Tensor,
-    count: Tensor,
-    stats: Tensor,
+_DOTS, _SOLVE, _COMBINE = 1, 2, 4
+
+
+def _update(
+    state: State,
+    pair: Pair | None,
     grad: Tensor | None,
-    s: Tensor | None,
-    y: Tensor | None,
-    y_prev: Tensor | None,
-    t: float | Tensor,
+    tol: float,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+    sums: tuple[int, int],
+    phases: int,
+    threads: int,
+) -> None:
+    s_ring = state.s
+    batch, m, n = s_ring.shape
+    t_address, t_stride, t_value = 0, 0, 1.0
+    if pair is None:
+        vector, s, y, y_prev = grad, 0, 0, 0
+    else:
+        vector = pair.s
+        s, y, y_prev = pair.s.data_ptr(), pair.y.data_ptr(), address(pair.y_prev)
+        if isinstance(pair.t, Tensor):
+            t_address, t_stride = pair.t.data_ptr(), int(pair.t.numel() > 1)
+        else:
+            t_value = pair.t
+    assert vector is not None
+    _cpu.lbfgs_update(
+        _VECTORS[vector.dtype], _RINGS[s_ring.dtype], batch, m, n, [x.data_ptr() for x in state],
+        (address(grad), s, y, y_prev, address(out), address(prev_out)), sums,
+        t_address, t_stride, t_value, tol, pair is not None, grad is not None, phases, threads,
+    )  # fmt: skip
+
+
+def update(
+    state: State,
+    pair: Pair | None,
+    grad: Tensor | None,
     tol: float,
     out: Tensor | None,
     prev_out: Tensor | None,
@@ -58,16 +95,30 @@ def update(
     threads: int = 0,
 ) -> None:
     """See `reference.update`. `threads` overrides the choice by size (0), for benchmarks and tests."""
-    batch, m, n = s_ring.shape
-    vector = s if s is not None else grad
-    assert vector is not None
-    if isinstance(t, Tensor):
-        t_address, t_stride, t_value = t.data_ptr(), int(t.numel() > 1), 0.0
-    else:
-        t_address, t_stride, t_value = 0, 0, t
+    _update(state, pair, grad, tol, out, prev_out, (0, 0), _DOTS | _SOLVE | _COMBINE, threads)
+
+
+def dots(state: State, pair: Pair | None, grad: Tensor | None, out: Tensor) -> None:
+    """See `reference.dots`."""
+    _update(state, pair, grad, 0.0, None, None, (out.data_ptr(), 0), _DOTS, 0)
+
+
+def solve(state: State, dots: Tensor, coefs: Tensor, tol: float, pair: bool, direction: bool) -> None:
+    """See `reference.solve`."""
+    batch, m, n = state.s.shape
     _cpu.lbfgs_update(
-        _VECTORS[vector.dtype], _RINGS[s_ring.dtype], batch, m, n,
-        s_ring.data_ptr(), y_ring.data_ptr(), sy.data_ptr(), yy.data_ptr(), head.data_ptr(), count.data_ptr(),
-        stats.data_ptr(), address(grad), address(s), address(y), address(y_prev), t_address, t_stride, t_value, tol,
-        address(out), address(prev_out), threads,
+        0, 0, batch, m, n, [x.data_ptr() for x in state], (0,) * 6, (dots.data_ptr(), coefs.data_ptr()),
+        0, 0, 1.0, tol, pair, direction, _SOLVE, 1,
     )  # fmt: skip
+
+
+def combine(
+    state: State,
+    pair: Pair | None,
+    grad: Tensor | None,
+    coefs: Tensor,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+) -> None:
+    """See `reference.combine`."""
+    _update(state, pair, grad, 0.0, out, prev_out, (0, coefs.data_ptr()), _COMBINE, 0)

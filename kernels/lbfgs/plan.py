@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from secant.kernels._cuda_driver import Device, Driver, Launch
+from secant.kernels.lbfgs.contract import Pair, State
 from torch import Tensor
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
@@ -160,23 +161,16 @@ class Launcher:
 
     def update(
         self,
-        s_ring: Tensor,
-        y_ring: Tensor,
-        sy: Tensor,
-        yy: Tensor,
-        head: Tensor,
-        count: Tensor,
-        stats: Tensor,
+        state: State,
+        pair: Pair | None,
         grad: Tensor | None,
-        s: Tensor | None,
-        y: Tensor | None,
-        y_prev: Tensor | None,
-        t: float | Tensor,
         tol: float,
         out: Tensor | None,
         prev_out: Tensor | None,
     ) -> None:
         """Append a pair and compute a direction: see `reference.update`."""
+        s_ring, y_ring, sy, yy, head, count, stats = state
+        s, y, y_prev, t = (None, None, None, 1.0) if pair is None else pair
         vector = s if s is not None else grad
         assert vector is not None
         batch, m, n = s_ring.shape
@@ -187,9 +181,9 @@ class Launcher:
         key = (index, vector.dtype, s_ring.dtype, batch, n, m, cooperative, out is not None)
         plan = self._plans.get(key)
         if plan is None:
-            pair = f"{NAMES[vector.dtype]}_{NAMES[s_ring.dtype]}"
+            names = f"{NAMES[vector.dtype]}_{NAMES[s_ring.dtype]}"
             plan = self._plans[key] = plan_update(
-                self.driver.device(index), pair, batch, n, m, s_ring.element_size(), cooperative, out is not None
+                self.driver.device(index), names, batch, n, m, s_ring.element_size(), cooperative, out is not None
             )
         stream = self.driver.stream(index)
         work = self._workspace(s_ring, stream, plan.work) if plan.work else None
@@ -204,12 +198,12 @@ class Launcher:
         if isinstance(t, Tensor):
             step, t_pointer, t_stride = 0.0, t.data_ptr(), int(t.numel() > 1)
         p_rings, p_vectors = pointers[:2], pointers[2:]
-        state = (sy.data_ptr(), yy.data_ptr(), head.data_ptr(), count.data_ptr(), stats.data_ptr())
+        p_state = (sy.data_ptr(), yy.data_ptr(), head.data_ptr(), count.data_ptr(), stats.data_ptr())
         p_work = 0 if work is None else work.data_ptr()
         for item in plan.launches:
             parameters = UPDATE.pack(
                 *p_rings,
-                *state,
+                *p_state,
                 *p_vectors,
                 t_pointer,
                 p_work,

@@ -1,7 +1,7 @@
 """The textbook two-loop recursion in plain PyTorch: the definition that every other backend is tested against.
 
-Every backend module of this family has the four functions below, with these signatures. The public functions of
-`secant.ops.lbfgs` check and allocate; what arrives here is valid:
+Every backend module of this family has the functions of `contract.Backend`, and the first two below. The public
+functions of `secant.ops.lbfgs` and `secant.ops.history` check and allocate; what arrives here is valid:
 
 * rings are (B, m, n), Gram matrices (B, m, m) and counters (B,), with B = 1 for a flat problem; vectors are (B, n), or
   (n,) for a flat problem; the `s` and `y` of `two_loop` are (B, m, n), or (m, n) for a flat problem;
@@ -22,6 +22,7 @@ References:
 from __future__ import annotations
 
 import torch
+from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
 from torch import Tensor
 
 #: The columns of `stats`: what a direction costs nothing extra to know.
@@ -58,8 +59,8 @@ def _recursion(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> T
     return r
 
 
-def _masked(s: Tensor, y: Tensor, sy: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Valid pairs in float64: (s, y, rho, gamma), with invalid ones zeroed and rho = 0 there.
+def _scales(sy: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
+    """(rho, gamma) from s_i.y_i and y_i.y_i, oldest first: rho = 0 for an invalid pair.
 
     gamma = s.y / y.y of the newest valid pair (Nocedal and Wright, eq. 7.20), 1 when there is none.
     """
@@ -69,9 +70,7 @@ def _masked(s: Tensor, y: Tensor, sy: Tensor, yy: Tensor) -> tuple[Tensor, Tenso
     m = sy.shape[-1]
     age = torch.arange(1, m + 1, device=sy.device) * ok  # the newest valid pair has the largest
     newest = age.argmax(-1, keepdim=True)
-    gamma = torch.where(ok.any(-1), scale.gather(-1, newest)[:, 0], 1.0)
-    keep = ok[..., None]
-    return torch.where(keep, s, 0.0), torch.where(keep, y, 0.0), rho, gamma
+    return rho, torch.where(ok.any(-1), scale.gather(-1, newest)[:, 0], 1.0)
 
 
 def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
@@ -84,80 +83,154 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tenso
     if s.dim() == 2:
         s64, y64 = s64[None], y64[None]
     sy, yy = (s64 * y64).sum(-1), (y64 * y64).sum(-1)
-    s64, y64, rho, auto = _masked(s64, y64, sy, yy)
+    rho, auto = _scales(sy, yy)
+    keep = (rho != 0)[..., None]
+    s64, y64 = torch.where(keep, s64, 0.0), torch.where(keep, y64, 0.0)
     d = _recursion(g, s64, y64, rho, auto if gamma is None else torch.full_like(auto, gamma))
     out.copy_(d.view(out.shape))
 
 
 def update(
-    s_ring: Tensor,
-    y_ring: Tensor,
-    sy: Tensor,
-    yy: Tensor,
-    head: Tensor,
-    count: Tensor,
-    stats: Tensor,
+    state: State,
+    pair: Pair | None,
     grad: Tensor | None,
-    s: Tensor | None,
-    y: Tensor | None,
-    y_prev: Tensor | None,
-    t: float | Tensor,
     tol: float,
     out: Tensor | None,
     prev_out: Tensor | None,
 ) -> None:
     """Append a pair to the ring if it passes the gate, then compute the direction.
 
-    The pair (when `s` is given) is s' = t * s and y' = y - y_prev (y' = y when `y_prev` is None), computed in T and
-    rounded to the dtype of the ring. With sy' = s'.y', ss' = s'.s', yy' = y'.y' in float64 of the rounded values, it
-    is accepted when all three are finite and sy' > tol * sqrt(ss' yy'). An accepted pair replaces slot `head`, head
-    becomes (head + 1) mod m and count min(count + 1, m); a rejected one changes nothing at all.
+    The pair (when given) is s' = t * s and y' = y - y_prev (y' = y when `y_prev` is None), computed in T and rounded to
+    the dtype of the ring. With sy' = s'.y', ss' = s'.s', yy' = y'.y' in float64 of the rounded values, it is accepted
+    when all three are finite and sy' > tol * sqrt(ss' yy'). An accepted pair replaces slot `head`, head becomes
+    (head + 1) mod m and count min(count + 1, m); a rejected one changes nothing at all.
 
     Gram matrices, by slot: sy[i, j] = s_i.y_j where i is as old as j or older, 0 where i is newer (the recursion never
     asks for those); yy is symmetric. An empty slot holds zeros everywhere, so that sy[i, i] = 0 marks it: rho = 0.
 
-    `t` is a number or a float64 tensor of (B,) or (1,) on the device. `out` (when given, with `grad`) receives
+    `t` is a number or a float64 tensor of (B,) or (1,) on the device. `out`, given with `grad` and only then, receives
     d = -H grad with H_0 = gamma I as in `two_loop`; it may be the tensor `s`. `prev_out` (when given) receives `grad`;
     it may be the tensor `y_prev`. `stats` (B, 8) receives the columns `STATS`: g.d, |grad|_2, |grad|_inf (NaN if any
     entry is), s'.y', |s'|, |y'|, 1.0 if accepted, gamma; entries that this call had no cause to compute are 0.
+
+    A backend may do the three parts in one; by themselves they are for a history whose elements are spread over
+    processes: the sums add (the largest entry is a maximum), everybody solves the same, and each combines its own.
     """
-    m = s_ring.shape[1]
+    batch, m, _ = state.s.shape
+    sums = state.sy.new_zeros(batch, 4 * m + EXTRAS)
+    coefs = state.sy.new_zeros(batch, 2 * m + 2)
+    dots(state, pair, grad, sums)
+    solve(state, sums, coefs, tol, pair is not None, grad is not None)
+    combine(state, pair, grad, coefs, out, prev_out)
+
+
+def _new_pair(state: State, pair: Pair) -> tuple[Tensor, Tensor]:
+    """s' and y' (B, n) as the rings store them."""
+    step = pair.t.to(pair.s.dtype)[:, None] if isinstance(pair.t, Tensor) else pair.t
+    y = pair.y if pair.y_prev is None else pair.y - pair.y_prev
+    return (_rows(pair.s) * step).to(state.s.dtype), _rows(y).to(state.y.dtype)
+
+
+def dots(state: State, pair: Pair | None, grad: Tensor | None, out: Tensor) -> None:
+    """Sum the products that `solve` needs, in float64 of what is stored, over the elements at hand.
+
+    out (B, 4 m + 8): s_i.g, y_i.g, s_i.y', y_i.y' for each slot i, one slot behind the other; then s'.y', s'.s', y'.y',
+    s'.g, y'.g, g.g, max |g_i| (NaN if any g_i is), 0. What there is no pair or no gradient for is 0.
+    """
+    batch, m, _ = state.s.shape
+    out.zero_()
+    slots, extra = out[:, : 4 * m].view(batch, m, 4), out[:, 4 * m :]
+    rows = torch.stack((state.s, state.y), 2).double()  # (B, m, 2, n)
+    g = None if grad is None else _rows(grad).double()
+    if g is not None:
+        slots[..., :2] = (rows * g[:, None, None]).sum(-1)
+        extra[:, 5], extra[:, 6] = (g * g).sum(-1), g.abs().amax(-1)
+    if pair is not None:
+        s, y = (x.double() for x in _new_pair(state, pair))
+        slots[..., 2:] = (rows * y[:, None, None]).sum(-1)
+        extra[:, 0], extra[:, 1], extra[:, 2] = (s * y).sum(-1), (s * s).sum(-1), (y * y).sum(-1)
+        if g is not None:
+            extra[:, 3], extra[:, 4] = (s * g).sum(-1), (y * g).sum(-1)
+
+
+def solve(state: State, dots: Tensor, coefs: Tensor, tol: float, pair: bool, direction: bool) -> None:
+    """Gate a pair, keep counters, Gram matrices and statistics, and compute the coefficients of a direction.
+
+    coefs (B, 2 m + 2): -gamma; the slot of an accepted pair, -1 for none; the coefficients of the rows of S by slot,
+    then those of Y, of which the new pair has its own. Without `direction` all but the second are of no meaning.
+
+    The recursion on coefficients is Algorithm 2 of Chen, Wang, Zhou, Large-scale L-BFGS using MapReduce, NIPS 2014.
+    """
+    sy, yy, head, count, stats = state.sy, state.yy, state.head, state.count, state.stats
+    m = sy.shape[-1]
+    slots, extra = dots[:, : 4 * m].view(-1, m, 4).clone(), dots[:, 4 * m :]
     stats.zero_()
-    if s is not None:
-        assert y is not None
-        step = t.to(s.dtype)[:, None] if isinstance(t, Tensor) else t
-        s_new = (_rows(s) * step).to(s_ring.dtype)
-        y_new = _rows(y if y_prev is None else y - y_prev).to(y_ring.dtype)
-        s64, y64 = s_new.double(), y_new.double()
-        new_sy, new_ss, new_yy = (s64 * y64).sum(-1), (s64 * s64).sum(-1), (y64 * y64).sum(-1)
+    coefs[:, 1] = -1.0
+    if pair:
+        new_sy, new_ss, new_yy = extra[:, :3].unbind(-1)
         finite = torch.isfinite(new_sy) & torch.isfinite(new_ss) & torch.isfinite(new_yy)
         ok = finite & (new_sy > tol * (new_ss.sqrt() * new_yy.sqrt()))
-        slot = torch.arange(m, device=head.device) == head[:, None]  # (B, m)
-        put = slot & ok[:, None]
-        s_ring.copy_(torch.where(put[..., None], s_new[:, None], s_ring))
-        y_ring.copy_(torch.where(put[..., None], y_new[:, None], y_ring))
-        # Columns of the new pair against every slot, from the values as stored.
-        col_sy = (s_ring.double() * y64[:, None]).sum(-1)
-        col_yy = (y_ring.double() * y64[:, None]).sum(-1)
+        put = (torch.arange(m, device=head.device) == head[:, None]) & ok[:, None]  # (B, m)
+        coefs[:, 1] = torch.where(ok, head.double(), -1.0)
+        slots = torch.where(put[..., None], extra[:, None, [3, 4, 0, 2]], slots)
         column, row = put[:, None, :], put[:, :, None]
-        sy.copy_(torch.where(column, col_sy[:, :, None], torch.where(row, 0.0, sy)))
-        yy.copy_(torch.where(column, col_yy[:, :, None], torch.where(row, col_yy[:, None, :], yy)))
+        sy.copy_(torch.where(column, slots[:, :, None, 2], torch.where(row, 0.0, sy)))
+        yy.copy_(torch.where(column, slots[:, :, None, 3], torch.where(row, slots[:, None, :, 3], yy)))
         head.copy_(torch.where(ok, (head + 1) % m, head))
         count.copy_(torch.where(ok, (count + 1).clamp(max=m), count))
         stats[:, 3], stats[:, 4], stats[:, 5], stats[:, 6] = new_sy, new_ss.sqrt(), new_yy.sqrt(), ok.double()
+    if not direction:
+        return
+    order = ((head[:, None] + torch.arange(m, device=head.device)) % m).long()  # oldest to newest
+    square = order[:, :, None].expand(-1, m, m), order[:, None, :].expand(-1, m, m)
+    sy_o, yy_o = (x.gather(1, square[0]).gather(2, square[1]) for x in (sy, yy))
+    sg, yg = (slots[..., k].gather(1, order) for k in (0, 1))
+    rho, gamma = _scales(torch.diagonal(sy_o, dim1=1, dim2=2), torch.diagonal(yy_o, dim1=1, dim2=2))
+    alpha, delta = torch.zeros_like(rho), torch.zeros_like(rho)
+    for i in reversed(range(m)):
+        # A slot that takes no part may hold anything: 0 times NaN would be NaN.
+        x = -sg[:, i] - _used(alpha, sy_o[:, i]).sum(-1)
+        alpha[:, i] = torch.where(rho[:, i] != 0, rho[:, i] * x, 0.0)
+    for i in range(m):
+        x = gamma * (-yg[:, i] - _used(alpha, yy_o[:, i]).sum(-1)) + _used(delta, sy_o[:, :, i]).sum(-1)
+        delta[:, i] = torch.where(rho[:, i] != 0, alpha[:, i] - rho[:, i] * x, 0.0)
+    coefs[:, 0] = -gamma
+    cs, cy = coefs[:, 2 : 2 + m], coefs[:, 2 + m :]
+    cs.scatter_(1, order, delta)
+    cy.scatter_(1, order, -gamma[:, None] * alpha)
+    stats[:, 0] = -gamma * extra[:, 5] + _used(cs, slots[..., 0]).sum(-1) + _used(cy, slots[..., 1]).sum(-1)
+    stats[:, 1], stats[:, 2], stats[:, 7] = extra[:, 5].sqrt(), extra[:, 6], gamma
+
+
+def _used(coefficients: Tensor, x: Tensor) -> Tensor:
+    return torch.where(coefficients != 0, coefficients * x, 0.0)
+
+
+def combine(
+    state: State,
+    pair: Pair | None,
+    grad: Tensor | None,
+    coefs: Tensor,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+) -> None:
+    """Write an accepted pair into its slot; out = -gamma g + sum of the rows that have a coefficient; prev_out = g.
+
+    A row without a coefficient is not read: it may hold anything.
+    """
+    if pair is not None:
+        slots = torch.arange(state.s.shape[1], device=coefs.device)
+        put = (slots == coefs[:, 1, None])[..., None]  # (B, m, 1)
+        s, y = _new_pair(state, pair)
+        state.s.copy_(torch.where(put, s[:, None], state.s))
+        state.y.copy_(torch.where(put, y[:, None], state.y))
     if out is not None:
         assert grad is not None
-        order = (head[:, None] + torch.arange(m, device=head.device)) % m  # oldest to newest
-        take = order[..., None].expand(-1, -1, s_ring.shape[-1]).long()
-        diag_sy = torch.diagonal(sy, dim1=-2, dim2=-1).gather(-1, order.long())
-        diag_yy = torch.diagonal(yy, dim1=-2, dim2=-1).gather(-1, order.long())
-        s64, y64, rho, gamma = _masked(
-            s_ring.gather(1, take).double(), y_ring.gather(1, take).double(), diag_sy, diag_yy
-        )
-        g = _rows(grad).double()
-        d = _recursion(g, s64, y64, rho, gamma)
-        stats[:, 0], stats[:, 1] = (g * d).sum(-1), torch.linalg.vector_norm(g, dim=-1)
-        stats[:, 2], stats[:, 7] = g.abs().amax(-1), gamma
+        m = state.s.shape[1]
+        d = coefs[:, :1] * _rows(grad).double()
+        for first, ring in ((2, state.s), (2 + m, state.y)):
+            c = coefs[:, first : first + m, None]
+            d = d + torch.where(c != 0, c * ring.double(), 0.0).sum(1)
         if prev_out is not None:
             prev_out.copy_(grad)
         out.copy_(d.view(out.shape))

@@ -22,6 +22,7 @@ import triton.language as tl
 from secant.kernels import _triton_support
 from secant.kernels._triton_support import load as _load
 from secant.kernels._triton_support import rounded_to_bfloat16 as _rounded_to_bfloat16
+from secant.kernels.lbfgs.contract import Pair, State
 from torch import Tensor
 
 #: Longest vector that one program handles alone.
@@ -685,23 +686,16 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tenso
 
 
 def update(
-    s_ring: Tensor,
-    y_ring: Tensor,
-    sy: Tensor,
-    yy: Tensor,
-    head: Tensor,
-    count: Tensor,
-    stats: Tensor,
+    state: State,
+    pair: Pair | None,
     grad: Tensor | None,
-    s: Tensor | None,
-    y: Tensor | None,
-    y_prev: Tensor | None,
-    t: float | Tensor,
     tol: float,
     out: Tensor | None,
     prev_out: Tensor | None,
 ) -> None:
     """Offer a pair to the ring and compute the direction, either of them or both; see `reference.update`."""
+    s_ring, stats = state.s, state.stats
+    s, y, y_prev, t = (None, None, None, 1.0) if pair is None else pair
     batch, m, n = s_ring.shape
     g = grad if out is not None else None
     if g is None and s is None:
@@ -710,7 +704,6 @@ def update(
     prev_out = prev_out if g is not None else None
     same = g is not None and y is not None and y.data_ptr() == g.data_ptr()
     step: tuple[Any, ...] = (1.0, t, int(t.numel() > 1)) if isinstance(t, Tensor) else (float(t), None, 0)
-    state = (s_ring, y_ring, sy, yy, head, count, stats)
     vectors = (g, s, None if same else y, y_prev)
     slots = max(_FEWEST_SLOTS, triton.next_power_of_2(m))
     with _triton_support.on(s_ring.device):
@@ -735,6 +728,6 @@ def update(
             MAX_PARTS=triton.next_power_of_2(_programs(s_ring.device)),
         )  # fmt: skip
         _combine[(batch * triton.cdiv(n, _COMBINE_TILE),)](
-            s_ring, y_ring, *vectors, *step, coef, out, prev_out, n, m,
+            state.s, state.y, *vectors, *step, coef, out, prev_out, n, m,
             Y_IS_G=same, BLOCK=_COMBINE_TILE, UNROLL=_COMBINE_UNROLL, num_warps=_COMBINE_WARPS,
         )  # fmt: skip

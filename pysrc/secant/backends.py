@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -83,8 +84,28 @@ def load(family: str, name: str) -> ModuleType | str:
                 found = f"cannot import {error.name or path}: {error}"
             else:
                 found = found.available() or found
+        if isinstance(found, ModuleType):
+            _check_contract(family, name, found)
+            if hasattr(found, "tune"):
+                found.tune(defaults.processor())
         _modules[key] = found
     return _modules[key]
+
+
+def _check_contract(family: str, name: str, module: ModuleType) -> None:
+    """Raise a TypeError unless the module has the functions of its family's contract, with these parameters."""
+    contract = importlib.import_module(f"secant.kernels.{family}.contract").Backend
+    for method, declared in vars(contract).items():
+        if method.startswith("_"):
+            continue
+        given = getattr(module, method, None)
+        wanted = list(inspect.signature(declared).parameters)[1:]
+        parameters = [] if given is None else list(inspect.signature(given).parameters.values())
+        if [p.name for p in parameters[: len(wanted)]] != wanted or any(
+            p.default is p.empty for p in parameters[len(wanted) :]
+        ):
+            got = "none" if given is None else f"({', '.join(p.name for p in parameters)})"
+            raise TypeError(f"{module.__name__}: expected a function {method}({', '.join(wanted)}), got {got}")
 
 
 class BySize:

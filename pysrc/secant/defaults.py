@@ -1,10 +1,12 @@
-"""Which backend `auto` takes: one table, by device, family, op and size, with the run that each entry comes from.
+"""What was measured to be best: the backend that `auto` takes, and the ways of a CPU's kernels, each with its run.
 
 `python bench/gpu.py --propose-defaults result.json` proposes the entries of a device from a run of `make gpu`.
 """
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
 from typing import NamedTuple
 
 #: Stands for the ops of a family that have no entry of their own.
@@ -58,3 +60,50 @@ def find(device: str, family: str, op: str, size: int) -> Default | None:
     by_op = entries(device, family)
     held = by_op.get(op) or by_op.get(ANY, [])
     return next((entry for entry in held if entry.largest is None or size <= entry.largest), None)
+
+
+class Processor(NamedTuple):
+    """How the CPU kernels go on a family of processors. Nothing is timed when they run: bits must repeat.
+
+    name: of the entry. vendor: "intel", "amd", "arm" or `ANY`. panel_bytes: histories of more bytes go through
+    `two_loop` by panels of 16 pairs, which read them half as often and compute more; None: always one pair a pass.
+    source: the run, or why.
+    """
+
+    name: str
+    vendor: str
+    panel_bytes: int | None
+    source: str
+
+
+#: The first that fits holds.
+PROCESSORS = (
+    Processor("intel", "intel", 8 << 20, "bench/results/cpu-xeon-2core.json: 10 to 20 GB/s for two cores"),
+    Processor(
+        "amd",
+        "amd",
+        None,
+        "bench/results/cpu-epyc-2core.json: at 57 GB/s for two cores one pair a pass was the fastest from 1e5 to 1e7",
+    ),
+    Processor(
+        "other",
+        ANY,
+        8 << 20,
+        "not measured, by reasoning: what saves reads of memory is the smaller risk where nothing is known",
+    ),
+)
+
+
+def processor_of(vendor: str) -> Processor:
+    """The entry for the processors of a vendor."""
+    return next(x for x in PROCESSORS if x.vendor in (vendor, ANY))
+
+
+@cache
+def processor() -> Processor:
+    """The entry for the processor at hand."""
+    try:
+        extension = importlib.import_module("secant._cpu")
+    except ImportError:
+        return processor_of(ANY)
+    return processor_of(extension.build_config()["vendor"])

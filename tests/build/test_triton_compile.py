@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flat import call_update
+
 triton = pytest.importorskip("triton")
 
 from secant.kernels.blocks import triton as blocks  # noqa: E402
@@ -89,12 +91,12 @@ def launch_all(m: int, n: int, vectors: torch.dtype, ring: torch.dtype, main: bo
     counters = [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
     state = (*rings, *grams, *counters, torch.zeros(1, 8, dtype=F64))
     g, d, p = (torch.zeros(1, n, dtype=vectors) for _ in range(3))
-    lbfgs.update(*state, g, d, g, p, 1.0, 1e-7, d, p)
+    call_update(lbfgs.update, *state, g, d, g, p, 1.0, 1e-7, d, p)
     lbfgs.two_loop(g, *rings, None, d)
     if not main:
-        lbfgs.update(*state, g, d, g, p, torch.ones(1, dtype=F64), 1e-7, d, p)
-        lbfgs.update(*state, None, d, g, None, 1.0, 1e-7, None, None)
-        lbfgs.update(*state, g, None, None, None, 1.0, 1e-7, d, None)
+        call_update(lbfgs.update, *state, g, d, g, p, torch.ones(1, dtype=F64), 1e-7, d, p)
+        call_update(lbfgs.update, *state, None, d, g, None, 1.0, 1e-7, None, None)
+        call_update(lbfgs.update, *state, g, None, None, None, 1.0, 1e-7, d, None)
         lbfgs.two_loop(g, *rings, 0.5, d)
 
 

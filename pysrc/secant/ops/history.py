@@ -7,9 +7,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secant import _checks
+from secant import _checks, backends
+from secant.kernels.lbfgs.contract import Pair, State
 from secant.ops import _gate, _register
 from secant.ops.lbfgs import MAX_HISTORY, STORAGE
+
+
+def flat_to_contract(
+    s_ring: Tensor,
+    y_ring: Tensor,
+    sy: Tensor,
+    yy: Tensor,
+    head: Tensor,
+    count: Tensor,
+    stats: Tensor,
+    grad: Tensor | None,
+    s: Tensor | None,
+    y: Tensor | None,
+    y_prev: Tensor | None,
+    t: float | Tensor,
+    tol: float,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+) -> tuple[Any, ...]:
+    """From the flat arguments of a schema to those of the family's contract."""
+    pair = None if s is None or y is None else Pair(s, y, y_prev, t)
+    return (
+        State(s_ring, y_ring, sy, yy, head, count, stats),
+        pair,
+        grad if out is not None else None,
+        tol,
+        out,
+        prev_out,
+    )
+
 
 _kernel = _register.Kernel(
     "lbfgs",
@@ -17,6 +48,7 @@ _kernel = _register.Kernel(
     "lbfgs_update(Tensor(a!) s_ring, Tensor(b!) y_ring, Tensor(c!) sy, Tensor(d!) yy, Tensor(e!) head, "
     "Tensor(f!) count, Tensor(g!) stats, Tensor? grad, Tensor? s, Tensor? y, Tensor? y_prev, Tensor t, float tol, "
     "Tensor(h!)? out, Tensor(i!)? prev_out)",
+    contract=flat_to_contract,
     vector=(8, 7),  # s, else grad
 )
 
@@ -109,7 +141,7 @@ class LBFGSHistory:
         self._count = torch.zeros(b, dtype=torch.int32, **kw)
         self._stats = torch.zeros(b, len(Stats._fields), dtype=torch.float64, **kw)
         self._stats_views = Stats(*(self._stats if batch is not None else self._stats[0]).unbind(-1))
-        self._state = (self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats)
+        self._state = State(self._s, self._y, self._sy, self._yy, self._head, self._count, self._stats)
         # Those whose changes autograd follows.
         self._versioned = [x for x in self._state if not x.is_inference()]
         self._shape = torch.Size((n,) if batch is None else (batch, n))
@@ -277,7 +309,9 @@ class LBFGSHistory:
             y_prev = y_prev.clone() if y_prev is not None else None
             _kernel.registered(*self._state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
         else:
-            _kernel.launch(*self._state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
+            pair = None if s is None or y is None else Pair(s, y, y_prev, t)
+            backend = backends.resolve("lbfgs", self.device, self.dtype)
+            backend.update(self._state, pair, grad, self.curvature_tol, out, prev_out)
             torch.autograd.graph.increment_version(self._versioned)
             if out is not None:
                 _gate.written(out) if prev_out is None else _gate.written(out, prev_out)

@@ -12,6 +12,7 @@ import torch
 from secant.kernels.lbfgs import cpu, reference
 
 import oracle
+from flat import call_update
 from reruns import in_instruction_set
 from secant import _cpu
 
@@ -119,7 +120,7 @@ def test_update_follows_the_reference_around_the_ring(m, n, batch, vectors, ring
             (mine, outputs[0], cpu.update, {"threads": threads}),
             (want, outputs[1], reference.update, {}),
         ):
-            update(*state.values(), grad, d, grad, p, t, tol, d, p, **extra)
+            call_update(update, *state.values(), grad, d, grad, p, t, tol, d, p, **extra)
         products = oracle.FLOAT_RUNS if (vectors, ring) == (torch.float32, torch.bfloat16) else 0.0
         oracle.check_state(mine, want, products)
         s, y = oracle.ordered(want)
@@ -147,12 +148,12 @@ def test_append_alone_and_direction_alone():
     state, want = (oracle.new_state(1, m, n, torch.float32) for _ in range(2))
     for i in range(m):
         for st, update in ((state, cpu.update), (want, reference.update)):
-            update(*st.values(), None, s[:, i], y[:, i], None, 1.0, 1e-7, None, None)
+            call_update(update, *st.values(), None, s[:, i], y[:, i], None, 1.0, 1e-7, None, None)
     oracle.check_state(state, want)
     grad = oracle.vector(n)
     out = torch.full_like(grad, math.nan)
     before = oracle.copy(state)
-    cpu.update(*state.values(), grad, None, None, None, 1.0, 1e-7, out, None)
+    call_update(cpu.update, *state.values(), grad, None, None, None, 1.0, 1e-7, out, None)
     oracle.check_direction(out, grad, s, y)
     for name in ("s_ring", "y_ring", "sy", "yy", "head", "count"):
         assert torch.equal(state[name], before[name])
@@ -169,7 +170,7 @@ def test_step_length_as_a_tensor():
         mine, want = (oracle.new_state(batch, 2, n, torch.float32) for _ in range(2))
         outs = [torch.full_like(g, math.nan) for _ in range(2)]
         for st, out, update in ((mine, outs[0], cpu.update), (want, outs[1], reference.update)):
-            update(*st.values(), g, d, y, None, lengths, 1e-7, out, None)
+            call_update(update, *st.values(), g, d, y, None, lengths, 1e-7, out, None)
         oracle.check_state(mine, want)
         assert mine["stats"][:, 6].tolist() == [1, 1, 1]
 
@@ -181,7 +182,7 @@ def test_the_gate_is_relative():
     orthogonal = torch.roll(s, n // 2, -1) * torch.cat([torch.ones(n // 2), -torch.ones(n // 2)])
     for pair, accepted in (((1e-18 * s, 1e-18 * s), 1), ((1e10 * s, 1e10 * orthogonal + 1e-8 * s), 0)):
         state = oracle.new_state(1, 2, n, torch.float32)
-        cpu.update(*state.values(), None, *pair, None, 1.0, 1e-7, None, None)
+        call_update(cpu.update, *state.values(), None, *pair, None, 1.0, 1e-7, None, None)
         assert state["stats"][0, 6] == accepted
 
 
@@ -190,7 +191,7 @@ def test_bfloat16_rounds_to_nearest_even_like_torch():
     values = torch.cat([bits.view(torch.float32), (bits // 2**16 * 2**16 + 2**15).view(torch.float32)])
     values = values[torch.isfinite(values) & (values.abs() < 1e18) & (values.abs() > 1e-18)][None]
     state = oracle.new_state(1, 1, values.shape[-1], torch.bfloat16)
-    cpu.update(*state.values(), None, values, values, None, 1.0, 0.0, None, None)
+    call_update(cpu.update, *state.values(), None, values, values, None, 1.0, 0.0, None, None)
     assert state["stats"][0, 6] == 1
     assert torch.equal(state["s_ring"][0, 0], values[0].bfloat16())
 
@@ -231,11 +232,11 @@ def test_a_batch_is_its_problems_one_by_one_to_the_bit(m, n, vectors, ring, thre
         pair = (s[:, k].contiguous(), y[:, k].contiguous())
         for given in ((grad, *pair, previous), (grad, None, None, None), (None, *pair, None)):
             outs = [None if given[0] is None else torch.full((b, n), math.nan, dtype=vectors) for b in (batch, batch)]
-            cpu.update(*together.values(), *given, 0.5, 1e-7, outs[0], None, threads=threads)
+            call_update(cpu.update, *together.values(), *given, 0.5, 1e-7, outs[0], None, threads=threads)
             for b, state in enumerate(apart):
                 one = (None if x is None else x[b : b + 1] for x in (*given, outs[1]))
                 *given_one, out = one
-                cpu.update(*state.values(), *given_one, 0.5, 1e-7, out, None, threads=1)
+                call_update(cpu.update, *state.values(), *given_one, 0.5, 1e-7, out, None, threads=1)
             for name, value in together.items():
                 assert torch.equal(value, torch.cat([state[name] for state in apart])), name
             assert outs[0] is None or torch.equal(*outs)
@@ -251,10 +252,10 @@ def test_the_largest_entry_counts_wherever_it_stands(vectors):
     for i in range(n):
         spiked = grad.clone()
         spiked[0, i] = -100 - i
-        cpu.update(*state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
+        call_update(cpu.update, *state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
         assert state["stats"][0, 2] == 100 + i
         spiked[0, i] = math.nan
-        cpu.update(*state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
+        call_update(cpu.update, *state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
         assert torch.isnan(state["stats"][0, 2])
 
 

@@ -15,6 +15,7 @@ import torch
 from secant.kernels.lbfgs import plan, reference
 from torch import Tensor
 
+from flat import call_update
 from reruns import under_address_sanitizer
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -185,9 +186,9 @@ def run_steps(
         g_new = (g.double() + h * d.double() * (t[:, None] if isinstance(t, Tensor) else t)).to(dtype)
         ref, got = state.clone(), state.clone()
         ref_d, ref_prev = torch.empty(batch, n, dtype=F64), torch.empty_like(g)
-        reference.update(*ref.tensors, g_new, d, g_new, g, t, 1e-7, ref_d, ref_prev)
+        call_update(reference.update, *ref.tensors, g_new, d, g_new, g, t, 1e-7, ref_d, ref_prev)
         out, prev, gn = offset(d, shift), offset(g, shift), offset(g_new, shift)
-        launch.update(*got.tensors, gn, out, gn, prev, t, 1e-7, out, prev)
+        call_update(launch.update, *got.tensors, gn, out, gn, prev, t, 1e-7, out, prev)
         check_state(got, ref)
         size = magnitude(ref, g_new)
         check_direction(out, ref_d, size, m)
@@ -242,8 +243,8 @@ def test_history_of_256(launcher):
     ref_d, out = torch.empty(1, case.n, dtype=F64), torch.full((1, case.n), torch.nan)
     s_new = torch.randn(1, case.n)
     args = (g, s_new, (h * s_new).float(), None, 0.5, 0.0)
-    reference.update(*ref.tensors, *args, ref_d, None)
-    launch.update(*got.tensors, *args, out, None)
+    call_update(reference.update, *ref.tensors, *args, ref_d, None)
+    call_update(launch.update, *got.tensors, *args, out, None)
     check_state(got, ref)
     size = magnitude(ref, g)
     check_direction(out, ref_d, size, 256)
@@ -270,8 +271,8 @@ def test_append_and_direction_apart(launcher, name):
         g = torch.randn(batch, n)
         ref, got = state.clone(), state.clone()
         ref_d, out = torch.empty(batch, n, dtype=F64), torch.full((batch, n), torch.nan)
-        reference.update(*ref.tensors, g, None, None, None, 1.0, 0.0, ref_d, None)
-        launch.update(*got.tensors, g, None, None, None, 1.0, 0.0, out, None)
+        call_update(reference.update, *ref.tensors, g, None, None, None, 1.0, 0.0, ref_d, None)
+        call_update(launch.update, *got.tensors, g, None, None, None, 1.0, 0.0, out, None)
         check_state(got, ref)
         size = magnitude(ref, g)
         check_direction(out, ref_d, size, m)
@@ -279,8 +280,8 @@ def test_append_and_direction_apart(launcher, name):
         s = torch.randn(batch, n)
         y = (h * s).float()
         ref, got = state.clone(), state.clone()
-        reference.update(*ref.tensors, None, s, y, None, 0.25, 1e-7, None, None)
-        launch.update(*got.tensors, None, s, y, None, 0.25, 1e-7, None, None)
+        call_update(reference.update, *ref.tensors, None, s, y, None, 0.25, 1e-7, None, None)
+        call_update(launch.update, *got.tensors, None, s, y, None, 0.25, 1e-7, None, None)
         check_state(got, ref)
         torch.testing.assert_close(got.tensors[6], ref.tensors[6], rtol=1e-11, atol=0)
         state = ref
@@ -295,7 +296,7 @@ def test_rejected_pairs(launcher, name):
     h, state = hessian(n), State(batch, n, m, F32)
     for _ in range(m + 1):
         s = torch.randn(batch, n)
-        reference.update(*state.tensors, None, s, (h * s).float(), None, 1.0, 0.0, None, None)
+        call_update(reference.update, *state.tensors, None, s, (h * s).float(), None, 1.0, 0.0, None, None)
     launch = launcher(case.device, 6, cooperative=case.forced)
     s = torch.randn(batch, n)
     nan, inf = s.clone(), s.clone()
@@ -304,8 +305,8 @@ def test_rejected_pairs(launcher, name):
         g = torch.randn(batch, n)
         ref, got = state.clone(), state.clone()
         ref_d, out, prev = torch.empty(batch, n, dtype=F64), s.clone(), torch.full_like(g, torch.nan)
-        reference.update(*ref.tensors, g, s, y, None, 1.0, 1e-7, ref_d, None)
-        launch.update(*got.tensors, g, out, y, None, 1.0, 1e-7, out, prev)
+        call_update(reference.update, *ref.tensors, g, s, y, None, 1.0, 1e-7, ref_d, None)
+        call_update(launch.update, *got.tensors, g, out, y, None, 1.0, 1e-7, out, prev)
         assert (ref.tensors[6][:, 6] == 0).all()
         for a, b in zip(got.tensors[:6], state.tensors[:6], strict=True):
             assert torch.equal(a, b)
@@ -323,11 +324,22 @@ def test_nan_gradient(launcher, name):
     h, state = hessian(n), State(batch, n, m, F32)
     for _ in range(2):
         s = torch.randn(batch, n)
-        reference.update(*state.tensors, None, s, (h * s).float(), None, 1.0, 0.0, None, None)
+        call_update(reference.update, *state.tensors, None, s, (h * s).float(), None, 1.0, 0.0, None, None)
     g = torch.randn(batch, n)
     g[0, n // 3] = torch.nan
     out = torch.zeros(batch, n)
-    launcher(case.device, 7, cooperative=case.forced).update(*state.tensors, g, None, None, None, 1.0, 0.0, out, None)
+    call_update(
+        launcher(case.device, 7, cooperative=case.forced).update,
+        *state.tensors,
+        g,
+        None,
+        None,
+        None,
+        1.0,
+        0.0,
+        out,
+        None,
+    )
     assert state.tensors[6][0, 2].isnan()
     assert out[0].isnan().all()
     assert state.tensors[6][1:, :3].isfinite().all()
@@ -453,7 +465,7 @@ def test_order_of_threads_changes_nothing(launcher, name):
         got, out = state.clone(), torch.empty(case.batch, case.n)
         launch = launcher(case.device, seed, cooperative=case.forced)
         for _ in range(2):
-            launch.update(*got.tensors, g, s, (h * s).float(), None, 1.0, 0.0, out, None)
+            call_update(launch.update, *got.tensors, g, s, (h * s).float(), None, 1.0, 0.0, out, None)
         results.append([*got.tensors, out])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -465,7 +477,7 @@ def test_capture_takes_plain_launches(launcher):
     launch = launcher(case.device)
     launch.driver.graph = True
     state, g, out = State(1, case.n, case.m, F32), torch.randn(1, case.n), torch.empty(1, case.n)
-    launch.update(*state.tensors, g, None, None, None, 1.0, 0.0, out, None)
+    call_update(launch.update, *state.tensors, g, None, None, None, 1.0, 0.0, out, None)
     assert torch.equal(out, -g)
     assert [item.phase for item in launch.driver.log] == [plan.FIRST, plan.SECOND]
     assert not launch._workspaces

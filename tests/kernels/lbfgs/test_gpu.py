@@ -6,6 +6,8 @@ import pytest
 import torch
 from secant.kernels.lbfgs import reference
 
+from flat import call_update
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -42,7 +44,7 @@ class Problem:
         ]
         for _ in range(pairs):
             s = torch.randn(batch, n, dtype=dtype, **new)
-            reference.update(*self.state, None, s, (self.h * s).to(dtype), None, 1.0, 0.0, None, None)
+            call_update(reference.update, *self.state, None, s, (self.h * s).to(dtype), None, 1.0, 0.0, None, None)
         self.s = torch.randn(batch, n, dtype=dtype, **new)
         self.prev = torch.randn(batch, n, dtype=dtype, **new)
         self.grad = (self.prev.double() + 0.5 * self.h * self.s.double()).to(dtype)
@@ -52,7 +54,7 @@ class Problem:
         state = [x.clone() for x in self.state]
         d = torch.full(self.grad.shape, torch.nan, dtype=F64, device=DEVICE)
         prev = torch.empty_like(self.prev)
-        reference.update(*state, self.grad, self.s, self.grad, self.prev, self.t, 1e-7, d, prev)
+        call_update(reference.update, *state, self.grad, self.s, self.grad, self.prev, self.t, 1e-7, d, prev)
         return state, d
 
 
@@ -82,7 +84,7 @@ def test_update(backend, shape, dtype, storage):
     p = Problem(*shape, dtype, storage)
     ref, ref_d = p.reference()
     out, prev = p.s.clone(), p.prev.clone()
-    backend.update(*p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
+    call_update(backend.update, *p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
     check_state(p.state, ref)
     check(out, ref_d, shape[2])
     assert torch.equal(prev, p.grad)
@@ -115,7 +117,7 @@ def test_graph_replay(backend, shape):
     start = [x.clone() for x in p.state]
 
     def step() -> None:
-        backend.update(*p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
+        call_update(backend.update, *p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -149,13 +151,15 @@ def test_no_synchronisation_and_another_stream(backend, shape):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        backend.update(*warm.state, warm.grad, warm_out, warm.grad, warm.prev, warm.t, 1e-7, warm_out, warm.prev)
+        call_update(
+            backend.update, *warm.state, warm.grad, warm_out, warm.grad, warm.prev, warm.t, 1e-7, warm_out, warm.prev
+        )
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(side):
             torch.cuda._sleep(10_000_000)  # what the default stream does next must not be waited for, nor wait
-            backend.update(*p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
+            call_update(backend.update, *p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
@@ -169,7 +173,7 @@ def test_repeats_bit_for_bit(backend):
     for _ in range(3):
         state = [x.clone() for x in p.state]
         out, prev = p.s.clone(), p.prev.clone()
-        backend.update(*state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
+        call_update(backend.update, *state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
         results.append([*state, out])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from flat import call_update
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from secant.kernels.lbfgs import reference
@@ -65,7 +67,7 @@ def call(regime: str, state: dict[str, Tensor], *args: Any) -> list[Any]:
     placed: dict[int, Any] = {}
     moved = [placed.setdefault(id(a), place(a)) for a in args]
     with kernels(regime) as backend:
-        backend.update(*on.values(), *moved)
+        call_update(backend.update, *on.values(), *moved)
     for k, v in on.items():
         state[k].copy_(v)
     return [a.cpu() if isinstance(a, Tensor) else a for a in moved]
@@ -85,7 +87,7 @@ def filled(batch: int, m: int, n: int, ring: torch.dtype, count: int, vectors: t
     state = oracle.new_state(batch, m, n, ring)
     s, y = oracle.pairs(max(count, 1), n, batch, vectors, seed=1)
     for k in range(count):
-        reference.update(*state.values(), None, s[:, k], y[:, k], None, 1.0, 1e-12, None, None)
+        call_update(reference.update, *state.values(), None, s[:, k], y[:, k], None, 1.0, 1e-12, None, None)
     return state
 
 
@@ -99,7 +101,7 @@ def step(
     d = ((g1.double() - g0.double()) / (0.5 + oracle.vector(n, batch, F64, 9).abs()) / tt).to(vectors)
     want = oracle.copy(state)
     wd, wp = d.clone(), g0.clone()
-    reference.update(*want.values(), g1, wd, g1, wp, t, 1e-7, wd, wp)
+    call_update(reference.update, *want.values(), g1, wd, g1, wp, t, 1e-7, wd, wp)
     _, gd, _, gp = call(regime, state, g1, d, g1, g0, t, 1e-7, d, g0)[:4]
     oracle.check_state(state, want)
     s, y = oracle.ordered(want)
@@ -153,7 +155,7 @@ def problems_of_a_batch_reject_on_their_own(regime):
     s, y = (x[:, 0].clone() for x in oracle.pairs(1, n, 3, seed=5))
     y[1] = -y[1]
     want = oracle.copy(state)
-    reference.update(*want.values(), None, s, y, None, 1.0, 1e-7, None, None)
+    call_update(reference.update, *want.values(), None, s, y, None, 1.0, 1e-7, None, None)
     before = oracle.copy(state)
     call(regime, state, None, s, y, None, 1.0, 1e-7, None, None)
     oracle.check_state(state, want)
@@ -171,7 +173,7 @@ def append_only(regime, ring):
     for y_prev in (None, oracle.vector(n)):
         want = oracle.copy(state)
         args = (None, s, y if y_prev is None else y + y_prev, y_prev, 1.5, 1e-7, None, None)
-        reference.update(*want.values(), *args)
+        call_update(reference.update, *want.values(), *args)
         call(regime, state, *args)
         oracle.check_state(state, want)
         oracle.check_stats(state["stats"], want["stats"], n)
@@ -186,7 +188,7 @@ def direction_only(regime, count):
     want, before = oracle.copy(state), oracle.copy(state)
     g = oracle.vector(n)
     expected = torch.empty_like(g)
-    reference.update(*want.values(), g, None, None, None, 1.0, 1e-7, expected, None)
+    call_update(reference.update, *want.values(), g, None, None, None, 1.0, 1e-7, expected, None)
     prev = torch.full_like(g, math.nan)
     got = call(regime, state, g, None, None, None, 1.0, 1e-7, torch.full_like(g, math.nan), prev)
     oracle.check_direction(got[6], g, *oracle.ordered(before))
@@ -207,7 +209,7 @@ def out_apart_from_inputs(regime):
     y = p + 0.5 * s
     want = oracle.copy(state)
     expected, nan = torch.empty_like(g), torch.full_like(g, math.nan)
-    reference.update(*want.values(), g, s, y, p, 1.0, 1e-7, expected, torch.empty_like(g))
+    call_update(reference.update, *want.values(), g, s, y, p, 1.0, 1e-7, expected, torch.empty_like(g))
     got = call(regime, state, g, s, y, p, 1.0, 1e-7, nan, nan.clone())
     oracle.check_state(state, want)
     oracle.check_direction(got[6], g, *oracle.ordered(want))
@@ -434,7 +436,7 @@ def captured_in_a_graph(regime):
     with kernels(regime) as backend:
 
         def run(state: dict[str, Tensor], d: Tensor, previous: Tensor) -> None:
-            backend.update(*state.values(), g, d, g, previous, 1.0, 1e-7, d, previous)
+            call_update(backend.update, *state.values(), g, d, g, previous, 1.0, 1e-7, d, previous)
 
         eager = [place(oracle.vector(n, seed=k)) for k in (1, 2)]
         run(states[0], *eager)
@@ -459,7 +461,7 @@ def more_than_two_to_the_31_elements():
     state["head"].fill_(m - 1)
     s = torch.randn(1, n, device=device).bfloat16().float()
     g = 2 * s
-    backend.update(*state.values(), g, s, g, None, 1.0, 1e-7, d := torch.empty_like(g), None)
+    call_update(backend.update, *state.values(), g, s, g, None, 1.0, 1e-7, d := torch.empty_like(g), None)
     assert state["stats"][0, 6].item() == 1.0
     assert torch.equal(state["s_ring"][0, m - 1].float(), s[0])
     # H y = s: three terms, each rounded, of size |s|, 2 |s| / 2 and |s|.

@@ -1,11 +1,11 @@
 // The hvp family's CUDA kernels, compiled ahead of time, and their table.
 #include "cuda_kernels.h"
 
-#include "../kernels/cuda_portable.cuh"
+#include "../cuda_portable.cuh"
 
-#include "../kernels/hvp/cuda.cu"
+#include "cuda.cu"
 
-namespace secant {
+namespace {
 
 #define SECANT_HVP_TILE_ROW(K, E, TAG, C, T) SECANT_CUDA_ROW(SECANT_HVP_TILE_NAME(K, E, TAG), OfX)
 #define SECANT_HVP_CROSS_ENTROPY_ROW(TAG, C, T) SECANT_CUDA_ROW(SECANT_HVP_OTHER_NAME(cross_entropy, TAG), CrossEntropy)
@@ -15,10 +15,8 @@ namespace secant {
   SECANT_CUDA_ROW(SECANT_HVP_OTHER_NAME(product, TAG), Product) \
   SECANT_CUDA_ROW(SECANT_HVP_OTHER_NAME(sum, TAG), Product)
 
-CudaTable hvp_kernels() {
-  static const CudaKernel kernels[] = {SECANT_HVP_TILES(SECANT_HVP_TILE_ROW) SECANT_HVP_CROSS_ENTROPY(
-      SECANT_HVP_CROSS_ENTROPY_ROW) SECANT_HVP_REST(SECANT_HVP_REST_ROWS)};
-  return {kernels, int(sizeof(kernels) / sizeof(kernels[0]))};
-}
+const secant::CudaKernel kernels[] = {SECANT_HVP_TILES(SECANT_HVP_TILE_ROW) SECANT_HVP_CROSS_ENTROPY(
+    SECANT_HVP_CROSS_ENTROPY_ROW) SECANT_HVP_REST(SECANT_HVP_REST_ROWS)};
+const secant::CudaFamily family(kernels);
 
-}  // namespace secant
+}  // namespace
