@@ -58,6 +58,8 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	rm -rf build/typed && mkdir -p build/typed/secant
+	ln -s $$(ls -d $(CURDIR)/pysrc/secant/* | grep -v '\.so$$') $(CURDIR)/kernels build/typed/secant
 	$(BIN)/mypy
 
 format: $(VENV)/.deps

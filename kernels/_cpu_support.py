@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 try:
-    from secant import _cpu
+    from secant import _cpu  # type: ignore[attr-defined]
 except ImportError as error:  # a source tree that was never built, or a SECANT_ISA that this machine has not
     _cpu = None
     _reason = f"the extension module secant._cpu cannot be imported: {error}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 try:
-    from secant import _cuda
+    from secant import _cuda  # type: ignore[attr-defined]
 except ImportError as error:
     _cuda = None
     _why = f"secant was built without CUDA ({error})"

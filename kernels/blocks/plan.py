@@ -133,9 +133,10 @@ class Launcher:
         tag, size, type_ = TYPES[a.dtype]
         k = 1 if b is None else b.shape[-1]
         chosen = plan(op, tag, n, size, min(k, COLUMNS))
-        given, pointer = 0.0 if shift is None else shift, 0
-        if isinstance(given, Tensor):
-            given, pointer = math.nan, given.data_ptr()
+        if isinstance(shift, Tensor):
+            given, pointer = math.nan, shift.data_ptr()
+        else:
+            given, pointer = 0.0 if shift is None else shift, 0
         parameters = BLOCKS.pack(
             a.data_ptr(),
             0 if b is None else b.data_ptr(),

@@ -160,11 +160,11 @@ def glm_value_grad(
     sum_ = _penalty(wide, x.shape[1], l2)
     for rows, part in _chunks("glm_value_grad", x):
         parts = losses(_logits(part, wide), target[rows].double(), loss, delta)
-        if sample_weight is not None:
-            parts = tuple(sample_weight[rows].double() * p for p in parts)
-        sum_ = sum_ + parts[0].sum()
-        _add_gradient(total, part, parts[1])
-        weight[rows] = parts[2].to(weight.dtype)
+        c = 1.0 if sample_weight is None else sample_weight[rows].double()
+        loss_, first, second = (c * p for p in parts)
+        sum_ = sum_ + loss_.sum()
+        _add_gradient(total, part, first)
+        weight[rows] = second.to(weight.dtype)
     value.copy_(sum_)
     grad.copy_(total)
 

@@ -19,7 +19,7 @@ class State(NamedTuple):
     sy: Tensor
     yy: Tensor
     head: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # of the pairs, not of equal members
     stats: Tensor
 
 
