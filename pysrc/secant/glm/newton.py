@@ -25,7 +25,8 @@ from torch import Tensor
 from secant.glm.objective import Objective, Point
 from secant.glm.preconditioners import Diagonal, Factor
 from secant.glm.result import Recorder
-from secant.solvers.cg import CGResult, CGStatus, cg
+from secant.result import Status
+from secant.solvers.cg import CGResult, cg
 from secant.solvers.line_search import Trial, strong_wolfe
 
 #: Forcing terms: the residual of a Newton system relative to its right-hand side. Between the bounds, Eisenstat and
@@ -122,7 +123,7 @@ class FactorSystem:
             patience = max(4, point.grad.numel() // _COLUMNS_PER_PRODUCT)
             found = _solve(objective, point, self.factor, rtol, atol, min(patience, self.most))
             inner = int(found.iterations)
-            if int(found.status) == CGStatus.CONVERGED:
+            if int(found.status) == Status.CONVERGED:
                 return Direction(found.x, inner)
         if self.factor is None or self.at is not point:
             tail = max(1, objective.classes) if objective.intercept else 0
