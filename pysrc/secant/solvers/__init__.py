@@ -1,6 +1,6 @@
 """Line searches and the other inner solvers of the optimizers."""
 
 from secant.solvers.cg import CGResult, cg, steihaug
-from secant.solvers.line_search import Step, Trial, cubic_minimizer, strong_wolfe
+from secant.solvers.line_search import LineSearchResult, Trial, cubic_minimizer, run, strong_wolfe
 
-__all__ = ["CGResult", "Step", "Trial", "cg", "cubic_minimizer", "steihaug", "strong_wolfe"]
+__all__ = ["CGResult", "LineSearchResult", "Trial", "cg", "cubic_minimizer", "run", "steihaug", "strong_wolfe"]
