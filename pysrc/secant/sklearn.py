@@ -32,6 +32,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from secant import _checks, glm
+from secant.result import Status
 
 __all__ = ["GammaRegressor", "LogisticRegression", "PoissonRegressor", "Ridge", "TweedieRegressor"]
 
@@ -185,7 +186,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
     """
 
     classes_: Any
-    result_status_: str
+    result_status_: Status
 
     def __init__(
         self,
@@ -265,7 +266,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
 class _LogLink(RegressorMixin, _Linear, ABC):
     """A regressor whose expected target is exp(X w + b)."""
 
-    result_status_: str
+    result_status_: Status
     alpha: float
     solver: str
     max_iter: int
@@ -444,7 +445,7 @@ class Ridge(RegressorMixin, _Linear):
     """
 
     warm_start = False
-    result_status_: str
+    result_status_: Status
 
     def __init__(
         self,
@@ -478,7 +479,7 @@ class Ridge(RegressorMixin, _Linear):
                 _positive(X, column, l2, sample_weight, self) for column, l2 in zip(columns, penalties, strict=True)
             ]
             coef, intercept = (torch.as_tensor(np.stack(part).astype(X.dtype)) for part in zip(*pairs, strict=True))
-            self.n_iter_, self.result_status_ = 1, "converged"
+            self.n_iter_, self.result_status_ = 1, Status.CONVERGED
         else:
             results = [
                 self._minimise(X, column, "squared", l2, sample_weight, None)
@@ -486,7 +487,7 @@ class Ridge(RegressorMixin, _Linear):
             ]
             coef, intercept = torch.stack([r.coef for r in results]), torch.stack([r.intercept for r in results])
             self.n_iter_ = max(self._iterations(r) for r in results)
-            self.result_status_ = next((r.status for r in reversed(results) if not r.converged), "converged")
+            self.result_status_ = next((r.status for r in reversed(results) if not r.converged), Status.CONVERGED)
         # As scikit-learn: one target in a column has coefficients of one dimension, but an intercept of one.
         self.coef_ = self._kind(coef if len(columns) > 1 else coef[0])
         self.intercept_ = self._kind(intercept) if y.ndim == 2 else self._kind(intercept[0])[()]

@@ -17,7 +17,7 @@ from secant.ops import hvp as ops
 _SATURATED = 1e-12
 
 
-class Point(NamedTuple):
+class FitPoint(NamedTuple):
     """Where the objective was evaluated.
 
     theta: coefficients, (p,) or (p, K), the intercept in the last row if there is one. value: of the sum. grad: of the
@@ -92,7 +92,7 @@ class Objective:
             theta[self.x.shape[1]] = best
         return theta
 
-    def evaluate(self, theta: Tensor) -> Point:
+    def evaluate(self, theta: Tensor) -> FitPoint:
         """One pass over X (two with an offset), one transfer to the host."""
         if self.shift is None:
             value, grad, curvature = self._value_grad(self.x, theta, slice(None), self.l2)
@@ -105,7 +105,15 @@ class Objective:
                 curvatures.append(curvature)
             grad, curvature = total.to(theta.dtype), torch.cat(curvatures)
         number, largest = torch.stack([value, grad.abs().amax().double()]).tolist()
-        return Point(theta, number, grad, largest, curvature)
+        return FitPoint(theta, number, grad, largest, curvature)
+
+    def move(self, point: FitPoint, p: Tensor, t: float) -> FitPoint:
+        """Evaluate at the point plus t p."""
+        return self.evaluate(point.theta + t * p)
+
+    def noise(self, point: FitPoint) -> float:
+        """Rounding error of the difference of two values near the point: of sums that start anew from every term."""
+        return 16.0 * torch.finfo(point.grad.dtype).eps * max(abs(point.value), self.total)
 
     def _value_grad(self, x: Tensor, theta: Tensor, rows: slice, l2: float) -> tuple[Tensor, Tensor, Tensor]:
         """(value, grad, curvature) of some rows, which `x` holds as they are to be taken."""
@@ -158,7 +166,7 @@ class Objective:
         for start, stop, block in row_blocks(self.x, block_rows(self.x, 2 * self.x.shape[1]), self.shift):
             yield slice(start, stop), block
 
-    def hvp(self, point: Point, v: Tensor) -> Tensor:
+    def hvp(self, point: FitPoint, v: Tensor) -> Tensor:
         """Hessian at the point times v; one pass over X."""
         if self.shift is None:
             return self._hvp(self.x, point.curvature, v, slice(None), self.l2)
@@ -209,7 +217,7 @@ class Objective:
         """
         return self.loss == "huber"
 
-    def gram(self, point: Point) -> Tensor:
+    def gram(self, point: FitPoint) -> Tensor:
         """The Hessian (or its bound), (P, P) float64 over the flattened theta."""
         if self.classes:
             h = softmax_gram(
@@ -220,7 +228,7 @@ class Objective:
         h.diagonal()[: self.x.shape[1]] += self.l2
         return h
 
-    def moments(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
+    def moments(self, point: FitPoint) -> tuple[Tensor, Tensor, Tensor]:
         """`weighted_moments` with the diagonals of the Hessians by row."""
         return weighted_moments(self.x, self._row_weight(point), self.shift)
 
@@ -238,7 +246,7 @@ class Objective:
         target = self.target[::stride].contiguous()
         return replace(self, x=x, target=target, sample_weight=scaled.contiguous(), offset=offset)
 
-    def _row_weight(self, point: Point) -> Tensor:
+    def _row_weight(self, point: FitPoint) -> Tensor:
         if self.majorised:
             return torch.ones_like(point.curvature) if self.sample_weight is None else self.sample_weight
         curvature = self._unsaturated(point)
@@ -247,7 +255,7 @@ class Objective:
         w = curvature * (1.0 - curvature)
         return w if self.sample_weight is None else w * self.sample_weight[:, None]
 
-    def _unsaturated(self, point: Point) -> Tensor:
+    def _unsaturated(self, point: FitPoint) -> Tensor:
         """`point.curvature`, of which rows with huge logits keep some: else a step may be longer than 1e200."""
         curvature = point.curvature
         if self.classes:

@@ -1,4 +1,4 @@
-"""What stands for the inverse Hessian: its diagonal after centring, or a Cholesky factor."""
+"""Preconditioners, which stand for the inverse Hessian: by its diagonal after centring, or a Cholesky factor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from secant.glm.objective import Objective, Point
+from secant.glm.objective import FitPoint, Objective
 
 
-class Diagonal:
+class DiagonalPreconditioner:
     """Coordinates u in which features are centred and have unit curvature: theta = T u, (w, b) from (u_w, u_b).
 
     With m the weighted means of the features, w = u_w / s and b = u_b / s_b - m.w, so that
@@ -21,7 +21,7 @@ class Diagonal:
     and T^T act on vectors of coefficients. For the multinomial loss each class has its own T.
     """
 
-    def __init__(self, objective: Objective, point: Point) -> None:
+    def __init__(self, objective: Objective, point: FitPoint) -> None:
         total, first, second = objective.moments(point)
         eps = torch.finfo(second.dtype).eps
         self._d = second.shape[0]
@@ -67,7 +67,7 @@ class Diagonal:
         return self.to_theta(self.to_u(r))
 
 
-class Factor:
+class CholeskyPreconditioner:
     """Cholesky factor in float64 of a Gram matrix, after the intercepts were eliminated and its diagonal scaled to one.
 
     Eliminating the intercepts centres the features, so that a large mean does not look like collinearity. What is then
@@ -115,7 +115,7 @@ class Factor:
 
 
 def _regular_cholesky(a: Tensor, error: float) -> tuple[Tensor, float]:
-    """Factor of A plus a multiple of its diagonal, and that multiple: 0 unless a pivot is lost in the error of A."""
+    """Factor A plus a multiple of its diagonal, and tell it: 0 unless a pivot is lost in the error of A."""
     diagonal = a.diagonal()
     if not bool((diagonal > 0.0).all()):
         a = a + torch.diag((diagonal <= 0.0).to(a))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secant.glm.newton import System
-from secant.glm.objective import Objective, Point
+from secant.glm.objective import FitPoint, Objective
+from secant.solvers.newton import DirectionSolver
 
 #: A Newton step along such a direction moves the margins of the rows that it separates by 1, however far they are;
 #: towards a minimum steps vanish.
@@ -31,7 +31,9 @@ def intercept_falls_forever(objective: Objective) -> bool:
     return not bool((used > 0.0).any()) or (objective.loss == "logistic" and not bool((used < 1.0).any()))
 
 
-def falls_forever(objective: Objective, point: Point, step: Tensor | None, system: System) -> bool:
+def falls_forever(
+    objective: Objective, point: FitPoint, step: Tensor | None, system: DirectionSolver[FitPoint]
+) -> bool:
     """Whether the point, or the Newton step from it, shows that the objective has no minimum.
 
     The first is a proof: coefficients that put every row on its side (complete separation), along which every row's

@@ -249,20 +249,17 @@ def run(
         >>> round(secant.solvers.run(search, phi).trial.t, 1)       # pi / 2 is where the slope is zero
         1.5
     """
-    try:
-        t, best = next(search)
-    except StopIteration as end:
-        result: LineSearchResult = end.value
-        return result
+    trial: Trial | None = None
     while True:
+        try:
+            t, best = next(search) if trial is None else search.send(trial)
+        except StopIteration as end:  # of the search: what `evaluate` raises is outside
+            result: LineSearchResult = end.value
+            break
         if keep is not None:
             keep(best)
         trial = evaluate(t)
-        try:
-            t, best = search.send(trial)
-        except StopIteration as end:
-            result = end.value
-            return result
+    return result
 
 
 def _checked(trial: Trial) -> Trial:
