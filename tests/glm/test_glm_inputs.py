@@ -10,8 +10,8 @@ import torch
 from scipy import optimize
 
 import secant
-from secant.result import Status
 from secant.glm.arguments import _shift
+from secant.result import Status
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((400, 3))

@@ -322,7 +322,7 @@ def test_only_the_kept_trial_or_the_last_is_returned():
         start = phi(0.2)
         held = {0.0: start, first: phi(0.2 + first)._replace(t=first)}
 
-        def evaluate(t, held=held):
+        def evaluate(t, held=held, phi=phi):
             held[t] = phi(0.2 + t)._replace(t=t)
             return held[t]
 

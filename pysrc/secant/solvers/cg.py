@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,8 +88,8 @@ def cg(
         check_every: iterations between two looks of the host; None: 1 on a CPU, 8 elsewhere.
 
     Returns:
-        A `CGResult`. With status FLAT (A is not positive definite, or b not in its range) x is where that was seen; if
-        it was the first iteration, x = M^-1 b.
+        A `CGResult`, without a graph. With status FLAT (A is not positive definite, or b not in its range) x is where
+        that was seen; if it was the first iteration, x = M^-1 b.
 
     Raises:
         TypeError, ValueError: an argument is invalid, or `matvec` or `preconditioner` changes the shape.
@@ -145,7 +145,7 @@ def steihaug(
         check_every: iterations between two looks of the host; None: 1 on a CPU, 8 elsewhere.
 
     Returns:
-        A `CGResult`, whose residual is -g - A x.
+        A `CGResult`, without a graph, whose residual is -g - A x.
 
     Raises:
         TypeError, ValueError: an argument is invalid, or `matvec` or `preconditioner` changes the shape.
@@ -196,7 +196,7 @@ def _settings(
 
 
 def _checked_vector(op: str, name: str, x: Tensor, batch_dims: int) -> Tensor:
-    x = _checks.tensor(op, name, x, _checks.REAL)
+    x = _checks.tensor(op, name, x, _checks.REAL).detach()
     if _checks.integer(op, "batch_dims", batch_dims, 0) > 0 and x.dim() <= batch_dims:
         raise _checks.fail(op, name, f"more than batch_dims = {batch_dims} dimensions", f"shape {tuple(x.shape)}")
     return x
@@ -208,10 +208,87 @@ def _squared(op: str, radius: float | Tensor, like: Tensor, batch: torch.Size) -
         if radius.numel() != 1 and radius.shape != batch:
             expected = f"a number, one element, or shape {tuple(batch)}"
             raise _checks.fail(op, "radius", expected, f"shape {tuple(radius.shape)}")
-        radius = radius.to(like)
+        radius = radius.detach().to(like)
         return (radius if radius.shape == batch else radius.reshape(()).expand(batch)) ** 2
     radius = _checks.number(op, "radius", radius, "a number > 0", lambda x: x > 0.0)
     return None if radius == math.inf else like.new_full(batch, radius) ** 2
+
+
+class _Device:
+    """Numbers and flags as tensors, one for each problem of a batch; nothing is read by the host."""
+
+    def __init__(self, b: Tensor, batch_dims: int) -> None:
+        self.batch_dims, self.batch, self._like = batch_dims, b.shape[:batch_dims], b
+        self._wide = self.batch + (1,) * (b.dim() - batch_dims)
+
+    def dot(self, u: Tensor, v: Tensor) -> Any:
+        if self.batch_dims:
+            return (u * v).flatten(self.batch_dims).sum(-1)
+        return torch.dot(u.reshape(-1), v.reshape(-1))
+
+    def largest(self, u: Tensor) -> Any:
+        return u.abs().flatten(self.batch_dims).amax(-1)
+
+    def number(self, x: float) -> Any:
+        return self._like.new_full(self.batch, x)
+
+    def code(self, x: int) -> Any:
+        return torch.full(self.batch, x, dtype=torch.int32, device=self._like.device)
+
+    def wide(self, x: Any) -> Any:
+        """Shape for products with vectors."""
+        return x.reshape(self._wide) if self.batch_dims else x
+
+    def any(self, flag: Any) -> bool:
+        return bool(flag.any() if self.batch_dims else flag)
+
+    def finite(self, x: Any) -> Any:
+        return x.abs() < math.inf
+
+    def divide(self, x: Any, y: Any) -> Any:
+        return x / y
+
+    where = staticmethod(torch.where)
+    sqrt = staticmethod(torch.sqrt)
+
+
+class _Host:
+    """The same for one problem on a CPU, as Python's own: these take a tenth of the time of tensors of one element."""
+
+    batch_dims, batch = 0, torch.Size()
+
+    def __init__(self, b: Tensor) -> None:
+        self._like = b
+
+    def dot(self, u: Tensor, v: Tensor) -> Any:
+        return (torch.dot(u, v) if u.dim() == 1 else torch.dot(u.reshape(-1), v.reshape(-1))).item()
+
+    def largest(self, u: Tensor) -> Any:
+        return u.abs().amax().item()
+
+    def number(self, x: float) -> Any:
+        return x
+
+    def code(self, x: int) -> Any:
+        return x
+
+    def wide(self, x: Any) -> Any:
+        return x
+
+    def any(self, flag: Any) -> bool:
+        return bool(flag)
+
+    def finite(self, x: Any) -> Any:
+        return math.isfinite(x)
+
+    def divide(self, x: Any, y: Any) -> Any:
+        return x / y if y else math.nan if x == 0.0 else x * math.copysign(math.inf, y)
+
+    def where(self, flag: Any, x: Any, y: Any) -> Any:
+        return x if flag else y
+
+    def sqrt(self, x: Any) -> Any:
+        return math.sqrt(x) if x >= 0.0 else math.nan
 
 
 def _iterate(
@@ -219,29 +296,25 @@ def _iterate(
     matvec: Callable[[Tensor], Tensor],
     b: Tensor,
     batch_dims: int,
-    delta2: Tensor | None,
+    delta2: Any,
     preconditioner: Callable[[Tensor], Tensor] | None,
     settings: _Settings,
 ) -> CGResult:
     """Run both methods on A x = b; without a region (delta2 None) the boundary costs nothing."""
     rtol, atol, max_iter, min_curvature, refresh_every, check_every = settings
+    on_cpu = b.device.type == "cpu"
     if check_every is None:
-        check_every = 1 if b.device.type == "cpu" else 8
-    batch = b.shape[:batch_dims]
-    inner = (1,) * (b.dim() - batch_dims)
-
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        if batch_dims:
-            return (u * v).flatten(batch_dims).sum(-1)
-        return torch.dot(u, v) if u.dim() == 1 else torch.dot(u.reshape(-1), v.reshape(-1))
-
-    def wide(scalars: Tensor) -> Tensor:
-        return scalars.reshape(batch + inner) if batch_dims else scalars
+        check_every = 1 if on_cpu else 8
+    host = on_cpu and batch_dims == 0 and check_every == 1
+    of: Any = _Host(b) if host else _Device(b, batch_dims)
+    where, dot, wide, divide = of.where, of.dot, of.wide, of.divide
+    if host and delta2 is not None:
+        delta2 = delta2.item()
 
     def kept(name: str, y: Tensor) -> Tensor:
         if y.shape != b.shape:
             raise _checks.fail(op, name, f"a function that keeps the shape {tuple(b.shape)}", tuple(y.shape))
-        return y
+        return y.detach()
 
     def product(v: Tensor) -> Tensor:
         return kept("matvec", matvec(v))
@@ -249,30 +322,27 @@ def _iterate(
     def solve(r: Tensor) -> Tensor:
         return r if preconditioner is None else kept("preconditioner", preconditioner(r))
 
-    def code(status: Status) -> Tensor:
-        return torch.full((), int(status), dtype=torch.int32, device=b.device)
+    going, converged, not_finite = of.code(_RUNNING), of.code(Status.CONVERGED), of.code(Status.NOT_FINITE)
+    zero, one = of.number(0.0), of.number(1.0)
 
-    going, converged, not_finite = code(_RUNNING), code(Status.CONVERGED), code(Status.NOT_FINITE)
-
-    def judge(r: Tensor, rz: Tensor) -> Tensor:
+    def judge(r: Tensor, rz: Any) -> Any:
         done = rz <= target
         if atol:
-            done = done | (r.abs().flatten(batch_dims).amax(-1) <= atol)
-        return torch.where(rz.abs() < math.inf, torch.where(done, converged, going), not_finite)
+            done = done | (of.largest(r) <= atol)
+        return where(of.finite(rz), where(done, converged, going), not_finite)
 
     x, r = torch.zeros_like(b), b.clone()
     p = solve(r)
     pmp = rz = dot(r, p)
     target = rtol * rtol * rz
-    xmx, xmp = torch.zeros_like(rz), torch.zeros_like(rz)
-    zero, one = rz.new_zeros(()), rz.new_ones(())
-    iterations = torch.zeros(batch, dtype=torch.int32, device=b.device)
+    xmx = xmp = zero
+    iterations = of.code(0)
     status = judge(r, rz)
-    left = code(Status.FLAT)
+    left = of.code(Status.FLAT)
     if delta2 is not None:
-        bounded = torch.isfinite(delta2)
-        left = torch.where(bounded, code(Status.BOUNDARY), left)
-    last = torch.full_like(rz, math.inf)  # computed residual, r.M^-1 r, where convergence was last not confirmed
+        bounded = of.finite(delta2)
+        left = where(bounded, of.code(Status.BOUNDARY), left)
+    last = of.number(math.inf)  # computed residual, r.M^-1 r, where convergence was last not confirmed
 
     k = since = 0  # iterations, and those of them since the residuals were last computed
     limit = max_iter
@@ -280,7 +350,7 @@ def _iterate(
         running = status == going
         if limit != max_iter:  # problems that go on have made different numbers of iterations
             running = running & (iterations < max_iter)
-        if k == limit or (k % check_every == 0 and not bool(running.any() if batch_dims else running)):
+        if k == limit or (k % check_every == 0 and not of.any(running)):
             if refresh_every is None or k <= refresh_every:
                 break
             unsure = (status == converged) & (iterations > refresh_every)
@@ -288,48 +358,48 @@ def _iterate(
             z = solve(computed)
             rz_new = dot(computed, z)
             found = judge(computed, rz_new)
-            found = torch.where((found == going) & (rz_new > _STALL * last), code(Status.STALLED), found)
-            status = torch.where(unsure, found, status)
-            r = torch.where(wide(unsure), computed, r)
+            found = where((found == going) & (rz_new > _STALL * last), of.code(Status.STALLED), found)
+            status = where(unsure, found, status)
+            r = where(wide(unsure), computed, r)
             running = (status == going) & (iterations < max_iter)
-            if not bool(running.any()):
+            if not of.any(running):
                 break
             # From here as from a start, but that x.Mp = x.r is no longer zero.
-            p = torch.where(wide(unsure), z, p)
-            last, rz, pmp = (torch.where(unsure, rz_new, old) for old in (last, rz, pmp))
-            xmp = torch.where(unsure, dot(x, computed), xmp)
+            p = where(wide(unsure), z, p)
+            last, rz, pmp = (where(unsure, rz_new, old) for old in (last, rz, pmp))
+            xmp = where(unsure, dot(x, computed), xmp)
             limit, since = k + max_iter, 0
         ap = product(p)
         curvature = dot(p, ap)
-        sane = curvature.abs() < math.inf
+        sane = of.finite(curvature)
         moving = running & sane
-        alpha = rz / curvature
+        alpha = divide(rz, curvature)
         leaving = curvature <= (min_curvature * pmp if min_curvature else 0.0)
         if delta2 is None:
-            step = torch.where(leaving, zero if k else one, alpha)
+            step = where(leaving, zero if k else one, alpha)
         else:
             outside = bounded & (xmx + alpha * (2.0 * xmp + alpha * pmp) >= delta2)
             # To the boundary: the positive root of |x + t p|_M = radius, in the form that does not cancel.
             gap = delta2 - xmx
-            to_boundary = gap / (xmp + torch.sqrt(xmp * xmp + pmp * gap))
-            on_flat = torch.where(bounded, to_boundary, zero if k else one)
-            step = torch.where(leaving, on_flat, torch.where(outside, to_boundary, alpha))
+            to_boundary = divide(gap, xmp + of.sqrt(xmp * xmp + pmp * gap))
+            on_flat = where(bounded, to_boundary, zero if k else one)
+            step = where(leaving, on_flat, where(outside, to_boundary, alpha))
             leaving = leaving | outside
         wide_moving, wide_step = wide(moving), wide(step)
-        x = torch.where(wide_moving, x + wide_step * p, x)
+        x = where(wide_moving, x + wide_step * p, x)
         carried = r - wide_step * ap
         since += 1
         refresh = since == refresh_every
-        r = torch.where(wide_moving, b - product(x) if refresh else carried, r)
+        r = where(wide_moving, b - product(x) if refresh else carried, r)
         xmp_new = xmp + step * pmp
-        xmx = torch.where(moving, xmx + step * (xmp + xmp_new), xmx)
+        xmx = where(moving, xmx + step * (xmp + xmp_new), xmx)
         iterations = iterations + moving
         z = solve(r)
         rz_new = dot(r, z)
-        found = torch.where(sane, torch.where(leaving, left, judge(r, rz_new)), not_finite)
-        status = torch.where(running, found, status)
+        found = where(sane, where(leaving, left, judge(r, rz_new)), not_finite)
+        status = where(running, found, status)
         # Of what has stopped only x, r and |x|_M are held, and p, so that the product stays one of numbers.
-        beta = rz_new / rz
+        beta = divide(rz_new, rz)
         # z is M-orthogonal to every earlier direction, and so to x.
         xmp = beta * xmp_new
         if refresh:
@@ -337,8 +407,12 @@ def _iterate(
             # Where rounding is much of the residual, old directions are conjugate to nothing that is left.
             drift = r - carried
             lost = dot(drift, drift) > _DRIFT * dot(r, r)
-            beta, xmp = torch.where(lost, zero, beta), torch.where(lost, dot(x, r), xmp)
+            beta, xmp = where(lost, zero, beta), where(lost, dot(x, r), xmp)
         pmp, rz = rz_new + beta * beta * pmp, rz_new
-        p = torch.where(wide_moving, z + wide(beta) * p, p)
+        p = where(wide_moving, z + wide(beta) * p, p)
         k += 1
-    return CGResult(x, r, iterations, status, torch.sqrt(xmx))
+    size = of.sqrt(xmx)
+    if host:
+        iterations, status = (torch.tensor(n, dtype=torch.int32) for n in (iterations, status))
+        size = torch.tensor(size, dtype=b.dtype)
+    return CGResult(x, r, iterations, status, size)
