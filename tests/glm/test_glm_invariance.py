@@ -163,6 +163,9 @@ def test_callback_sees_the_history_and_stops_it(problem, oracle, flat, solver, r
     assert [one.n for one in seen] == list(range(len(seen)))
     assert seen[-1].value == result.value
     assert seen[-1].grad_norm == result.grad_norm
+    counts = [one.evaluations for one in seen]
+    assert counts[0] == 1
+    assert all(1 <= more - fewer <= 31 for fewer, more in itertools.pairwise(counts))
     for last in {0, 2, len(seen) - 2}:
         stopped = secant.glm.fit(x, y, l2=1.0, solver=solver, callback=lambda one, last=last: one.n == last)
         assert stopped.status == Status.STOPPED

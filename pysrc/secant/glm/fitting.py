@@ -320,7 +320,8 @@ def _sampled_start(
     stop = outcome.status is Status.STOPPED
     if not (found.finite and found.value < point.value):
         found = point
-    return found, stop or record(objective, found, 0.0)
+    # Besides the evaluation at `found` there was one where the sample began.
+    return found, stop or record(objective, found, 0.0, evaluations=2)
 
 
 def _towards_delta(objective: Objective, point: FitPoint, system: DirectionSolver[FitPoint]) -> FitPoint:
