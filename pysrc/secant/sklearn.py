@@ -38,7 +38,7 @@ __all__ = ["GammaRegressor", "LogisticRegression", "PoissonRegressor", "Ridge", 
 
 
 class _Linear(BaseEstimator):
-    """What the three have in common: arguments of a fit, and the linear predictor."""
+    """Holds what the three have in common: arguments of a fit, and the linear predictor."""
 
     coef_: Any
     intercept_: Any
@@ -132,18 +132,18 @@ class _Linear(BaseEstimator):
         return x @ w.mT.squeeze(-1) + b if w.dim() > 1 else x @ w + b
 
     def _result(self, x: torch.Tensor, X: Any) -> Any:
-        """A prediction in the type of X."""
+        """Give a prediction in the type of X."""
         return _Kind(X)(x)
 
 
 class _Kind:
-    """What came in: tensors on a device, or arrays (device None); called, it turns a tensor into that."""
+    """Knows what came in: tensors on a device, or arrays (device None); called, it turns a tensor into that."""
 
     def __init__(self, X: Any) -> None:
         self.device = X.device if isinstance(X, torch.Tensor) else None
 
     def __call__(self, x: torch.Tensor) -> Any:
-        """The tensor itself, or an array over its memory."""
+        """Give the tensor itself, or an array over its memory."""
         return x.numpy() if self.device is None else x.to(self.device)
 
     def labels(self, x: Any) -> Any:
@@ -152,7 +152,7 @@ class _Kind:
 
 
 def _array(x: Any) -> Any:
-    """A tensor as an array, sharing its memory on a CPU; anything else as it is."""
+    """Take a tensor as an array, sharing its memory on a CPU; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
     x = x.detach().resolve_neg().cpu()
@@ -248,7 +248,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return self._result(self._logits(X), X)
 
     def predict(self, X: Any) -> Any:
-        """The most probable label of each row."""
+        """Predict the most probable label of each row."""
         z = self._logits(X)
         index = (z > 0).long() if z.dim() == 1 else z.argmax(dim=1)
         classes = _Kind(X).labels(np.asarray(_array(self.classes_)))
@@ -264,7 +264,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
 
 
 class _LogLink(RegressorMixin, _Linear, ABC):
-    """A regressor whose expected target is exp(X w + b)."""
+    """Regresses targets whose expectation is exp(X w + b)."""
 
     result_status_: Status
     alpha: float
@@ -275,7 +275,7 @@ class _LogLink(RegressorMixin, _Linear, ABC):
 
     @abstractmethod
     def _family(self) -> tuple[str, float]:
-        """The loss of `secant.glm.fit`, and the power of the deviance."""
+        """Give the loss of `secant.glm.fit`, and the power of the deviance."""
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -300,7 +300,7 @@ class _LogLink(RegressorMixin, _Linear, ABC):
         return self
 
     def predict(self, X: Any, offset: Any = None) -> Any:
-        """The expected target of each row, exp(X w + b + offset)."""
+        """Predict the expected target of each row, exp(X w + b + offset)."""
         z = self._predictor(X)
         if offset is not None:
             offset = torch.as_tensor(offset)
@@ -520,7 +520,7 @@ def _positive(X: Any, y: Any, l2: float, weight: Any, model: Ridge) -> tuple[Any
 
 
 def _checked_csr(X: Any) -> Any:
-    """A CSR array over the memory of X whose indices are in range, of one dtype and without gaps in memory.
+    """Make a CSR array over the memory of X whose indices are in range, of one dtype and without gaps in memory.
 
     Raises:
         ValueError: a row begins or ends where it must not, or a column is out of range.
@@ -546,7 +546,7 @@ def _tensor(X: Any, device: torch.device | None) -> Any:
 
 
 def _checked_alpha(model: Any, targets: int) -> list[float]:
-    """The penalty of each target."""
+    """Give the penalty of each target."""
     name, alpha = type(model).__name__, _array(model.alpha)
     if isinstance(model, Ridge) and np.ndim(alpha) > 0:
         alpha = np.ravel(alpha)

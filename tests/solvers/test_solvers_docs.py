@@ -14,7 +14,7 @@ import torch
 
 import secant
 
-MODULES = ("cg", "damping", "forcing", "line_search", "newton")
+MODULES = ("cg", "damping", "forcing", "lanczos", "line_search", "newton")
 GUIDE = (Path(__file__).parents[2] / "docs" / "solvers.md").read_text()
 
 

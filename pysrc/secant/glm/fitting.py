@@ -256,7 +256,7 @@ def fit(
 
 
 def _is_singular(objective: Objective, point: FitPoint, system: DirectionSolver[FitPoint]) -> bool:
-    """Whether the Hessian at the point is, where a system has a factor that had to be made regular."""
+    """Tell whether the Hessian at the point is, where a system has a factor that had to be made regular."""
     if not isinstance(system, FactorSystem) or system.factor is None or system.factor.exact:
         return False
     if system.at is not point:
@@ -266,7 +266,7 @@ def _is_singular(objective: Objective, point: FitPoint, system: DirectionSolver[
 
 
 def choose(objective: Objective) -> str:
-    """The solver that "auto" stands for."""
+    """Choose the solver that "auto" stands for."""
     if objective.x.layout is torch.strided and objective.zeros().numel() <= _FACTOR_UP_TO:
         return "newton-cholesky"
     return "newton-cg"

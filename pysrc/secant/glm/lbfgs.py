@@ -13,7 +13,7 @@ HISTORY = 20
 
 
 class HistorySystem:
-    """Directions p = -T H T^T g from the curvature pairs of u = T^-1 theta, so that scales and offsets do not matter.
+    """Gives p = -T H T^T g from the curvature pairs of u = T^-1 theta, so that scales and offsets do not matter.
 
     It takes the place of a system that solves for Newton directions; the tolerances have no meaning for it.
 
@@ -29,7 +29,7 @@ class HistorySystem:
         self._started = False
 
     def solve(self, objective: Objective, point: FitPoint, rtol: float, atol: float) -> Direction:
-        """The direction at the point, after the pair that led to it entered the history."""
+        """Give the direction at the point, after the pair that led to it entered the history."""
         if not self._started:
             self._coordinates = DiagonalPreconditioner(objective, point)
         grad = self._coordinates.to_u(point.grad).reshape(-1)

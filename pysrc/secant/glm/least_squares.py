@@ -11,7 +11,7 @@ from secant.solvers.newton import NewtonResult
 
 
 def smallest(objective: Objective, tol: float, max_iter: int, record: FitRecorder) -> NewtonResult[FitPoint]:
-    """Of all (w, b) that minimise the objective with the squared loss that with the smallest |w|.
+    """Find, of all (w, b) that minimise the objective with the squared loss, that with the smallest |w|.
 
     With X_c the rows minus their weighted mean (with an intercept), times sqrt(c), and X_c = U S V^T,
 

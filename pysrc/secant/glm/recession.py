@@ -21,7 +21,7 @@ _SLACK = 1e-3
 
 
 def intercept_falls_forever(objective: Objective) -> bool:
-    """Whether an intercept alone has no best value, whatever the penalty: targets at one end, a class of no weight."""
+    """Tell whether an intercept alone has no best value, penalty or not: targets at one end, a class of no weight."""
     if not objective.intercept or objective.loss in ("squared", "huber", "gamma"):
         return False
     t, c = objective.target, objective.sample_weight
@@ -34,7 +34,7 @@ def intercept_falls_forever(objective: Objective) -> bool:
 def falls_forever(
     objective: Objective, point: FitPoint, step: Tensor | None, system: DirectionSolver[FitPoint]
 ) -> bool:
-    """Whether the point, or the Newton step from it, shows that the objective has no minimum.
+    """Tell whether the point, or the Newton step from it, shows that the objective has no minimum.
 
     The first is a proof: coefficients that put every row on its side (complete separation), along which every row's
     loss falls to its infimum. The second is one up to `_SLACK`: a direction along which no row's loss grows and some
@@ -53,7 +53,7 @@ def falls_forever(
 
 
 def _margins(objective: Objective, z: Tensor) -> tuple[float, float]:
-    """The smallest and largest gain of a row's margin when its linear predictor grows by z; negative is a loss.
+    """Find the smallest and largest gain of a row's margin when its linear predictor grows by z; negative is a loss.
 
     A row that has a finite optimum of its own (a target in (0, 1), a positive count) loses by any change.
     """

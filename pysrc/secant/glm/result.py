@@ -1,4 +1,4 @@
-"""What a fit returns, and the record of its iterations."""
+"""Results of fits, and the record of their iterations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secant.result import Iteration, Recorder, Status
 
 @dataclass(frozen=True)
 class GLMResult:
-    """Outcome of `fit`.
+    """Holds what `fit` found.
 
     coef: (d,), or (d, K) for the multinomial loss, so that X @ coef + intercept are the linear predictors. intercept:
     () or (K,), zero without one. status: a `secant.Status`: CONVERGED; MAX_ITER; STALLED (no step that decreases the
@@ -37,7 +37,7 @@ class GLMResult:
 
     @property
     def converged(self) -> bool:
-        """Whether the gradient criterion was met at a point near which there is a minimum."""
+        """Tell whether the gradient criterion was met at a point near which there is a minimum."""
         return self.status is Status.CONVERGED
 
 
@@ -49,7 +49,7 @@ class FitRecorder:
 
     @property
     def history(self) -> list[Iteration]:
-        """What was recorded."""
+        """List what was recorded."""
         return self._recorder.history
 
     def __call__(

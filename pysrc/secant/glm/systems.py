@@ -56,7 +56,7 @@ def _solve(
 
 
 class DiagonalSystem:
-    """Conjugate gradients with a `DiagonalPreconditioner`, which is kept as long as it serves."""
+    """Solves by conjugate gradients with a `DiagonalPreconditioner`, which is kept as long as it serves."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -75,7 +75,7 @@ class DiagonalSystem:
 
 @dataclass
 class FactorSystem:
-    """A Cholesky factor, with conjugate gradients where it is not that of the Hessian at the point."""
+    """Solves by a Cholesky factor, with conjugate gradients where it is not that of the Hessian at the point."""
 
     most: int
     factor: CholeskyPreconditioner | None = None

@@ -37,7 +37,7 @@ _DRIFT = 0.01
 
 
 class CGResult(NamedTuple):
-    """Outcome of `cg` and `steihaug`, all of it on the device; (*B) are the batch dimensions, () without them.
+    """Holds what `cg` and `steihaug` found, all of it on the device; (*B) are the batch dimensions, () without them.
 
     x: the solution, of the shape of b. residual: b - A x, as carried along since it was last computed. iterations:
     products with A that contributed, int32 (*B); those that only compute residuals anew are not among them. status: a
@@ -166,7 +166,7 @@ def steihaug(
 
 
 class _Settings(NamedTuple):
-    """Numbers that `cg` and `steihaug` share, checked. None of the last two: never, and as the device needs."""
+    """Holds the checked numbers that both share. None of the last two: never, and as the device needs."""
 
     rtol: float
     atol: float
@@ -203,7 +203,7 @@ def _checked_vector(op: str, name: str, x: Tensor, batch_dims: int) -> Tensor:
 
 
 def _squared(op: str, radius: float | Tensor, like: Tensor, batch: torch.Size) -> Tensor | None:
-    """Radius squared, for each problem; None for a number that is infinite."""
+    """Square the radius, for each problem; None for a number that is infinite."""
     if isinstance(radius, Tensor):
         if radius.numel() != 1 and radius.shape != batch:
             expected = f"a number, one element, or shape {tuple(batch)}"
@@ -215,7 +215,7 @@ def _squared(op: str, radius: float | Tensor, like: Tensor, batch: torch.Size) -
 
 
 class _Device:
-    """Numbers and flags as tensors, one for each problem of a batch; nothing is read by the host."""
+    """Keeps numbers and flags in tensors, one for each problem of a batch; nothing is read by the host."""
 
     def __init__(self, b: Tensor, batch_dims: int) -> None:
         self.batch_dims, self.batch, self._like = batch_dims, b.shape[:batch_dims], b
@@ -253,7 +253,7 @@ class _Device:
 
 
 class _Host:
-    """The same for one problem on a CPU, as Python's own: these take a tenth of the time of tensors of one element."""
+    """Keeps those of one problem on a CPU as Python's own, which take a tenth of the time of tensors of one element."""
 
     batch_dims, batch = 0, torch.Size()
 

@@ -6,7 +6,7 @@ from secant import _checks
 
 
 class NielsenDamping:
-    """Damping parameter lambda of Levenberg and Marquardt's method, by Nielsen's rule.
+    """Moves the damping parameter lambda of Levenberg and Marquardt's method by Nielsen's rule.
 
     Of a step that the model promised to lower the objective by `predicted`, and that lowers it by `decrease`, let
     rho = decrease / predicted be the gain ratio. Then

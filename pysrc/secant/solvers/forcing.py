@@ -8,7 +8,7 @@ from secant import _checks
 
 
 class ForcingTerm:
-    """Eisenstat and Walker's second choice: a Newton system is solved as well as the last step reduced its measure.
+    """Sets how well Newton systems are solved by how much the last step gained: Eisenstat and Walker's second choice.
 
     With s_k the size of the gradient in any norm, the residual of the k-th system, relative to its right-hand side, is
 

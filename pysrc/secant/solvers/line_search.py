@@ -26,7 +26,7 @@ _MAX_BLIND_TRIALS = 5
 
 
 class Trial(NamedTuple):
-    """One point of the line: t, phi(t) and phi'(t)."""
+    """Holds one point of the line: t, phi(t) and phi'(t)."""
 
     t: float
     value: float
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 
 
 class LineSearchResult(NamedTuple):
-    """Outcome of a search.
+    """Holds what a search found.
 
     trial: the point chosen, always finite; the start itself (t = 0) when nothing better was found. wolfe: whether it
     was seen to satisfy the strong Wolfe conditions. evaluations: trials made, the first one included.
@@ -50,7 +50,7 @@ LineSearch = Generator[tuple[float, float], Trial, LineSearchResult]
 
 
 def cubic_minimizer(a: Trial, b: Trial, low: float, high: float) -> float:
-    """Minimizer of the cubic through the values and slopes of two points, clamped to [low, high].
+    """Minimize the cubic through the values and slopes of two points, clamped to [low, high].
 
     With a left of b,
 
@@ -263,7 +263,7 @@ def run(
 
 
 def _checked(trial: Trial) -> Trial:
-    """The trial, or an infinitely high one in its place when its value or slope is not finite."""
+    """Put an infinitely high trial in place of one when its value or slope is not finite."""
     if math.isfinite(trial.value) and math.isfinite(trial.slope):
         return trial
     return Trial(trial.t, math.inf, math.nan)

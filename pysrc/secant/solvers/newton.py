@@ -33,22 +33,22 @@ _PATIENCE = 20
 
 
 class Iterate(Protocol):
-    """A point at which the objective was evaluated.
+    """Holds what is known of the objective at one point.
 
     value: of the objective. grad: of any shape. largest: its largest component in absolute value.
     """
 
     @property
     def value(self) -> float:
-        """Of the objective."""
+        """Give the value of the objective."""
 
     @property
     def grad(self) -> Tensor:
-        """Of the objective, of any shape."""
+        """Give its gradient, of any shape."""
 
     @property
     def largest(self) -> float:
-        """Largest component of the gradient in absolute value; NaN or infinite where one is."""
+        """Give the largest component of the gradient in absolute value; NaN or infinite where one is."""
 
 
 P = TypeVar("P", bound=Iterate)
@@ -56,17 +56,17 @@ _P = TypeVar("_P", bound=Iterate, contravariant=True)
 
 
 class Objective(Protocol[P]):
-    """A function that `newton` can minimise."""
+    """Evaluates what `newton` minimises."""
 
     def move(self, point: P, p: Tensor, t: float) -> P:
         """Evaluate at the point plus t p; p has the shape of the gradient."""
 
     def noise(self, point: P) -> float:
-        """Rounding error of the difference of two values near the point, >= 0."""
+        """Bound the rounding error of the difference of two values near the point, >= 0."""
 
 
 class Direction(NamedTuple):
-    """p, of the shape of the gradient, and the products with the Hessian that it took."""
+    """Holds p, of the shape of the gradient, and how many products with the Hessian it took."""
 
     p: Tensor
     inner: int
@@ -80,7 +80,7 @@ class DirectionSolver(Protocol[_P]):
 
 
 class NewtonResult(NamedTuple, Generic[P]):
-    """Where a Newton method ended, why, after how many iterations, and the last of its steps (None without one)."""
+    """Tells where a Newton method ended, why, after how many iterations, and its last step (None without one)."""
 
     point: P
     status: Status
@@ -160,7 +160,7 @@ def newton(
 
 
 class Move(NamedTuple, Generic[P]):
-    """Where a search led, how far along the direction, whether the value told (else the slope), and evaluations."""
+    """Tells where a search led, how far along p, whether the value told (else the slope), and its evaluations."""
 
     point: P
     t: float
