@@ -247,6 +247,35 @@ def test_what_rounding_does_not_allow_is_no_convergence():
     assert left(result.x) <= left(cg(product, b, rtol=1e-6, max_iter=1000, refresh_every=None).x)
 
 
+def test_what_another_start_does_not_improve_is_stalled():
+    """A diagonal system in float32: below |b| eps the carried residual falls on, but x no longer moves."""
+    scales = torch.logspace(0, 2, 60)
+    b = torch.randn(60, generator=torch.Generator().manual_seed(2))
+    result = cg(lambda v: scales * v, b, rtol=1e-10, max_iter=1000, refresh_every=10)
+    assert int(result.status) == Status.STALLED
+    assert int(result.iterations) < 200
+    # Rounding x and rounding A x leave half a unit each.
+    assert float((b.double() - scales.double() * result.x.double()).norm() / b.norm()) <= torch.finfo().eps
+    assert torch.equal(result.residual, b - scales * result.x)
+
+
+@pytest.mark.parametrize("refresh", [10, 50])
+@pytest.mark.parametrize("most", [230, 1000])
+def test_what_goes_on_from_a_computed_residual_goes_on_as_alone(refresh, most):
+    """Problems in float32 whose convergence is not confirmed at first: they go on while others have long stopped."""
+    pairs = [spd(60, seed, condition) for seed, condition in ((0, 1e4), (1, 1e2), (2, 2e4), (3, 3e3))]
+    a, b = (torch.stack(part).float() for part in zip(*pairs, strict=True))
+    options = {"rtol": 1e-4, "max_iter": most, "refresh_every": refresh, "batch_dims": 1, "check_every": 3}
+    both = cg(rows(a), b, **options)
+    for i in range(len(b)):
+        alone = cg(rows(a[i : i + 1]), b[i : i + 1], **options)
+        for x, y in zip(both, alone, strict=True):
+            assert torch.equal(x[i : i + 1], y)
+    assert (both.iterations <= most).all()
+    once = cg(rows(a), b, **(options | {"refresh_every": None}))
+    assert ((both.iterations > once.iterations) & (once.status == Status.CONVERGED)).any()
+
+
 def test_short_runs_take_no_product_more():
     a, b = spd(20, 3, 1e2)
     calls = []

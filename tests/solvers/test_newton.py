@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -32,7 +33,7 @@ class Coshes:
         self.b = (q * torch.logspace(0, math.log10(condition), n, dtype=F64)).to(dtype)
         self.solution = torch.randn(n, generator=g, dtype=F64).to(dtype) / condition
         self.c = self.b @ self.solution
-        self.moves, self.rtols, self.sizes = 0, [], []
+        self.moves, self.rtols, self.atols, self.sizes = 0, [], set(), []
 
     def at(self, x: Tensor) -> Evaluated:
         u = self.b @ x - self.c
@@ -49,6 +50,7 @@ class Coshes:
     def solve(self, objective, point, rtol, atol) -> Direction:
         assert objective is self
         self.rtols.append(rtol)
+        self.atols.add(atol)
         weight = (self.b @ point.x - self.c).cosh()
         found = cg(lambda v: self.b.T @ (weight * (self.b @ v)), -point.grad, rtol=rtol, atol=atol)
         self.sizes.append(math.sqrt(-float(point.grad @ found.x)))
@@ -68,6 +70,8 @@ def test_the_minimum_is_that_of_the_formula():
     assert float((found.point.x - f.solution).norm()) <= math.sqrt(8) * tol + 1e-13
     assert found.n_iter < 15
     assert torch.equal(points[-1], points[-2] + found.step)
+    # The last system has a quarter of the tolerance, the change of the curvature the rest.
+    assert f.atols == {0.25 * tol}
 
 
 class Rosenbrock(Coshes):
@@ -235,8 +239,48 @@ def test_where_values_are_rounding_the_slope_decides():
 
     class Steep(Rounded):
         def at(self, x):
-            return super().at(x)._replace(grad=torch.full_like(x, -0.1))
+            return super().at(x)._replace(grad=-0.1 + 1e-4 * (x - 1.3))  # lower by less than the curvature asks
 
     steep = Steep()
     assert search(steep, steep.at(torch.tensor(1.3, dtype=F64)), torch.tensor(0.1, dtype=F64), -0.01) is None
     assert steep.moves == 3
+
+
+def test_iterations_that_help_nothing_end_it():
+    """Equal values, and a gradient that a step turns by a right angle and makes no smaller."""
+
+    class Turning(Rounded):
+        def at(self, axis):
+            grad = torch.zeros(2, dtype=F64)
+            grad[axis] = 0.1
+            return Evaluated(axis, 1.0, grad, 0.1)
+
+        def move(self, point, p, t):
+            return self.at(1 - point.x)
+
+        def solve(self, objective, point, rtol, atol):
+            return Direction(-point.grad, 0)
+
+    f = Turning()
+    found = newton(f, f.at(0), f, tol=1e-6, max_iter=100)
+    # The first brings a decrement to compare with, twenty more bring nothing.
+    assert (found.status, found.n_iter) == (Status.STALLED, 21)
+
+
+def test_a_search_holds_few_points():
+    class Watched(Coshes):
+        most, seen = 0, ()
+
+        def move(self, point, p, t):
+            self.most = max(self.most, sum(grad() is not None for grad in self.seen))
+            found = super().move(point, p, t)
+            self.seen = (*self.seen, weakref.ref(found.grad))
+            return found
+
+    f = Watched()
+    start = f.at(torch.zeros(8, dtype=F64))
+    p = 1e6 * f.solve(f, start, 1e-6, 0.0).p
+    found = search(f, start, p, float(start.grad @ p))
+    assert found.point.value < start.value
+    assert found.evaluations == f.moves > 6
+    assert f.most <= 2  # beside the start: the one that may still be returned, and the last
