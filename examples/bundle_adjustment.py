@@ -7,14 +7,13 @@ focal length f, radial distortion k1, k2):
     P = R X + t,   p = -P / P.z,   pixel = f (1 + k1 |p|^2 + k2 |p|^4) p
 
 A step solves (J^T J + lambda diag) d = -J^T r. With B the camera blocks (9 x 9), C the point blocks (3 x 3) and E
-between them, points are eliminated: S = B - E C^-1 E^T for the cameras alone. S is never formed; conjugate gradients
-apply its factors, preconditioned by the inverses of its diagonal blocks. So each iteration inverts thousands of 3 x 3
-and tens of 9 x 9 blocks. The same code runs on `torch.linalg` for comparison.
+between them, points are eliminated: S = B - E C^-1 E^T for the cameras alone. S is never formed; `secant.solvers.cg`
+applies its factors, preconditioned by the inverses of its diagonal blocks, and `NielsenDamping` moves lambda. So each
+iteration inverts thousands of 3 x 3 and tens of 9 x 9 blocks. The same code runs on `torch.linalg` for comparison.
 
     python examples/bundle_adjustment.py --cameras 40 --points 8000 --output bundle.png
 
-References: Agarwal, Snavely, Seitz, Szeliski, Bundle adjustment in the large, ECCV 2010 (model, method); Nielsen,
-Damping parameter in Marquardt's method, IMM-REP-1999-05 (how lambda moves).
+References: Agarwal, Snavely, Seitz, Szeliski, Bundle adjustment in the large, ECCV 2010 (model, method).
 """
 
 from __future__ import annotations
@@ -324,29 +323,6 @@ class Normal:
         return b - weighted.flatten(2) @ self.jc.mT
 
 
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], rhs: Tensor, inverses: Tensor, tolerance: float
-) -> tuple[Tensor, int]:
-    """Solve S x = rhs for x (C, 9), preconditioned by `inverses` (C, 9, 9). Returns x and the steps taken."""
-
-    def precondition(r: Tensor) -> Tensor:
-        return (inverses @ r[..., None]).squeeze(-1)
-
-    x, r = torch.zeros_like(rhs), rhs
-    z = precondition(r)
-    p, rz = z, float((r * z).sum())
-    target, steps = tolerance**2 * rz, 0
-    while rz > target and steps < CG_STEPS:  # a NaN ends it too; the step is then refused
-        q = apply(p)
-        alpha = rz / float((p * q).sum())
-        x, r = x + alpha * p, r - alpha * q
-        z = precondition(r)
-        before, rz = rz, float((r * z).sum())
-        p = z + (rz / before) * p
-        steps += 1
-    return x, steps
-
-
 def step(
     normal: Normal, lam: float, inv: Callable[[Tensor, float], Tensor], tolerance: float = CG_TOLERANCE
 ) -> tuple[Tensor, Tensor, int]:
@@ -363,9 +339,16 @@ def step(
         return (b @ x[..., None]).squeeze(-1) - normal.to_cameras(normal.from_points(y))
 
     rhs = normal.to_cameras(normal.from_points(solve_points(normal.gp))) - normal.gc
-    preconditioner = inv(normal.schur_blocks(b, inverse), 0.0)
-    x, steps = conjugate_gradients(schur, rhs, preconditioner, tolerance)
-    return x, -solve_points(normal.gp + normal.to_points(normal.from_cameras(x))), steps
+    inverses = inv(normal.schur_blocks(b, inverse), 0.0)
+    found = secant.solvers.cg(
+        schur,
+        rhs,
+        preconditioner=lambda r: (inverses @ r[..., None]).squeeze(-1),
+        rtol=tolerance,
+        max_iter=CG_STEPS,
+    )
+    x = found.x
+    return x, -solve_points(normal.gp + normal.to_points(normal.from_cameras(x))), int(found.iterations)
 
 
 def half_square(residual: Tensor) -> float:
@@ -396,24 +379,20 @@ def solve(
     sight = Sight(scene.index, points.shape[1])
     normal = Normal(scene, sight, cameras, points)
     cost = first_cost = half_square(normal.residual)
-    lam, growth = FIRST_LAMBDA, 2.0
+    damping = secant.solvers.NielsenDamping(FIRST_LAMBDA)
     rows: list[Row] = []
     seconds: list[float] = []
     for i in range(iterations):
+        lam = damping.value
         dc, dp, cg = step(normal, lam, inv)
         change = normal.from_cameras(dc) + normal.from_points(dp)
         promised = -float((change * (normal.residual + change / 2)).sum())
         moved = cameras + dc, points + dp
         new = half_square((project(moved[0], sight.gather(moved[1])) - scene.pixels) * scene.mask)
-        accepted, tried = new < cost, lam  # False for a NaN
+        accepted = damping.update(cost - new, promised)
         if accepted:
-            gain = (cost - new) / promised
-            cameras, points = moved
-            cost = new
-            lam, growth = lam * max(1 / 3, 1 - (2 * gain - 1) ** 3), 2.0
-        else:
-            lam, growth = lam * growth, growth * 2
-        rows.append(Row(cost, tried, cg, accepted))
+            (cameras, points), cost = moved, new
+        rows.append(Row(cost, lam, cg, accepted))
         seconds.append(time.perf_counter() - start)
         done(i + 1, cost)
         if promised < COST_TOLERANCE * cost or i + 1 == iterations:

@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from secant.result import Status
 from secant.sklearn import GammaRegressor, LogisticRegression, PoissonRegressor, Ridge, TweedieRegressor
 
 
@@ -151,7 +152,7 @@ def test_warm_start(wine):
             warnings.simplefilter("ignore", ConvergenceWarning)
             for _ in range(40):
                 model.fit(x, target)
-        assert model.result_status_ == "converged"
+        assert model.result_status_ == Status.CONVERGED
         model.set_params(warm_start=False)
         with pytest.warns(ConvergenceWarning, match="max_iter = 1 iterations were not enough"):
             model.fit(x, target)
@@ -161,7 +162,7 @@ def test_separable_classes_warn():
     x, y = np.array([[-1.0], [-2.0], [1.0], [3.0]]), np.array([0, 0, 1, 1])
     with pytest.warns(ConvergenceWarning, match="LogisticRegression: the objective has no minimum"):
         model = LogisticRegression(C=np.inf).fit(x, y)
-    assert model.result_status_ == "no_minimum"
+    assert model.result_status_ == Status.NO_MINIMUM
 
 
 def test_in_a_pipeline_with_a_grid(cancer):
@@ -258,7 +259,7 @@ def test_a_class_without_weight_is_fitted_as_scikit_learn_does(wine):
         theirs = linear_model.LogisticRegression(tol=1e-10, max_iter=1000).fit(x, target, sample_weight=weight)
         with pytest.warns(ConvergenceWarning, match="the intercept falls forever"):
             ours = LogisticRegression().fit(x, target, sample_weight=weight)
-        assert ours.result_status_ == "no_minimum"
+        assert ours.result_status_ == Status.NO_MINIMUM
         assert np.abs(ours.predict_proba(x) - theirs.predict_proba(x)).max() < 1e-4
     with pytest.warns(ConvergenceWarning, match="the intercept falls forever"):
         model = PoissonRegressor().fit(x, np.zeros(len(x)))

@@ -1,27 +1,32 @@
 """secant: second-order information made cheap for PyTorch.
 
 The name is the secant equation, B s = y. `secant.ops` holds the functions over the fused kernels, `secant.optim` the
-optimizers over them, `secant.curvature` Hessians as operators, `secant.glm` generalised linear models.
+optimizers over them, `secant.curvature` Hessians as operators, `secant.solvers` line searches, conjugate gradients and
+what else optimizers are made of, `secant.glm` generalised linear models.
 """
 
 import torch as _torch  # noqa: F401  (first: the extension binds to the OpenMP runtime that torch loads)
 
-from secant import curvature, glm, ops, optim
+from secant import curvature, glm, ops, optim, solvers
 from secant._errors import BackendError, SecantWarning, SingularWarning
 from secant._version import __version__
 from secant.backends import current_backend, use_backend
 from secant.ops.history import LBFGSHistory
+from secant.result import Iteration, Status
 
 __all__ = [
     "BackendError",
+    "Iteration",
     "LBFGSHistory",
     "SecantWarning",
     "SingularWarning",
+    "Status",
     "__version__",
     "current_backend",
     "curvature",
     "glm",
     "ops",
     "optim",
+    "solvers",
     "use_backend",
 ]

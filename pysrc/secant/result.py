@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -64,3 +65,36 @@ class Iteration(NamedTuple):
     inner: int = 0
     rows: int = 0
     evaluations: int = 0
+
+
+class Recorder:
+    """Numbers the iterations of a run, keeps them, and asks the callback whether to go on.
+
+    Args:
+        callback: called with each `Iteration`; a true value stops the run, whose status is then `Status.STOPPED`.
+        keep: whether the iterations are kept in `history`.
+        first: number of the next iteration, for a run that is continued.
+
+    Example:
+        >>> record = Recorder(lambda iteration: iteration.value < 2.0)
+        >>> record(value=3.0, grad_norm=1.0, step=0.0), record(value=1.0, grad_norm=0.5, step=1.0)
+        (False, True)
+        >>> [iteration.n for iteration in record.history]
+        [0, 1]
+    """
+
+    def __init__(
+        self, callback: Callable[[Iteration], object] | None = None, *, keep: bool = True, first: int = 0
+    ) -> None:
+        self.history: list[Iteration] = []
+        self._callback, self._keep, self._next = callback, keep, first
+
+    def __call__(
+        self, *, value: float, grad_norm: float, step: float, inner: int = 0, rows: int = 0, evaluations: int = 0
+    ) -> bool:
+        """Record an iteration, in the terms of `Iteration`; True if the callback wants to stop."""
+        one = Iteration(self._next, value, grad_norm, step, inner, rows, evaluations)
+        self._next += 1
+        if self._keep:
+            self.history.append(one)
+        return self._callback is not None and bool(self._callback(one))

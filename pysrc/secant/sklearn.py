@@ -32,12 +32,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from secant import _checks, glm
+from secant.result import Status
 
 __all__ = ["GammaRegressor", "LogisticRegression", "PoissonRegressor", "Ridge", "TweedieRegressor"]
 
 
 class _Linear(BaseEstimator):
-    """What the three have in common: arguments of a fit, and the linear predictor."""
+    """Holds what the three have in common: arguments of a fit, and the linear predictor."""
 
     coef_: Any
     intercept_: Any
@@ -131,18 +132,18 @@ class _Linear(BaseEstimator):
         return x @ w.mT.squeeze(-1) + b if w.dim() > 1 else x @ w + b
 
     def _result(self, x: torch.Tensor, X: Any) -> Any:
-        """A prediction in the type of X."""
+        """Give a prediction in the type of X."""
         return _Kind(X)(x)
 
 
 class _Kind:
-    """What came in: tensors on a device, or arrays (device None); called, it turns a tensor into that."""
+    """Knows what came in: tensors on a device, or arrays (device None); called, it turns a tensor into that."""
 
     def __init__(self, X: Any) -> None:
         self.device = X.device if isinstance(X, torch.Tensor) else None
 
     def __call__(self, x: torch.Tensor) -> Any:
-        """The tensor itself, or an array over its memory."""
+        """Give the tensor itself, or an array over its memory."""
         return x.numpy() if self.device is None else x.to(self.device)
 
     def labels(self, x: Any) -> Any:
@@ -151,7 +152,7 @@ class _Kind:
 
 
 def _array(x: Any) -> Any:
-    """A tensor as an array, sharing its memory on a CPU; anything else as it is."""
+    """Take a tensor as an array, sharing its memory on a CPU; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
     x = x.detach().resolve_neg().cpu()
@@ -185,7 +186,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
     """
 
     classes_: Any
-    result_status_: str
+    result_status_: Status
 
     def __init__(
         self,
@@ -247,7 +248,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return self._result(self._logits(X), X)
 
     def predict(self, X: Any) -> Any:
-        """The most probable label of each row."""
+        """Predict the most probable label of each row."""
         z = self._logits(X)
         index = (z > 0).long() if z.dim() == 1 else z.argmax(dim=1)
         classes = _Kind(X).labels(np.asarray(_array(self.classes_)))
@@ -263,9 +264,9 @@ class LogisticRegression(ClassifierMixin, _Linear):
 
 
 class _LogLink(RegressorMixin, _Linear, ABC):
-    """A regressor whose expected target is exp(X w + b)."""
+    """Regresses targets whose expectation is exp(X w + b)."""
 
-    result_status_: str
+    result_status_: Status
     alpha: float
     solver: str
     max_iter: int
@@ -274,7 +275,7 @@ class _LogLink(RegressorMixin, _Linear, ABC):
 
     @abstractmethod
     def _family(self) -> tuple[str, float]:
-        """The loss of `secant.glm.fit`, and the power of the deviance."""
+        """Give the loss of `secant.glm.fit`, and the power of the deviance."""
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -299,7 +300,7 @@ class _LogLink(RegressorMixin, _Linear, ABC):
         return self
 
     def predict(self, X: Any, offset: Any = None) -> Any:
-        """The expected target of each row, exp(X w + b + offset)."""
+        """Predict the expected target of each row, exp(X w + b + offset)."""
         z = self._predictor(X)
         if offset is not None:
             offset = torch.as_tensor(offset)
@@ -444,7 +445,7 @@ class Ridge(RegressorMixin, _Linear):
     """
 
     warm_start = False
-    result_status_: str
+    result_status_: Status
 
     def __init__(
         self,
@@ -478,7 +479,7 @@ class Ridge(RegressorMixin, _Linear):
                 _positive(X, column, l2, sample_weight, self) for column, l2 in zip(columns, penalties, strict=True)
             ]
             coef, intercept = (torch.as_tensor(np.stack(part).astype(X.dtype)) for part in zip(*pairs, strict=True))
-            self.n_iter_, self.result_status_ = 1, "converged"
+            self.n_iter_, self.result_status_ = 1, Status.CONVERGED
         else:
             results = [
                 self._minimise(X, column, "squared", l2, sample_weight, None)
@@ -486,7 +487,7 @@ class Ridge(RegressorMixin, _Linear):
             ]
             coef, intercept = torch.stack([r.coef for r in results]), torch.stack([r.intercept for r in results])
             self.n_iter_ = max(self._iterations(r) for r in results)
-            self.result_status_ = next((r.status for r in reversed(results) if not r.converged), "converged")
+            self.result_status_ = next((r.status for r in reversed(results) if not r.converged), Status.CONVERGED)
         # As scikit-learn: one target in a column has coefficients of one dimension, but an intercept of one.
         self.coef_ = self._kind(coef if len(columns) > 1 else coef[0])
         self.intercept_ = self._kind(intercept) if y.ndim == 2 else self._kind(intercept[0])[()]
@@ -519,7 +520,7 @@ def _positive(X: Any, y: Any, l2: float, weight: Any, model: Ridge) -> tuple[Any
 
 
 def _checked_csr(X: Any) -> Any:
-    """A CSR array over the memory of X whose indices are in range, of one dtype and without gaps in memory.
+    """Make a CSR array over the memory of X whose indices are in range, of one dtype and without gaps in memory.
 
     Raises:
         ValueError: a row begins or ends where it must not, or a column is out of range.
@@ -545,7 +546,7 @@ def _tensor(X: Any, device: torch.device | None) -> Any:
 
 
 def _checked_alpha(model: Any, targets: int) -> list[float]:
-    """The penalty of each target."""
+    """Give the penalty of each target."""
     name, alpha = type(model).__name__, _array(model.alpha)
     if isinstance(model, Ridge) and np.ndim(alpha) > 0:
         alpha = np.ravel(alpha)

@@ -13,7 +13,7 @@ from torch import nn
 import secant
 from curvature_problems import ROUNDING, Residual, Transformer, cnn, data, dense, error, mlp
 from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, LinearOperator
-from secant.solvers import CGStatus
+from secant.result import Status
 
 F64 = torch.float64
 
@@ -313,7 +313,7 @@ def test_inverse_solves_and_tells_how():
         left = (a + shift * torch.eye(30, dtype=F64)) @ x - B
         assert (left.norm(dim=0) <= 2e-10 * B.norm(dim=0)).all()
         assert solve.converged
-        assert solve.status.tolist() == [CGStatus.CONVERGED] * 2
+        assert solve.status.tolist() == [Status.CONVERGED] * 2
         assert (solve.residuals <= 1e-10).all()
         assert (solve.iterations > 5).all()
         assert torch.allclose(B.T @ solve, x.T, rtol=1e-8)
@@ -338,14 +338,14 @@ def test_what_an_inverse_does_not_reach_is_data():
     short = A.inverse(max_iter=2, tol=1e-12)
     short @ torch.ones(4, dtype=F64)
     assert not short.converged
-    assert short.status.tolist() == [CGStatus.MAX_ITER]
+    assert short.status.tolist() == [Status.MAX_ITER]
     assert short.iterations.tolist() == [2]
     indefinite = Matrix(torch.diag(torch.tensor([1.0, -1.0], dtype=F64))).inverse()
     indefinite @ torch.tensor([0.0, 1.0], dtype=F64)
-    assert indefinite.status.tolist() == [CGStatus.FLAT]
+    assert indefinite.status.tolist() == [Status.FLAT]
     nan = Matrix(torch.full((2, 2), float("nan"), dtype=F64)).inverse()
     nan @ torch.ones(2, dtype=F64)
-    assert nan.status.tolist() == [CGStatus.NOT_FINITE]
+    assert nan.status.tolist() == [Status.NOT_FINITE]
     zero = A.inverse()
     assert (zero @ torch.zeros(4, dtype=F64) == 0).all()
     assert zero.converged

@@ -9,7 +9,7 @@ from torch import nn
 
 from curvature_problems import ROUNDING, Residual, data, dense, dense_hessian, dense_jacobian, error, mlp
 from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian
-from secant.solvers import CGStatus
+from secant.result import Status
 
 F64 = torch.float64
 HUGE, LONG = 10**400, 10**5000  # no float; and no string
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite(value, mode):
         H.spectrum(2)
     solve = H.inverse()
     solve @ torch.ones(30, dtype=F64)
-    assert solve.status.tolist() == [CGStatus.NOT_FINITE]
+    assert solve.status.tolist() == [Status.NOT_FINITE]
     # The point after it is as any other, and its mode is chosen there.
     factor.fill_(1.0)
     H.refresh()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import secant
+from secant.result import Status
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -19,7 +20,7 @@ def test_the_fit_of_the_cpu(problem, solver, loss, rows):
     got = secant.glm.fit(
         torch.from_numpy(x).cuda(), torch.from_numpy(y).cuda(), loss=loss, l2=1.0, tol=1e-10, solver=solver
     )
-    assert got.status == want.status == "converged"
+    assert got.status == want.status == Status.CONVERGED
     assert got.coef.is_cuda
     # |w - w*| <= |g| / l2 for both.
     assert float((got.coef.cpu() - want.coef).abs().max()) <= 2 * np.sqrt(want.coef.numel()) * 1e-10 * rows
@@ -29,7 +30,7 @@ def test_float32(problem, solver):
     x, y = problem("logistic", n=5000)
     x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
     result = secant.glm.fit(torch.from_numpy(x).cuda(), torch.from_numpy(y).cuda(), l2=1.0, solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert result.grad_norm <= 1e-6
 
 

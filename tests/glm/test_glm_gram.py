@@ -8,7 +8,7 @@ import torch
 
 from secant.glm.gram import softmax_gram, weighted_gram, weighted_moments
 from secant.glm.objective import Objective
-from secant.glm.preconditioners import Diagonal, Factor
+from secant.glm.preconditioners import CholeskyPreconditioner, DiagonalPreconditioner
 
 EPS = {torch.float32: 1.2e-7, torch.float64: 2.3e-16}
 
@@ -90,7 +90,7 @@ def test_diagonal_makes_uncorrelated_features_round():
     x = (2.0 * x - 1.0) * torch.tensor([1e-3, 1.0, 50.0, 1e4]) + torch.tensor([0.0, 5.0, -1e3, 2e4])
     problem = objective(x, torch.zeros(2**d, dtype=torch.float64), "squared")
     point = problem.evaluate(problem.zeros())
-    t = Diagonal(problem, point)
+    t = DiagonalPreconditioner(problem, point)
     basis = torch.eye(d + 1, dtype=torch.float64)
     product = torch.stack([t.to_u(problem.hvp(point, t.to_theta(e))) for e in basis])
     # Centring cancels (mean / deviation)^2 <= 400 of 16 digits.
@@ -107,7 +107,7 @@ def test_factor_is_exact_whatever_the_scales_and_means():
     x = rows(200, 12) * scale + 1e4 * scale.flip(0) ** 0.5 * scale
     full = dense(x, True)
     gram = full.t() @ full
-    factor = Factor(gram, 1, 2.3e-16)
+    factor = CholeskyPreconditioner(gram, 1, 2.3e-16)
     assert factor.exact
     want = torch.linspace(-1, 1, 13, dtype=torch.float64) / torch.cat([scale, torch.ones(1, dtype=scale.dtype)])
     # Means of up to 1e6 deviations: centring cancels twelve of sixteen digits.
@@ -120,7 +120,7 @@ def test_factor_is_the_inverse(intercepts):
     g = torch.Generator().manual_seed(0)
     a = torch.randn(40, 9, generator=g, dtype=torch.float64)
     gram = a.t() @ a
-    factor = Factor(gram, intercepts, 2.3e-16)
+    factor = CholeskyPreconditioner(gram, intercepts, 2.3e-16)
     assert factor.exact
     inverse = torch.stack([factor.solve(e) for e in torch.eye(9, dtype=torch.float64)])
     assert torch.allclose(inverse @ gram, torch.eye(9, dtype=torch.float64), atol=1e-12)
@@ -131,7 +131,7 @@ def test_factor_is_the_inverse(intercepts):
 def test_factor_of_a_singular_matrix_is_positive_definite(intercepts):
     a = rows(50, 6)
     a = torch.cat([a, a[:, :2] @ torch.ones(2, 1, dtype=a.dtype), 0 * a[:, :1], torch.ones(50, 1, dtype=a.dtype)], 1)
-    factor = Factor(a.t() @ a, intercepts, 2.3e-16)
+    factor = CholeskyPreconditioner(a.t() @ a, intercepts, 2.3e-16)
     assert not factor.exact
     inverse = torch.stack([factor.solve(e) for e in torch.eye(9, dtype=torch.float64)])
     assert torch.allclose(inverse, inverse.t(), rtol=1e-6, atol=1e-6 * float(inverse.abs().max()))
@@ -142,7 +142,7 @@ def test_factor_of_a_singular_matrix_is_positive_definite(intercepts):
 
 
 def test_factor_of_what_is_not_finite_is_harmless():
-    factor = Factor(torch.full((3, 3), torch.inf, dtype=torch.float64), 1, 2.3e-16)
+    factor = CholeskyPreconditioner(torch.full((3, 3), torch.inf, dtype=torch.float64), 1, 2.3e-16)
     assert not factor.exact
     assert torch.equal(factor.solve(torch.ones(3, dtype=torch.float64)), torch.ones(3, dtype=torch.float64))
 
@@ -152,7 +152,7 @@ def test_diagonal_of_a_constant_column_is_no_division_by_rounding(value):
     """What centring leaves of it is rounding; as a curvature that would make steps of 1e8 along nothing."""
     x = torch.cat([rows(1000, 2), torch.full((1000, 1), value, dtype=torch.float64)], 1)
     problem = objective(x, torch.zeros(1000, dtype=torch.float64), "squared")
-    t = Diagonal(problem, problem.evaluate(problem.zeros()))
+    t = DiagonalPreconditioner(problem, problem.evaluate(problem.zeros()))
     unit = torch.eye(4, dtype=torch.float64)[2]
     assert 0.0 < float(t.solve(unit)[2]) <= 10.0 / (1000 * value**2)
 

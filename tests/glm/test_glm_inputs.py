@@ -11,6 +11,7 @@ from scipy import optimize
 
 import secant
 from secant.glm.arguments import _shift
+from secant.result import Status
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((400, 3))
@@ -30,7 +31,7 @@ def test_a_time_stamp_as_feature(solver):
     """y = 3 + 0.002 t, t in milliseconds since 1970: the slope to the last digits, and a status that says so."""
     t = 1.6e12 + 1000.0 * np.arange(2000)
     result = secant.glm.fit(t[:, None], 3 + 0.002 * t, loss="squared", solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     # Targets of 3.2e9 are rounded to 5e-7, and their sum to more; their spread is 1e6.
     assert float(result.coef) == pytest.approx(0.002, rel=1e-12)
     assert float(result.intercept) + 0.002 * 1.6e12 == pytest.approx(3 + 0.002 * 1.6e12, rel=1e-12)
@@ -43,7 +44,7 @@ def test_features_far_from_zero_in_float32(loss, far, solver):
     x = (X + far).astype(np.float32)
     want = secant.glm.fit(x.astype(float) - far, TARGETS[loss], loss=loss, tol=1e-10)
     result = secant.glm.fit(x, TARGETS[loss], loss=loss, solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert np.abs(result.coef.numpy() - want.coef.numpy()).max() < 2e-4 * np.abs(want.coef.numpy()).max()
     z = (x.astype(float) @ result.coef.double().numpy()) + float(result.intercept)
     right = (x.astype(float) - far) @ want.coef.numpy() + float(want.intercept)
@@ -55,7 +56,7 @@ def test_all_classes_and_a_start_far_from_zero(solver):
     classes = np.digitize(Z, [-1.0, 1.0])
     want = secant.glm.fit(X, classes, loss="multinomial", l2=0.5, tol=1e-10)
     result = secant.glm.fit(X + 1e7, classes, loss="multinomial", l2=0.5, tol=1e-9, solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert torch.allclose(result.coef, want.coef, atol=1e-6)
     again = secant.glm.fit(X + 1e7, classes, loss="multinomial", l2=0.5, start=result, max_iter=0)
     assert again.grad_norm < 1e-6
@@ -67,7 +68,7 @@ def test_sparse_columns_far_from_zero():
     x[::2, 1:] = 0.0
     csr = torch.from_numpy(x).to_sparse_csr()
     dense, sparse = (secant.glm.fit(data, TARGETS["logistic"], tol=1e-8) for data in (x, csr))
-    assert dense.status == sparse.status == "converged"
+    assert dense.status == sparse.status == Status.CONVERGED
     assert torch.allclose(sparse.coef, dense.coef, atol=1e-7)
 
 
@@ -97,7 +98,7 @@ def test_an_offset_is_a_known_term(loss, fit_intercept, solver):
 
     options = {"loss": loss, "l2": l2, "sample_weight": weight, "offset": OFFSET, "fit_intercept": fit_intercept}
     result = secant.glm.fit(X, y, tol=1e-10, solver=solver, **options)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     theta = np.append(result.coef.numpy(), [float(result.intercept)] * fit_intercept)
     assert result.value == pytest.approx(objective(theta), rel=1e-12)
     found = optimize.minimize(objective, np.zeros(len(theta)), tol=1e-10)
@@ -110,7 +111,7 @@ def test_an_offset_is_a_known_term(loss, fit_intercept, solver):
 def test_an_offset_of_every_class(solver):
     classes, offset = np.digitize(Z, [-1.0, 1.0]), RNG.standard_normal((400, 3))
     result = secant.glm.fit(X, classes, loss="multinomial", l2=0.4, offset=offset, solver=solver, tol=1e-10)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     p = torch.softmax(torch.tensor(X) @ result.coef + result.intercept + torch.tensor(offset), 1)
     r = p - torch.nn.functional.one_hot(torch.tensor(classes), 3)
     grad = torch.tensor(X).mT @ r + 0.4 * result.coef
@@ -131,7 +132,7 @@ def test_products_that_overflow_end_in_a_status(loss, scale, solver):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", secant.SingularWarning)  # squares of 1e-200 are zero
         result = secant.glm.fit(X * scale, y, loss=loss, solver=solver)
-    assert result.status in ("stalled", "converged", "max_iter")
+    assert result.status in (Status.STALLED, Status.CONVERGED, Status.MAX_ITER)
     assert torch.isfinite(result.coef).all()
 
 
@@ -158,7 +159,7 @@ def test_the_smallest_of_many_minimisers(fit_intercept, rows):
     with pytest.warns(secant.SingularWarning, match="one of many"):
         other = secant.glm.fit(x, y, loss="squared", sample_weight=c, fit_intercept=fit_intercept)
     result = secant.glm.fit(x, y, loss="squared", sample_weight=c, fit_intercept=fit_intercept, solver="min-norm")
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     mean, level = (np.average(x, 0, c), np.average(y, weights=c)) if fit_intercept else (0.0, 0.0)
     root = np.sqrt(c)[:, None]
     want = np.linalg.pinv((x - mean) * root, rcond=1e-12) @ ((y - level)[:, None] * root)
@@ -177,7 +178,7 @@ def test_no_warning_where_there_is_one_minimiser():
 
 def test_no_iteration_is_the_start(solver):
     result = secant.glm.fit(X, TARGETS["logistic"], max_iter=0, solver=solver)
-    assert result.status == "max_iter"
+    assert result.status == Status.MAX_ITER
     assert result.n_iter == 0
     assert not result.coef.any()
     start = (np.array([0.1, 0.2, 0.3]), 0.4)
@@ -191,7 +192,7 @@ def test_the_means_are_those_of_rows_with_weight(solver):
     weight = np.repeat([0.0, 1.0], [390, 10])
     y = 2 * (x[:, 0] - 1e8) + 1
     result = secant.glm.fit(x, y, loss="squared", sample_weight=weight, solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert float(result.coef) == pytest.approx(2.0, rel=1e-9)
 
 
@@ -201,14 +202,14 @@ def test_logarithms_far_from_zero(loss, far, solver):
     """A scale of the targets, or an offset, is the intercept's; Newton's method does not walk there."""
     want = secant.glm.fit(X, TARGETS[loss], loss=loss, tol=1e-10, solver=solver)
     shifted = secant.glm.fit(X, TARGETS[loss], loss=loss, offset=np.full(400, far), tol=1e-10, solver=solver)
-    assert shifted.status == "converged"
+    assert shifted.status == Status.CONVERGED
     assert torch.allclose(shifted.coef, want.coef, atol=1e-7)
     assert float(shifted.intercept) == pytest.approx(float(want.intercept) - far, abs=1e-6)
 
 
 def test_a_gradient_that_overflows_is_a_status():
     result = secant.glm.fit(X * 1e307, TARGETS["logistic"])
-    assert result.status == "stalled"
+    assert result.status == Status.STALLED
     assert torch.isfinite(result.coef).all()
 
 

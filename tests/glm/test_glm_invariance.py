@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secant
+from secant.result import Status
 
 LOSSES = ("squared", "logistic", "poisson", "huber", "multinomial")
 
@@ -20,7 +21,7 @@ def test_weights_are_repeated_rows(problem, solver, loss):
     options = {"loss": loss, "l2": 0.7, "tol": 1e-11, "solver": solver}
     weighted = secant.glm.fit(x, y, sample_weight=count.astype(float), **options)
     repeated = secant.glm.fit(np.repeat(x, count, axis=0), np.repeat(y, count), **options)
-    assert weighted.status == repeated.status == "converged"
+    assert weighted.status == repeated.status == Status.CONVERGED
     assert weighted.value == pytest.approx(repeated.value, rel=1e-12)
     # |w - w*| <= |g| / l2 for both, |g| <= sqrt(P) 1e-11 N.
     bound = 2.0 * np.sqrt(weighted.coef.numel()) * 1e-11 * count.sum() / 0.7
@@ -43,7 +44,7 @@ def test_scales_and_offsets_only_change_units(problem, solver, loss):
     scale, shift = np.exp(3.0 * np.linspace(-1, 1, 7)), np.linspace(-50.0, 50.0, 7)
     plain = secant.glm.fit(x, y, loss=loss, tol=1e-8, solver=solver)
     moved = secant.glm.fit(x * scale + shift * scale, y, loss=loss, tol=1e-8, solver=solver)
-    assert plain.status == moved.status == "converged"
+    assert plain.status == moved.status == Status.CONVERGED
     # Both are within g.H^-1 g / 2 of the minimum.
     assert moved.value == pytest.approx(plain.value, rel=1e-9)
     assert moved.n_iter <= 2 * plain.n_iter + 5
@@ -68,7 +69,7 @@ def test_sparse_is_dense(problem, solver, loss):
             csr.crow_indices().to(index), csr.col_indices().to(index), csr.values(), csr.shape
         )
         sparse = secant.glm.fit(csr, y, loss=loss, l2=0.5, tol=1e-10, solver=solver)
-        assert sparse.status == dense.status == "converged"
+        assert sparse.status == dense.status == Status.CONVERGED
         assert torch.allclose(sparse.coef, dense.coef, rtol=0.0, atol=2 * 5 * 1e-10 * len(y) / 0.5)
 
 
@@ -116,7 +117,7 @@ def test_float32_is_float64_to_its_precision(problem, solver):
     half = secant.glm.fit(x.astype(np.float32), y, l2=1.0, solver=solver)
     full = secant.glm.fit(x, y, l2=1.0, tol=1e-10, solver=solver)
     assert half.coef.dtype is torch.float32
-    assert half.status == "converged"
+    assert half.status == Status.CONVERGED
     # |w - w*| <= |g| / l2 with |g| <= sqrt(7) 1e-6 N, and as much again for the rounding of the gradient.
     assert float((half.coef.double() - full.coef).abs().max()) <= 2 * np.sqrt(7) * 1e-6 * len(y)
 
@@ -162,9 +163,12 @@ def test_callback_sees_the_history_and_stops_it(problem, oracle, flat, solver, r
     assert [one.n for one in seen] == list(range(len(seen)))
     assert seen[-1].value == result.value
     assert seen[-1].grad_norm == result.grad_norm
+    counts = [one.evaluations for one in seen]
+    assert counts[0] == 1
+    assert all(1 <= more - fewer <= 31 for fewer, more in itertools.pairwise(counts))
     for last in {0, 2, len(seen) - 2}:
         stopped = secant.glm.fit(x, y, l2=1.0, solver=solver, callback=lambda one, last=last: one.n == last)
-        assert stopped.status == "stopped"
+        assert stopped.status == Status.STOPPED
         assert stopped.history == seen[: last + 1]
         # Of all rows, also when it was the sample's iterations that were stopped.
         value, grad = oracle(x, y, "logistic", l2=1.0)(flat(stopped))

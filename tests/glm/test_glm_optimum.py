@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import minimize
 
 import secant
+from secant.result import Status
 
 LOSSES = ("squared", "logistic", "poisson", "huber", "multinomial")
 
@@ -22,7 +23,7 @@ def test_gradient_is_within_tol_and_no_lower_value_exists(problem, oracle, flat,
         for l2, c in ((0.0, None), (3.0, weight)):
             tol = 1e-9
             result = secant.glm.fit(x, y, loss=loss, l2=l2, sample_weight=c, tol=tol, solver=solver)
-            assert result.status == "converged", (loss, l2, result.message)
+            assert result.status == Status.CONVERGED, (loss, l2, result.message)
             objective = oracle(x, y, loss, l2=l2, weight=c)
             value, grad = objective(flat(result))
             total = len(y) if c is None else c.sum()
@@ -40,7 +41,7 @@ def test_huber_for_every_delta(problem, oracle, flat, solver, delta):
     """The noise has deviation 30, outliers 2000: from a thousandth of the rows within delta to almost all."""
     x, y = problem("huber")
     result = secant.glm.fit(x, 5.0 + 100.0 * y, loss="huber", delta=delta, tol=1e-10 * delta, solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     _, grad = oracle(x, 5.0 + 100.0 * y, "huber", delta=delta)(flat(result))
     # x is of the order of ten, so that the rounding of a gradient's sum is a hundredth of this.
     assert np.abs(grad).max() / len(y) <= 1e-10 * delta + 1e-13
@@ -129,7 +130,7 @@ def test_auto_chooses_by_shape():
 def test_many_rows_start_on_a_sample(problem, oracle, flat):
     x, y = problem("logistic", n=20_000, d=20)
     result = secant.glm.fit(x, y, l2=0.5, tol=1e-10, solver="newton-cholesky")
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     seen = [one.rows for one in result.history]
     assert min(seen[1:4]) < 20_000 // 4
     assert result.n_iter == seen[seen.index(min(seen)) :].count(20_000) - 1  # the first of them is the evaluation
@@ -155,5 +156,5 @@ def test_a_sample_that_misleads_is_given_up():
     result = secant.glm.fit(x, y, solver="newton-cholesky", tol=1e-9)
     first = result.history[0]
     assert next(one for one in result.history[1:] if one.rows == n).value == first.value
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert torch.allclose(result.coef, secant.glm.fit(x, y, solver="lbfgs", tol=1e-9).coef, atol=1e-6)

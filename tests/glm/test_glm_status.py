@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secant
+from secant.result import Status
 
 X = np.random.default_rng(0).standard_normal((120, 4))
 Z = X @ np.array([1.0, -2.0, 0.5, 0.0]) + 0.3
@@ -18,14 +19,14 @@ NOISY = (np.random.default_rng(1).random(120) < 1.0 / (1.0 + np.exp(-Z))).astype
 
 def test_separable_classes_have_no_minimum(solver):
     result = secant.glm.fit(X, SIDE, solver=solver)
-    assert result.status == "no_minimum"
+    assert result.status == Status.NO_MINIMUM
     assert not result.converged
     assert "separates" in result.message
     # Also when it is the iterations that end it, and for all classes of a multinomial model.
-    assert secant.glm.fit(X, SIDE, solver=solver, max_iter=8).status == "no_minimum"
+    assert secant.glm.fit(X, SIDE, solver=solver, max_iter=8).status == Status.NO_MINIMUM
     classes = np.digitize(Z, [-1.0, 1.0])
     line = np.column_stack([Z, Z**2])
-    assert secant.glm.fit(line, classes, loss="multinomial", solver=solver).status == "no_minimum"
+    assert secant.glm.fit(line, classes, loss="multinomial", solver=solver).status == Status.NO_MINIMUM
 
 
 @pytest.mark.parametrize("solver", ["newton-cholesky", "newton-cg"])
@@ -33,33 +34,33 @@ def test_quasi_separable_classes_have_no_minimum(solver):
     """One column separates the rows where it is not zero; the others overlap, and have a finite optimum."""
     x = np.column_stack([X, np.where(np.arange(120) < 20, 1.0 + np.abs(X[:, 0]), 0.0)])
     y = np.where(np.arange(120) < 20, 1.0, NOISY)
-    assert secant.glm.fit(x, y, solver=solver).status == "no_minimum"
+    assert secant.glm.fit(x, y, solver=solver).status == Status.NO_MINIMUM
     # One row on the wrong side, and there is a minimum.
     y[0] = 0.0
-    assert secant.glm.fit(x, y, solver=solver).status == "converged"
+    assert secant.glm.fit(x, y, solver=solver).status == Status.CONVERGED
 
 
 def test_a_penalty_makes_separable_classes_a_problem(solver):
     result = secant.glm.fit(X, SIDE, l2=1e-4, solver=solver)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert result.grad_norm <= 1e-6
 
 
 def test_counts_of_zero_have_no_minimum_without_an_intercept(solver):
     result = secant.glm.fit(np.abs(X), np.zeros(120), loss="poisson", fit_intercept=False, solver=solver)
-    assert result.status == "no_minimum"
+    assert result.status == Status.NO_MINIMUM
 
 
 def test_overlapping_classes_are_not_called_separable(solver):
     for tol in (0.2, 1e-2, 1e-10):
         result = secant.glm.fit(X, NOISY, tol=tol, solver=solver)
-        assert result.status == "converged"
+        assert result.status == Status.CONVERGED
         assert result.grad_norm <= tol
 
 
 def test_iterations_run_out(solver):
     result = secant.glm.fit(X, NOISY, l2=1.0, tol=1e-13, max_iter=2, solver=solver)
-    assert result.status == "max_iter"
+    assert result.status == Status.MAX_ITER
     assert result.n_iter == 2
     assert "max_iter = 2" in result.message
     assert result.grad_norm > 1e-13
@@ -67,7 +68,7 @@ def test_iterations_run_out(solver):
 
 def test_a_tolerance_below_rounding_is_reported(solver):
     result = secant.glm.fit(X.astype(np.float32), NOISY, l2=1.0, tol=1e-12, solver=solver)
-    assert result.status == "stalled"
+    assert result.status == Status.STALLED
     assert "float32" in result.message
     # It got as far as float32 can: a gradient is a mean of terms of order one.
     assert result.grad_norm < 16 * np.finfo(np.float32).eps
@@ -78,7 +79,7 @@ def test_collinear_and_constant_columns(solver):
     x = np.column_stack([X, X[:, 0] + 2.0 * X[:, 1], np.full(120, 7.0), np.zeros(120)])
     for loss, y in (("logistic", NOISY), ("squared", Z), ("poisson", NOISY)):
         result = secant.glm.fit(x, y, loss=loss, tol=1e-9, solver=solver)
-        assert result.status == "converged", result.message
+        assert result.status == Status.CONVERGED, result.message
         plain = secant.glm.fit(X, y, loss=loss, tol=1e-9, solver=solver)
         got = x @ result.coef.numpy() + float(result.intercept)
         # Gradients of 1e-9 against a mean curvature of at least 0.05 in the directions that the data span.
@@ -89,10 +90,10 @@ def test_collinear_and_constant_columns(solver):
 def test_fewer_rows_than_columns(solver):
     x, y = np.random.default_rng(0).standard_normal((10, 30)), Z[:10]
     result = secant.glm.fit(x, y, loss="squared", solver=solver, tol=1e-10)
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     assert np.abs(x @ result.coef.numpy() + float(result.intercept) - y).max() < 1e-8
-    assert secant.glm.fit(x, SIDE[:10], solver=solver).status == "no_minimum"
-    assert secant.glm.fit(x, SIDE[:10], l2=0.1, solver=solver).status == "converged"
+    assert secant.glm.fit(x, SIDE[:10], solver=solver).status == Status.NO_MINIMUM
+    assert secant.glm.fit(x, SIDE[:10], l2=0.1, solver=solver).status == Status.CONVERGED
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -111,17 +112,17 @@ def test_values_of_x_that_are_not_finite(solver, value):
 def test_one_class():
     for y, name in ((np.zeros(120), "zeros"), (np.ones(120), "ones")):
         result = secant.glm.fit(X, y, l2=1.0)
-        assert result.status == "no_minimum", name
+        assert result.status == Status.NO_MINIMUM, name
         assert "the intercept falls forever" in result.message
         assert torch.isfinite(result.coef).all()
         assert (torch.sigmoid(torch.tensor(X) @ result.coef + result.intercept) - y[0]).abs().max() < 1e-4
         # Without an intercept there is a minimum.
-        assert secant.glm.fit(X, y, l2=1.0, fit_intercept=False).status == "converged"
-    assert secant.glm.fit(X, NOISY, sample_weight=NOISY).status == "no_minimum"
+        assert secant.glm.fit(X, y, l2=1.0, fit_intercept=False).status == Status.CONVERGED
+    assert secant.glm.fit(X, NOISY, sample_weight=NOISY).status == Status.NO_MINIMUM
     for l2 in (0.0, 1.0):
-        assert secant.glm.fit(X, np.zeros(120), loss="poisson", l2=l2).status == "no_minimum"
+        assert secant.glm.fit(X, np.zeros(120), loss="poisson", l2=l2).status == Status.NO_MINIMUM
         result = secant.glm.fit(X, np.where(NOISY > 0, 2, 0), loss="multinomial", l2=l2)
-        assert result.status == "no_minimum"
+        assert result.status == Status.NO_MINIMUM
         # What is left is the problem of the two classes: coefficients of half the size, of either sign, of (2, 0).
         two = secant.glm.fit(X, NOISY, l2=l2 / 2)
         assert torch.allclose(result.coef[:, 2] - result.coef[:, 0], two.coef, atol=1e-4)
@@ -195,6 +196,6 @@ def test_huge_logits_are_safe(solver):
     result = secant.glm.fit(
         1e4 * X, NOISY, l2=1e-2, start=(np.array([-1.0, 2.0, -0.5, 0.0]), 0.0), solver=solver, tol=1e-5
     )
-    assert result.status == "converged"
+    assert result.status == Status.CONVERGED
     cold = secant.glm.fit(1e4 * X, NOISY, l2=1e-2, solver=solver, tol=1e-5)
     assert torch.allclose(result.coef * 1e4, cold.coef * 1e4, atol=1e-3)

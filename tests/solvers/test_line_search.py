@@ -9,22 +9,22 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from secant.solvers import Step, Trial, cubic_minimizer, strong_wolfe
+from secant.solvers import LineSearchResult, Trial, cubic_minimizer, run, strong_wolfe
 
 
-def search(phi, t=1.0, **options) -> tuple[Step, list[Trial]]:
-    """Run the search on phi(t) -> (value, slope); the step and the trials made, in order."""
-    trials = [Trial(t, *phi(t))]
-    asks = strong_wolfe(Trial(0.0, *phi(0.0)), trials[0], **options)
-    try:
-        t, best = next(asks)
-        while True:
-            # What may still be returned is the start or an earlier finite trial.
-            assert best == 0.0 or any(best == x.t and math.isfinite(x.value) for x in trials)
-            trials.append(Trial(t, *phi(t)))
-            t, best = asks.send(trials[-1])
-    except StopIteration as end:
-        step = end.value
+def search(phi, t=1.0, **options) -> tuple[LineSearchResult, list[Trial]]:
+    """Run the search on phi(t) -> (value, slope); the result and the trials made, in order."""
+    trials = []
+
+    def evaluate(t):
+        trials.append(Trial(t, *phi(t)))
+        return trials[-1]
+
+    def keep(best):
+        # What may still be returned is the start or an earlier finite trial.
+        assert best == 0.0 or any(best == x.t and math.isfinite(x.value) for x in trials)
+
+    step = run(strong_wolfe(Trial(0.0, *phi(0.0)), evaluate(t), **options), evaluate, keep)
     assert step.evaluations == len(trials)
     assert step.trial.t == 0.0 or step.trial in trials
     return step, trials
@@ -138,7 +138,7 @@ def test_cubic_minimizer_bisects_where_there_is_no_minimum():
 
 def test_first_trial_is_taken_when_it_will_do():
     step, trials = search(lambda t: ((t - 1.0) ** 2, 2.0 * (t - 1.0)), 1.0)
-    assert step == Step(trials[0], True, 1)
+    assert step == LineSearchResult(trials[0], True, 1)
 
 
 def test_short_first_trial_is_extrapolated_at_most_tenfold():
@@ -211,7 +211,7 @@ def test_evaluations_are_limited(most):
     # A slope that never flattens: no Wolfe step exists, every trial is lower.
     step, trials = search(lambda t: (-t, -1.0), 1.0, max_evaluations=most)
     assert len(trials) == most
-    assert step == Step(trials[-1], False, most)
+    assert step == LineSearchResult(trials[-1], False, most)
     # And one where every trial is higher.
     step, trials = search(lambda t: (t, -1.0 if t == 0.0 else 1.0), 1.0, max_evaluations=most)
     assert len(trials) == most
@@ -286,3 +286,62 @@ def test_a_step_that_moves_nothing_becomes_longer():
 def test_invalid_noise(noise):
     with pytest.raises(ValueError, match="strong_wolfe: noise: expected a finite number >= 0"):
         next(strong_wolfe(Trial(0.0, 1.0, -1.0), Trial(1.0, 0.0, 0.0), noise=noise))
+
+
+def test_run_asks_for_the_trials_of_a_search_and_keeps_what_it_may_return():
+    """A recorded search: (t, best) as it asked, and what was found there."""
+    asked = [(1.0, 0.0), (4.0, 1.0), (2.5, 1.0)]
+    found = {1.0: Trial(1.0, -1.0, -1.0), 4.0: Trial(4.0, 9.0, 9.0), 2.5: Trial(2.5, -2.0, 0.0)}
+    sent, log = [], []
+
+    def recorded():
+        for pair in asked:
+            sent.append((yield pair))
+        return LineSearchResult(sent[-1], True, len(sent))
+
+    def evaluate(t):
+        log.append(("evaluate", t))
+        return found[t]
+
+    result = run(recorded(), evaluate, lambda best: log.append(("keep", best)))
+    assert result == LineSearchResult(found[2.5], True, 3)
+    assert sent == list(found.values())
+    assert log == [x for t, best in asked for x in (("keep", best), ("evaluate", t))]
+
+
+def test_run_of_a_search_that_asks_for_nothing():
+    first = Trial(1.0, 0.0, 0.0)
+    result = run(strong_wolfe(Trial(0.0, 1.0, -1.0), first), lambda t: pytest.fail(f"asked for {t}"))
+    assert result == LineSearchResult(first, True, 1)
+
+
+def test_only_the_kept_trial_or_the_last_is_returned():
+    """A caller that holds one earlier trial and the latest has the one that is chosen."""
+    for first in (0.01, 0.3, 2.0, 40.0):
+        phi = lambda t: Trial(t, math.cos(1.3 * t) + 0.01 * t * t, -1.3 * math.sin(1.3 * t) + 0.02 * t)  # noqa: E731
+        start = phi(0.2)
+        held = {0.0: start, first: phi(0.2 + first)._replace(t=first)}
+
+        def evaluate(t, held=held, phi=phi):
+            held[t] = phi(0.2 + t)._replace(t=t)
+            return held[t]
+
+        def keep(best, held=held):
+            for t in held.keys() - {0.0, best}:
+                del held[t]
+
+        result = run(strong_wolfe(start._replace(t=0.0), held[first], c2=0.01), evaluate, keep)
+        assert result.wolfe
+        assert held[result.trial.t] == result.trial
+        assert len(held) <= 3
+
+
+def test_what_an_evaluation_raises_passes():
+    """Also a StopIteration, which is none of the search."""
+    for error in (KeyError("x"), StopIteration(3)):
+
+        def evaluate(t, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            run(strong_wolfe(Trial(0.0, 1.0, -1.0), Trial(1.0, 2.0, 1.0)), evaluate)

@@ -11,7 +11,8 @@ from secant import _checks
 from secant.curvature import _estimators
 from secant.curvature._evaluate import plainly
 from secant.curvature._operator import Damped, LinearOperator
-from secant.solvers.cg import CGResult, CGStatus, cg
+from secant.result import Status
+from secant.solvers.cg import CGResult, cg
 
 
 class Inverse(LinearOperator):
@@ -22,7 +23,7 @@ class Inverse(LinearOperator):
 
     Args:
         operator: A. damping: lambda, a finite number or a tensor of one element.
-        tol: |b - (A + lambda I) x| / |b|, by the recurrence and in the norm of the preconditioner; None: 1e-4 of
+        tol: |b - (A + lambda I) x| / |b| in the norm of the preconditioner, see `secant.solvers.cg`; None: 1e-4 of
             float32, 1e-8 of float64.
         max_iter: products with A per vector, >= 1; None: min(10 n, 1000).
         preconditioner: r (n,) to M^-1 r, symmetric positive definite, in float32 or float64; None: the identity.
@@ -63,8 +64,8 @@ class Inverse(LinearOperator):
         super().__init__(operator.shape[0], operator.dtype, operator.device, operator.shapes)
         self.operator = Damped(operator, damping) if isinstance(damping, Tensor) or damping != 0 else operator
         self.tol, self.max_iter, self.preconditioner = float(tol), max_iter, preconditioner
-        #: Of the last product: `secant.solvers.CGStatus` (k,), products made (k,), both int32, and the norms of what is
-        #: left relative to those of the vectors (k,), by the recurrence; on the device.
+        #: Of the last product: `secant.Status` (k,), products made (k,), both int32, and the norms of what is left
+        #: relative to those of the vectors (k,), as `CGResult.residual` has it; on the device.
         self.status = torch.empty(0, dtype=torch.int32)
         self.iterations = torch.empty(0, dtype=torch.int32)
         self.residuals = torch.empty(0)
@@ -72,7 +73,7 @@ class Inverse(LinearOperator):
     @property
     def converged(self) -> bool:
         """Whether every vector of the last product reached `tol` (waits for the device)."""
-        return bool((self.status == CGStatus.CONVERGED).all())
+        return bool((self.status == Status.CONVERGED).all())
 
     @plainly
     def _rows(self, vectors: Tensor) -> Tensor:

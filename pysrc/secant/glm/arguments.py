@@ -38,7 +38,7 @@ def objective(
     power: float = 1.5,
     offset: Any = None,
 ) -> Objective:
-    """The objective of these arguments.
+    """Make the objective of these arguments.
 
     Raises:
         TypeError, ValueError: see `secant.glm.fit`; non-finite values of X are left to the first evaluation.
@@ -76,14 +76,14 @@ def _offset(value: Any, x: Tensor, classes: int) -> Tensor:
 
 
 def _level(y: Tensor, c: Tensor | None) -> float:
-    """What to take off the targets of a loss that knows differences only: their mean, if that is far from zero."""
+    """Choose what to take off the targets of a loss of differences: their mean, if that is far from zero."""
     y = y.double() if c is None else y[c > 0.0].double()
     mean, spread = float(y.mean()), float(y.std(correction=0))
     return mean if math.isfinite(mean) and abs(mean) > _FAR[torch.float32] * spread else 0.0
 
 
 def _shift(x: Tensor, c: Tensor | None = None) -> Tensor | None:
-    """What to take off the features: the mean of those that are far from zero for their spread; None if none is.
+    """Choose what to take off the features: the mean of those far from zero for their spread; None if none is.
 
     Means of some rows, of positive weight, serve as well as those of all: what is left has to be of the size of the
     spread, no more.
@@ -112,7 +112,7 @@ def _shift(x: Tensor, c: Tensor | None = None) -> Tensor | None:
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor of an array or tensor, sharing its memory where possible.
+    """Make a tensor of an array or tensor, sharing its memory where possible.
 
     An array of another byte order, or with a negative stride, is copied: no tensor has such memory.
     """
@@ -141,7 +141,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def design(X: Any) -> Tensor:
-    """X as a row-major (N, d) tensor or a CSR one, not copied unless it is column-major."""
+    """Take X as a row-major (N, d) tensor or a CSR one, not copied unless it is column-major."""
     x = as_tensor("X", X)
     if x.dtype not in _checks.REAL:
         raise TypeError(f"{OP}: X: expected dtype float32 or float64, got {x.dtype}")
@@ -210,7 +210,7 @@ def _targets(y: Tensor, loss: str, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 def _worst(v: Tensor) -> str:
-    """The first entry that is not a finite number >= 0."""
+    """Name the first entry that is not a finite number >= 0."""
     bad = ~torch.isfinite(v)
     if not bool(bad.any()):
         bad = v < 0.0

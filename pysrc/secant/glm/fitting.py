@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from secant._errors import SingularWarning
 from secant.glm import arguments
 from secant.glm.lbfgs import HistorySystem
 from secant.glm.least_squares import smallest
-from secant.glm.newton import DiagonalSystem, FactorSystem, Outcome, System, newton
-from secant.glm.objective import Objective, Point
-from secant.glm.preconditioners import Factor
+from secant.glm.objective import FitPoint, Objective
+from secant.glm.preconditioners import CholeskyPreconditioner
 from secant.glm.recession import falls_forever, intercept_falls_forever
-from secant.glm.result import GLMResult, Iteration, Recorder
+from secant.glm.result import FitRecorder, GLMResult
+from secant.glm.systems import DiagonalSystem, FactorSystem
+from secant.result import Iteration, Status
+from secant.solvers.newton import DirectionSolver, NewtonResult, newton
 
 #: Up to as many coefficients "auto" factors the Hessian of dense data.
 _FACTOR_UP_TO = 2048
@@ -42,23 +45,25 @@ _SAMPLE_ACCURACY = 0.5
 #: this part of the value.
 _STAGE_FACTOR, _STAGE_ITERATIONS, _STAGE_ACCURACY = 4.0, 10, 1e-2
 
-_SYSTEMS: dict[str, Callable[[int], System]] = {
+_SYSTEMS: dict[str, Callable[[int], DirectionSolver[FitPoint]]] = {
     "newton-cholesky": FactorSystem,
     "newton-cg": DiagonalSystem,
     "lbfgs": lambda _: HistorySystem(),
     "min-norm": DiagonalSystem,
 }
 
+#: Why a fit stopped, with its figures.
 _MESSAGES = {
-    "converged": "the largest component of the gradient of the mean objective, {grad:.2e}, is within tol = {tol:.2e}",
-    "max_iter": "max_iter = {max_iter} iterations were not enough: the gradient is {grad:.2e}, tol = {tol:.2e}",
-    "stalled": "no step can be told from rounding in {dtype}: the gradient is {grad:.2e}, tol = {tol:.2e}; "
+    Status.CONVERGED: "the largest component of the gradient of the mean objective, {grad:.2e}, is within "
+    "tol = {tol:.2e}",
+    Status.MAX_ITER: "max_iter = {max_iter} iterations were not enough: the gradient is {grad:.2e}, tol = {tol:.2e}",
+    Status.STALLED: "no step can be told from rounding in {dtype}: the gradient is {grad:.2e}, tol = {tol:.2e}; "
     "scale the features, use float64, or a larger tol",
-    "no_minimum": "the objective has no minimum: some direction separates the targets, along which it falls forever; "
-    "use l2 > 0",
-    "stopped": "the callback stopped the fit at a gradient of {grad:.2e}, tol = {tol:.2e}",
+    Status.NO_MINIMUM: "the objective has no minimum: some direction separates the targets, along which it falls "
+    "forever; use l2 > 0",
+    Status.STOPPED: "the callback stopped the fit at a gradient of {grad:.2e}, tol = {tol:.2e}",
 }
-#: Another reason for "no_minimum".
+#: Another reason for NO_MINIMUM.
 _NO_INTERCEPT = (
     "the objective has no minimum: the targets of positive weight are all at one end, or a class has none, and the "
     "intercept falls forever; leave out the class, or use fit_intercept=False"
@@ -195,32 +200,39 @@ def fit(
             raise _checks.fail(
                 arguments.OP, "X, start", f"an objective that is finite at the start in {theta.dtype}", point.value
             )
-        record = Recorder(callback, objective.total)
-        stop = record(point.value, point.largest, 0.0, 0, objective.rows)
+        record = FitRecorder(callback)
+        stop = record(objective, point, 0.0)
         system = _SYSTEMS[solver](max_cg_iter)
         if stop:
-            outcome = Outcome(point, "stopped", 0)
+            outcome = NewtonResult(point, Status.STOPPED, 0)
         elif not point.finite:  # a gradient that overflows, of a finite objective
-            outcome = Outcome(point, "stalled", 0)
+            outcome = NewtonResult(point, Status.STALLED, 0)
         elif solver == "min-norm":
             outcome = smallest(objective, tol, max_iter, record)
         else:
             if max_iter and solver == "newton-cholesky" and start is None and point.largest > tol * objective.total:
                 point, stop = _sampled_start(objective, point, system, record)
             if stop:
-                outcome = Outcome(point, "stopped", 0)
+                outcome = NewtonResult(point, Status.STOPPED, 0)
             else:
                 if max_iter and objective.loss == "huber" and start is None and solver != "lbfgs":
                     point = _towards_delta(objective, point, system)
-                outcome = newton(objective, point, system, tol=tol, max_iter=max_iter, record=record)
+                outcome = newton(
+                    objective,
+                    point,
+                    system,
+                    tol=tol * objective.total,
+                    max_iter=max_iter,
+                    record=partial(record, objective),
+                )
         point, status, n_iter, step = outcome
         newton_system = DiagonalSystem(max_cg_iter) if solver == "lbfgs" else system
         sentence = None
-        if status != "stopped" and intercept_falls_forever(objective):
-            status, sentence = "no_minimum", _NO_INTERCEPT
-        elif status != "stopped" and max_iter and falls_forever(objective, point, step, newton_system):
-            status = "no_minimum"
-        elif status == "converged" and objective.l2 == 0.0 and _is_singular(objective, point, system):
+        if status is not Status.STOPPED and intercept_falls_forever(objective):
+            status, sentence = Status.NO_MINIMUM, _NO_INTERCEPT
+        elif status is not Status.STOPPED and max_iter and falls_forever(objective, point, step, newton_system):
+            status = Status.NO_MINIMUM
+        elif status is Status.CONVERGED and objective.l2 == 0.0 and _is_singular(objective, point, system):
             warnings.warn(
                 f"{arguments.OP}: the Hessian is singular to the precision of {str(theta.dtype)[6:]}: this minimiser "
                 'is one of many; use l2 > 0, or solver="min-norm" with the squared loss',
@@ -243,18 +255,18 @@ def fit(
     )
 
 
-def _is_singular(objective: Objective, point: Point, system: System) -> bool:
-    """Whether the Hessian at the point is, where a system has a factor that had to be made regular."""
+def _is_singular(objective: Objective, point: FitPoint, system: DirectionSolver[FitPoint]) -> bool:
+    """Tell whether the Hessian at the point is, where a system has a factor that had to be made regular."""
     if not isinstance(system, FactorSystem) or system.factor is None or system.factor.exact:
         return False
     if system.at is not point:
         tail = max(1, objective.classes) if objective.intercept else 0
-        return not Factor(objective.gram(point), tail, torch.finfo(point.grad.dtype).eps).exact
+        return not CholeskyPreconditioner(objective.gram(point), tail, torch.finfo(point.grad.dtype).eps).exact
     return True
 
 
 def choose(objective: Objective) -> str:
-    """The solver that "auto" stands for."""
+    """Choose the solver that "auto" stands for."""
     if objective.x.layout is torch.strided and objective.zeros().numel() <= _FACTOR_UP_TO:
         return "newton-cholesky"
     return "newton-cg"
@@ -280,7 +292,9 @@ def _start(objective: Objective, start: GLMResult | tuple[Any, Any]) -> Tensor:
     return objective.centred(*parts)
 
 
-def _sampled_start(objective: Objective, point: Point, system: System, record: Recorder) -> tuple[Point, bool]:
+def _sampled_start(
+    objective: Objective, point: FitPoint, system: DirectionSolver[FitPoint], record: FitRecorder
+) -> tuple[FitPoint, bool]:
     """Minimise over a sample of the rows first; a better point than the given one, or that, and whether to stop.
 
     The sample is every k-th row: a view. The system keeps its factor, which preconditions those of all rows.
@@ -297,19 +311,20 @@ def _sampled_start(objective: Objective, point: Point, system: System, record: R
         part,
         first,
         system,
-        tol=1e-12,
+        tol=1e-12 * part.total,
         max_iter=_SAMPLE_ITERATIONS,
-        record=record,
+        record=partial(record, part),
         decrement_tol=_SAMPLE_ACCURACY * stride * coefficients * dispersion,
     )
     found = objective.evaluate(outcome.point.theta)
-    stop = outcome.status == "stopped"
+    stop = outcome.status is Status.STOPPED
     if not (found.finite and found.value < point.value):
         found = point
-    return found, stop or record(found.value, found.largest, 0.0, 0, n)
+    # Besides the evaluation at `found` there was one where the sample began.
+    return found, stop or record(objective, found, 0.0, evaluations=2)
 
 
-def _towards_delta(objective: Objective, point: Point, system: System) -> Point:
+def _towards_delta(objective: Objective, point: FitPoint, system: DirectionSolver[FitPoint]) -> FitPoint:
     """Minimise for larger deltas first, down to the given one: a better point than the given one, or that.
 
     Newton's method takes the rows beyond delta for linear. From afar that is all of them, and there is no curvature;
@@ -320,18 +335,23 @@ def _towards_delta(objective: Objective, point: Point, system: System) -> Point:
     """
     if point.largest == 0.0:
         return point
-    silent = Recorder(None, objective.total)
     theta, delta = point.theta, math.inf
     while delta > objective.delta:
         stage = replace(objective, loss="squared") if math.isinf(delta) else replace(objective, delta=delta)
         here = stage.evaluate(theta)
         accuracy = _STAGE_ACCURACY * abs(here.value)
-        theta = newton(
-            stage, here, system, tol=1e-12, max_iter=_STAGE_ITERATIONS, record=silent, decrement_tol=accuracy
-        ).point.theta
+        found = newton(
+            stage,
+            here,
+            system,
+            tol=1e-12 * stage.total,
+            max_iter=_STAGE_ITERATIONS,
+            decrement_tol=accuracy,
+        )
+        theta = found.point.theta
         if math.isinf(delta):
             z = objective.product(theta) if objective.offset is None else objective.product(theta) + objective.offset
             delta = _STAGE_FACTOR * float((z - objective.target).abs().median())
         delta /= _STAGE_FACTOR
-    found = objective.evaluate(theta)
-    return found if found.finite and found.value < point.value else point
+    end = objective.evaluate(theta)
+    return end if end.finite and end.value < point.value else point

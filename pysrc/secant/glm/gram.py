@@ -48,7 +48,7 @@ def _row_blocks(x: Tensor, rows: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def weighted_gram(x: Tensor, weight: Tensor, *, intercept: bool, shift: Tensor | None = None) -> Tensor:
-    """[X - shift, 1]^T diag(weight) [X - shift, 1], float64.
+    """Compute [X - shift, 1]^T diag(weight) [X - shift, 1], float64.
 
     Args:
         x: (N, d), dense or CSR.
@@ -84,7 +84,7 @@ def weighted_gram(x: Tensor, weight: Tensor, *, intercept: bool, shift: Tensor |
 def softmax_gram(
     x: Tensor, probs: Tensor, sample_weight: Tensor | None, *, intercept: bool, shift: Tensor | None = None
 ) -> Tensor:
-    """Hessian of the multinomial loss: blocks [X, 1]^T diag(c p_a (1[a = b] - p_b)) [X, 1], float64.
+    """Compute the Hessian of the multinomial loss: blocks [X, 1]^T diag(c p_a (1[a = b] - p_b)) [X, 1], float64.
 
     Args:
         x: (N, d), dense or CSR.
@@ -124,7 +124,7 @@ def softmax_gram(
 
 
 def weighted_moments(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums over the rows: of 1, of x_ij - shift_j and of its square.
+    """Sum over the rows, weighted: 1, x_ij - shift_j and its square.
 
     Args:
         x: (N, d), dense or CSR.
@@ -152,5 +152,5 @@ def weighted_moments(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> 
 
 
 def block_rows(x: Tensor, width: int) -> int:
-    """How many rows of so many numbers share the cache with what is made of them."""
+    """Count how many rows of so many numbers share the cache with what is made of them."""
     return max(64, _BLOCK_BYTES // (x.element_size() * max(1, width)))

@@ -1,19 +1,19 @@
-"""Limited-memory BFGS directions in the coordinates of `Diagonal`."""
+"""Limited-memory BFGS directions in the coordinates of `DiagonalPreconditioner`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from secant.glm.newton import Direction
-from secant.glm.objective import Objective, Point
-from secant.glm.preconditioners import Diagonal
+from secant.glm.objective import FitPoint, Objective
+from secant.glm.preconditioners import DiagonalPreconditioner
 from secant.ops.history import LBFGSHistory
+from secant.solvers.newton import Direction
 
 HISTORY = 20
 
 
 class HistorySystem:
-    """Directions p = -T H T^T g from the curvature pairs of u = T^-1 theta, so that scales and offsets do not matter.
+    """Gives p = -T H T^T g from the curvature pairs of u = T^-1 theta, so that scales and offsets do not matter.
 
     It takes the place of a system that solves for Newton directions; the tolerances have no meaning for it.
 
@@ -21,17 +21,17 @@ class HistorySystem:
         Liu and Nocedal, On the limited memory BFGS method for large scale optimization, Math. Program. 45 (1989).
     """
 
-    _coordinates: Diagonal
+    _coordinates: DiagonalPreconditioner
     _history: LBFGSHistory
     _last: tuple[Tensor, Tensor]
 
     def __init__(self) -> None:
         self._started = False
 
-    def solve(self, objective: Objective, point: Point, rtol: float, atol: float) -> Direction:
-        """The direction at the point, after the pair that led to it entered the history."""
+    def solve(self, objective: Objective, point: FitPoint, rtol: float, atol: float) -> Direction:
+        """Give the direction at the point, after the pair that led to it entered the history."""
         if not self._started:
-            self._coordinates = Diagonal(objective, point)
+            self._coordinates = DiagonalPreconditioner(objective, point)
         grad = self._coordinates.to_u(point.grad).reshape(-1)
         if self._started:
             theta, before = self._last

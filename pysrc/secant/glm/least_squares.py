@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from secant.glm.newton import Outcome
-from secant.glm.objective import Objective
-from secant.glm.result import Recorder
+from secant.glm.objective import FitPoint, Objective
+from secant.glm.result import FitRecorder
+from secant.result import Status
+from secant.solvers.newton import NewtonResult
 
 
-def smallest(objective: Objective, tol: float, max_iter: int, record: Recorder) -> Outcome:
-    """Of all (w, b) that minimise the objective with the squared loss that with the smallest |w|.
+def smallest(objective: Objective, tol: float, max_iter: int, record: FitRecorder) -> NewtonResult[FitPoint]:
+    """Find, of all (w, b) that minimise the objective with the squared loss, that with the smallest |w|.
 
     With X_c the rows minus their weighted mean (with an intercept), times sqrt(c), and X_c = U S V^T,
 
@@ -21,7 +22,8 @@ def smallest(objective: Objective, tol: float, max_iter: int, record: Recorder) 
     """
     if max_iter == 0:
         point = objective.evaluate(objective.zeros())
-        return Outcome(point, "converged" if point.largest <= tol * objective.total else "max_iter", 0)
+        status = Status.CONVERGED if point.largest <= tol * objective.total else Status.MAX_ITER
+        return NewtonResult(point, status, 0)
     x, y = objective.x.double(), objective.target.double()
     if objective.offset is not None:
         y = y - objective.offset
@@ -38,6 +40,6 @@ def smallest(objective: Objective, tol: float, max_iter: int, record: Recorder) 
     w = vt.mT @ (gain * (u.mT @ ((y - level) * root)))
     theta = torch.cat([w, (level - mean @ w)[None]]) if objective.intercept else w
     point = objective.evaluate(theta.to(objective.x.dtype))
-    stop = record(point.value, point.largest, 1.0, 0, objective.rows)
-    status = "converged" if point.largest <= tol * objective.total else "stopped" if stop else "stalled"
-    return Outcome(point, status, 1)
+    stop = record(objective, point, 1.0)
+    missed = Status.STOPPED if stop else Status.STALLED
+    return NewtonResult(point, Status.CONVERGED if point.largest <= tol * objective.total else missed, 1)

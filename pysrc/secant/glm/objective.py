@@ -17,8 +17,8 @@ from secant.ops import hvp as ops
 _SATURATED = 1e-12
 
 
-class Point(NamedTuple):
-    """Where the objective was evaluated.
+class FitPoint(NamedTuple):
+    """Holds what is known of the objective at one point.
 
     theta: coefficients, (p,) or (p, K), the intercept in the last row if there is one. value: of the sum. grad: of the
     sum, as theta. largest: max |grad_j|. curvature: second derivatives by row (N,), or probabilities (N, K).
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether value and gradient are."""
+        """Tell whether value and gradient are."""
         return math.isfinite(self.value) and math.isfinite(self.largest)
 
 
@@ -61,21 +61,21 @@ class Objective:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Count them: N."""
         return self.x.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of theta."""
+        """Give that of theta."""
         p = self.x.shape[1] + self.intercept
         return (p, self.classes) if self.classes else (p,)
 
     def zeros(self) -> Tensor:
-        """Coefficients to start from."""
+        """Make coefficients to start from."""
         return torch.zeros(self.shape, dtype=self.x.dtype, device=self.x.device)
 
     def first(self) -> Tensor:
-        """Coefficients to start from: zero, and with a logarithmic link the intercept that is best for these.
+        """Choose coefficients to start from: zero, and with a logarithmic link the intercept that is best for these.
 
         From zero Newton's method moves a predictor by about one an iteration, however far the targets are.
         """
@@ -92,8 +92,8 @@ class Objective:
             theta[self.x.shape[1]] = best
         return theta
 
-    def evaluate(self, theta: Tensor) -> Point:
-        """One pass over X (two with an offset), one transfer to the host."""
+    def evaluate(self, theta: Tensor) -> FitPoint:
+        """Evaluate by one pass over X (two with an offset) and one transfer to the host."""
         if self.shift is None:
             value, grad, curvature = self._value_grad(self.x, theta, slice(None), self.l2)
         else:
@@ -105,10 +105,18 @@ class Objective:
                 curvatures.append(curvature)
             grad, curvature = total.to(theta.dtype), torch.cat(curvatures)
         number, largest = torch.stack([value, grad.abs().amax().double()]).tolist()
-        return Point(theta, number, grad, largest, curvature)
+        return FitPoint(theta, number, grad, largest, curvature)
+
+    def move(self, point: FitPoint, p: Tensor, t: float) -> FitPoint:
+        """Evaluate at the point plus t p."""
+        return self.evaluate(point.theta + t * p)
+
+    def noise(self, point: FitPoint) -> float:
+        """Bound the rounding error of the difference of two values near the point."""
+        return 16.0 * torch.finfo(point.grad.dtype).eps * max(abs(point.value), self.total)
 
     def _value_grad(self, x: Tensor, theta: Tensor, rows: slice, l2: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(value, grad, curvature) of some rows, which `x` holds as they are to be taken."""
+        """Give (value, grad, curvature) of some rows, which `x` holds as they are to be taken."""
         c = None if self.sample_weight is None else self.sample_weight[rows]
         if self.offset is not None:
             return self._value_grad_with_offset(x, theta, rows, c, l2)
@@ -125,7 +133,7 @@ class Objective:
     def _value_grad_with_offset(
         self, x: Tensor, theta: Tensor, rows: slice, c: Tensor | None, l2: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The kernels have no offset. For value and curvature they take the predictors themselves for features."""
+        """Do without an offset in the kernels: for value and curvature the predictors are taken for features."""
         assert self.offset is not None
         target, d = self.target[rows], self.x.shape[1]
         z = x @ theta[:d] + self.offset[rows]
@@ -158,8 +166,8 @@ class Objective:
         for start, stop, block in row_blocks(self.x, block_rows(self.x, 2 * self.x.shape[1]), self.shift):
             yield slice(start, stop), block
 
-    def hvp(self, point: Point, v: Tensor) -> Tensor:
-        """Hessian at the point times v; one pass over X."""
+    def hvp(self, point: FitPoint, v: Tensor) -> Tensor:
+        """Multiply the Hessian at the point by v; one pass over X."""
         if self.shift is None:
             return self._hvp(self.x, point.curvature, v, slice(None), self.l2)
         total = self._penalty_grad(v)
@@ -174,7 +182,7 @@ class Objective:
         return ops.glm_hvp(x, v, curvature, l2=l2, intercept=self.intercept)
 
     def product(self, theta: Tensor) -> Tensor:
-        """(x_i - m) . w + b by row, (N,) or (N, K), without the offset."""
+        """Compute (x_i - m) . w + b by row, (N,) or (N, K), without the offset."""
         d = self.x.shape[1]
         if self.shift is None:
             z = self.x @ theta[:d]
@@ -183,7 +191,7 @@ class Objective:
         return z + theta[d] if self.intercept else z
 
     def uncentred(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(w, b) with x_i . w + b: what they are where no shift is taken off the features. b is zero without one."""
+        """Give (w, b) of x_i . w + b, with no shift taken off the features. b is zero without an intercept."""
         w, d = theta[: self.x.shape[1]], self.x.shape[1]
         if not self.intercept:
             return w, torch.zeros_like(theta[0])
@@ -193,7 +201,7 @@ class Objective:
         return w, b.to(theta.dtype)
 
     def centred(self, w: Tensor, b: Tensor) -> Tensor:
-        """Theta of coefficients and intercept as `uncentred` gives them."""
+        """Make theta of coefficients and intercept as `uncentred` gives them."""
         if not self.intercept:
             return w.clone()
         b = b.double() - self.level
@@ -203,14 +211,14 @@ class Objective:
 
     @property
     def majorised(self) -> bool:
-        """Whether `gram` and `moments` are those of an upper bound of the Hessian.
+        """Tell whether `gram` and `moments` are those of an upper bound of the Hessian.
 
         Huber's second derivative is 0 or 1 and says nothing about the rows on the other side of delta; 1 bounds it.
         """
         return self.loss == "huber"
 
-    def gram(self, point: Point) -> Tensor:
-        """The Hessian (or its bound), (P, P) float64 over the flattened theta."""
+    def gram(self, point: FitPoint) -> Tensor:
+        """Compute the Hessian (or its bound), (P, P) float64 over the flattened theta."""
         if self.classes:
             h = softmax_gram(
                 self.x, self._unsaturated(point), self.sample_weight, intercept=self.intercept, shift=self.shift
@@ -220,12 +228,12 @@ class Objective:
         h.diagonal()[: self.x.shape[1]] += self.l2
         return h
 
-    def moments(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
-        """`weighted_moments` with the diagonals of the Hessians by row."""
+    def moments(self, point: FitPoint) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute `weighted_moments` with the diagonals of the Hessians by row."""
         return weighted_moments(self.x, self._row_weight(point), self.shift)
 
     def sample(self, stride: int) -> Objective:
-        """The objective on every stride-th row, weighted so that it estimates this one."""
+        """Make the objective on every stride-th row, weighted so that it estimates this one."""
         x = self.x[::stride]
         c = self.sample_weight
         if c is None:
@@ -238,7 +246,7 @@ class Objective:
         target = self.target[::stride].contiguous()
         return replace(self, x=x, target=target, sample_weight=scaled.contiguous(), offset=offset)
 
-    def _row_weight(self, point: Point) -> Tensor:
+    def _row_weight(self, point: FitPoint) -> Tensor:
         if self.majorised:
             return torch.ones_like(point.curvature) if self.sample_weight is None else self.sample_weight
         curvature = self._unsaturated(point)
@@ -247,8 +255,8 @@ class Objective:
         w = curvature * (1.0 - curvature)
         return w if self.sample_weight is None else w * self.sample_weight[:, None]
 
-    def _unsaturated(self, point: Point) -> Tensor:
-        """`point.curvature`, of which rows with huge logits keep some: else a step may be longer than 1e200."""
+    def _unsaturated(self, point: FitPoint) -> Tensor:
+        """Take `point.curvature`, of which rows with huge logits keep some: else a step may be longer than 1e200."""
         curvature = point.curvature
         if self.classes:
             return curvature * (1.0 - _SATURATED) + _SATURATED / self.classes
@@ -274,7 +282,7 @@ class Objective:
 
 
 def _slopes(loss: str, z: Tensor, t: Tensor, delta: float, power: float) -> Tensor:
-    """First derivative of each row's loss by its predictor."""
+    """Differentiate each row's loss by its predictor."""
     if loss == "squared":
         return z - t
     if loss == "logistic":

@@ -1,4 +1,4 @@
-"""What stands for the inverse Hessian: its diagonal after centring, or a Cholesky factor."""
+"""Preconditioners, which stand for the inverse Hessian: by its diagonal after centring, or a Cholesky factor."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from secant.glm.objective import Objective, Point
+from secant.glm.objective import FitPoint, Objective
 
 
-class Diagonal:
-    """Coordinates u in which features are centred and have unit curvature: theta = T u, (w, b) from (u_w, u_b).
+class DiagonalPreconditioner:
+    """Changes to coordinates u where features are centred and of unit curvature: theta = T u, (w, b) from (u_w, u_b).
 
     With m the weighted means of the features, w = u_w / s and b = u_b / s_b - m.w, so that
 
@@ -21,7 +21,7 @@ class Diagonal:
     and T^T act on vectors of coefficients. For the multinomial loss each class has its own T.
     """
 
-    def __init__(self, objective: Objective, point: Point) -> None:
+    def __init__(self, objective: Objective, point: FitPoint) -> None:
         total, first, second = objective.moments(point)
         eps = torch.finfo(second.dtype).eps
         self._d = second.shape[0]
@@ -39,7 +39,7 @@ class Diagonal:
         self._intercept = objective.intercept
 
     def to_theta(self, u: Tensor) -> Tensor:
-        """T u."""
+        """Compute T u."""
         w = u[: self._d] * self._inverse
         if not self._intercept:
             return w
@@ -47,7 +47,7 @@ class Diagonal:
         return torch.cat([w, b[None]])
 
     def from_theta(self, theta: Tensor) -> Tensor:
-        """T^-1 theta."""
+        """Compute T^-1 theta."""
         w = theta[: self._d]
         u = w / self._inverse
         if not self._intercept:
@@ -56,19 +56,19 @@ class Diagonal:
         return torch.cat([u, b[None]])
 
     def to_u(self, grad: Tensor) -> Tensor:
-        """T^T g: the gradient with respect to u."""
+        """Compute T^T g: the gradient with respect to u."""
         if not self._intercept:
             return grad * self._inverse
         b = grad[self._d]
         return torch.cat([(grad[: self._d] - self._mean * b) * self._inverse, (b * self._inverse_intercept)[None]])
 
     def solve(self, r: Tensor) -> Tensor:
-        """T T^T r."""
+        """Compute T T^T r."""
         return self.to_theta(self.to_u(r))
 
 
-class Factor:
-    """Cholesky factor in float64 of a Gram matrix, after the intercepts were eliminated and its diagonal scaled to one.
+class CholeskyPreconditioner:
+    """Factors a Gram matrix (Cholesky, float64), its intercepts eliminated and its diagonal scaled to one.
 
     Eliminating the intercepts centres the features, so that a large mean does not look like collinearity. What is then
     singular to the precision of its entries gets just as much added to its diagonal (more if need be, in powers of
@@ -102,7 +102,7 @@ class Factor:
         self.exact = finite and shift == 0.0 and not bool(constant.any())
 
     def solve(self, r: Tensor) -> Tensor:
-        """M^-1 r, in the shape and dtype of r."""
+        """Compute M^-1 r, in the shape and dtype of r."""
         flat = r.reshape(-1).double()
         w = flat[: self._size]
         if self._size < len(flat):
@@ -115,7 +115,7 @@ class Factor:
 
 
 def _regular_cholesky(a: Tensor, error: float) -> tuple[Tensor, float]:
-    """Factor of A plus a multiple of its diagonal, and that multiple: 0 unless a pivot is lost in the error of A."""
+    """Factor A plus a multiple of its diagonal, and tell it: 0 unless a pivot is lost in the error of A."""
     diagonal = a.diagonal()
     if not bool((diagonal > 0.0).all()):
         a = a + torch.diag((diagonal <= 0.0).to(a))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secant.glm.newton import System
-from secant.glm.objective import Objective, Point
+from secant.glm.objective import FitPoint, Objective
+from secant.solvers.newton import DirectionSolver
 
 #: A Newton step along such a direction moves the margins of the rows that it separates by 1, however far they are;
 #: towards a minimum steps vanish.
@@ -21,7 +21,7 @@ _SLACK = 1e-3
 
 
 def intercept_falls_forever(objective: Objective) -> bool:
-    """Whether an intercept alone has no best value, whatever the penalty: targets at one end, a class of no weight."""
+    """Tell whether an intercept alone has no best value, penalty or not: targets at one end, a class of no weight."""
     if not objective.intercept or objective.loss in ("squared", "huber", "gamma"):
         return False
     t, c = objective.target, objective.sample_weight
@@ -31,8 +31,10 @@ def intercept_falls_forever(objective: Objective) -> bool:
     return not bool((used > 0.0).any()) or (objective.loss == "logistic" and not bool((used < 1.0).any()))
 
 
-def falls_forever(objective: Objective, point: Point, step: Tensor | None, system: System) -> bool:
-    """Whether the point, or the Newton step from it, shows that the objective has no minimum.
+def falls_forever(
+    objective: Objective, point: FitPoint, step: Tensor | None, system: DirectionSolver[FitPoint]
+) -> bool:
+    """Tell whether the point, or the Newton step from it, shows that the objective has no minimum.
 
     The first is a proof: coefficients that put every row on its side (complete separation), along which every row's
     loss falls to its infimum. The second is one up to `_SLACK`: a direction along which no row's loss grows and some
@@ -51,7 +53,7 @@ def falls_forever(objective: Objective, point: Point, step: Tensor | None, syste
 
 
 def _margins(objective: Objective, z: Tensor) -> tuple[float, float]:
-    """The smallest and largest gain of a row's margin when its linear predictor grows by z; negative is a loss.
+    """Find the smallest and largest gain of a row's margin when its linear predictor grows by z; negative is a loss.
 
     A row that has a finite optimum of its own (a target in (0, 1), a positive count) loses by any change.
     """

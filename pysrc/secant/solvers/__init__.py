@@ -1,6 +1,24 @@
-"""Line searches and the other inner solvers of the optimizers."""
+"""Line searches, Newton's method and what it is made of: the inner solvers of fits and optimizers."""
 
-from secant.solvers.cg import CGResult, CGStatus, cg, steihaug
-from secant.solvers.line_search import Step, Trial, cubic_minimizer, strong_wolfe
+from secant.solvers.cg import CGResult, cg, steihaug
+from secant.solvers.damping import NielsenDamping
+from secant.solvers.forcing import ForcingTerm
+from secant.solvers.line_search import LineSearch, LineSearchResult, Trial, cubic_minimizer, run, strong_wolfe
+from secant.solvers.newton import Direction, NewtonResult, newton
 
-__all__ = ["CGResult", "CGStatus", "Step", "Trial", "cg", "cubic_minimizer", "steihaug", "strong_wolfe"]
+__all__ = [
+    "CGResult",
+    "Direction",
+    "ForcingTerm",
+    "LineSearch",
+    "LineSearchResult",
+    "NewtonResult",
+    "NielsenDamping",
+    "Trial",
+    "cg",
+    "cubic_minimizer",
+    "newton",
+    "run",
+    "steihaug",
+    "strong_wolfe",
+]

@@ -34,7 +34,7 @@ _FIRST = 32
 
 
 class Lanczos:
-    """The recurrence, to be continued as far as one likes.
+    """Runs the recurrence as far as one likes.
 
     Args:
         product: multiplies each row of a (p, n) tensor by the same symmetric matrix.
@@ -47,9 +47,10 @@ class Lanczos:
 
     Example:
         >>> a = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
-        >>> run = Lanczos(lambda rows: rows @ a, torch.ones(1, 100, dtype=torch.float64), 30)
-        >>> run.advance(30)
-        >>> run.ritz()[0][0, -1]        # close to 100
+        >>> recurrence = Lanczos(lambda rows: rows @ a, torch.ones(1, 100, dtype=torch.float64), 30)
+        >>> recurrence.advance(30)
+        >>> round(recurrence.ritz()[0][0, -1].item(), 2)
+        100.0
     """
 
     def __init__(self, product: Product, start: Tensor, capacity: int) -> None:
@@ -84,7 +85,7 @@ class Lanczos:
             self.steps = j + 1
 
     def _orthogonal(self, w: Tensor, count: int) -> Tensor:
-        """What of w is orthogonal to the first `count` basis vectors."""
+        """Project w on what is orthogonal to the first `count` basis vectors."""
         w = w.clone()
         for known, row in zip(self.basis[:, :count].unbind(), w.unbind(), strict=True):
             for _ in range(2):
@@ -126,7 +127,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues and vectors, and how far they can be trusted.
+    """Holds eigenvalues and vectors, and how far they can be trusted.
 
     values: (k,), ascending, in the dtype of the operator. vectors: (n, k), unit columns. residuals: (k,) estimates of
     |A v - lambda v|, which bound the distance to an eigenvalue. converged: whether all residuals are within the
@@ -162,7 +163,7 @@ def eigenpairs(
     check_every: int = 10,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
-    """k extreme eigenpairs of a symmetric matrix.
+    """Find k extreme eigenpairs of a symmetric matrix.
 
     The basis grows until the residuals |beta_m s_(m,i)| of all k wanted Ritz pairs are at most tol times the largest
     Ritz value in magnitude. A start has one component per distinct eigenvalue, so that copies of a repeated one cannot
@@ -219,7 +220,7 @@ def eigenpairs(
 
 
 def _is_settled(run: Lanczos, block: int, last: Tensor, k: int, which: str, limit: float) -> bool:
-    """Whether the current recurrence has found its own wanted eigenvalues: those of earlier ones are always settled."""
+    """Tell whether the current recurrence has its own wanted eigenvalues: those of earlier ones are always settled."""
     if block == 0 or float(last) == 0:
         return True
     values, vectors = (x[0].cpu() for x in run.ritz(block))

@@ -18,7 +18,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 #: Trials where the decrease to be expected is below the rounding of the values.
@@ -26,15 +26,15 @@ _MAX_BLIND_TRIALS = 5
 
 
 class Trial(NamedTuple):
-    """One point of the line: t, phi(t) and phi'(t)."""
+    """Holds one point of the line: t, phi(t) and phi'(t)."""
 
     t: float
     value: float
     slope: float
 
 
-class Step(NamedTuple):
-    """Outcome of a search.
+class LineSearchResult(NamedTuple):
+    """Holds what a search found.
 
     trial: the point chosen, always finite; the start itself (t = 0) when nothing better was found. wolfe: whether it
     was seen to satisfy the strong Wolfe conditions. evaluations: trials made, the first one included.
@@ -45,8 +45,12 @@ class Step(NamedTuple):
     evaluations: int
 
 
+#: A search: yields (t, best), is sent the `Trial` at t, returns its result.
+LineSearch = Generator[tuple[float, float], Trial, LineSearchResult]
+
+
 def cubic_minimizer(a: Trial, b: Trial, low: float, high: float) -> float:
-    """Minimizer of the cubic through the values and slopes of two points, clamped to [low, high].
+    """Minimize the cubic through the values and slopes of two points, clamped to [low, high].
 
     With a left of b,
 
@@ -95,12 +99,12 @@ def strong_wolfe(
     tolerance: float = 1e-9,
     max_evaluations: int = 25,
     noise: float = 0.0,
-) -> Generator[tuple[float, float], Trial, Step]:
+) -> LineSearch:
     """Search for a step that satisfies the strong Wolfe conditions, beginning with a trial already made.
 
     A generator: it yields pairs (t, best), where t is the step to try next and `best` is the t of the one earlier trial
     that may still be returned (0 for the start), so the caller knows which gradient to keep. It is sent the `Trial` at
-    t. Its return value is a `Step`.
+    t. Its return value is a `LineSearchResult`.
 
     On finite problems the steps are those of `torch.optim.LBFGS`: cubic extrapolation, to at least a hundredth of the
     last increment beyond the last trial and at most ten times as far, then cubic interpolation, put a tenth of the
@@ -127,7 +131,7 @@ def strong_wolfe(
             most noise. With 0 the steps are those of `torch.optim.LBFGS` to the last comparison.
 
     Returns:
-        A `Step`; its `wolfe` is of the approximate conditions where they decided.
+        A `LineSearchResult`; its `wolfe` is of the approximate conditions where they decided.
         When the trials run out while bracketing, the last one if it is lower than the start, else the start;
         while zooming, the low end of the bracket.
 
@@ -138,12 +142,8 @@ def strong_wolfe(
     Example:
         >>> phi = lambda t: secant.solvers.Trial(t, (t - 3.0) ** 2, 2.0 * (t - 3.0))
         >>> search = secant.solvers.strong_wolfe(phi(0.0), phi(0.01))
-        >>> try:
-        ...     t, _ = next(search)
-        ...     while True:
-        ...         t, _ = search.send(phi(t))
-        ... except StopIteration as end:
-        ...     step = end.value            # step.wolfe is True
+        >>> secant.solvers.run(search, phi)
+        LineSearchResult(trial=Trial(t=1.0, value=4.0, slope=-4.0), wolfe=True, evaluations=3)
     """
     if not (math.isfinite(start.value) and -math.inf < start.slope < 0.0):
         raise ValueError(f"strong_wolfe: start: expected a finite value and a negative slope, got {start}")
@@ -182,7 +182,7 @@ def strong_wolfe(
         if not decreases(new) or (used > 2 and new.value >= last.value + noise):
             break
         if is_flat(new):
-            return Step(new, True, used)
+            return LineSearchResult(new, True, used)
         if new.slope >= 0.0:
             break
         if is_same(new, last):
@@ -193,7 +193,7 @@ def strong_wolfe(
         new, used = _checked((yield t, last.t)), used + 1
     else:
         best = new if new.value < start.value + noise and not is_same(new, start) else start
-        return Step(best, best is new and decreases(new) and is_flat(new), used)
+        return LineSearchResult(best, best is new and decreases(new) and is_flat(new), used)
 
     # Algorithm 3.6: shrink the bracket. Which end is the low one matters only by value, but a tie goes to ends[0].
     ends = [last, new]
@@ -220,17 +220,50 @@ def strong_wolfe(
             low = 0 if ends[0].value <= ends[1].value else 1
             continue
         if is_flat(new):
-            return Step(new, True, used)
+            return LineSearchResult(new, True, used)
         if new.slope * (ends[1 - low].t - ends[low].t) >= 0.0:
             ends[1 - low] = ends[low]
         ends[low], fraction = new, 1.0
     best = ends[low]
     gained = best.value < start.value or abs(best.slope) < -start.slope
-    return Step(best if gained or noise == 0.0 else start, False, used)
+    return LineSearchResult(best if gained or noise == 0.0 else start, False, used)
+
+
+def run(
+    search: LineSearch, evaluate: Callable[[float], Trial], keep: Callable[[float], object] | None = None
+) -> LineSearchResult:
+    """Drive a line search to its end.
+
+    Args:
+        search: a search that has not begun, such as `strong_wolfe(...)`.
+        evaluate: t -> the `Trial` there. What it raises passes, and the search is over.
+        keep: called before each trial with the t of the one earlier trial that may still be returned, 0 for the start:
+            what was kept of all the others (points, gradients) may go. Only the trial to come may be returned besides.
+
+    Returns:
+        The `LineSearchResult` of the search.
+
+    Example:
+        >>> phi = lambda t: secant.solvers.Trial(t, -math.sin(t), -math.cos(t))
+        >>> search = secant.solvers.strong_wolfe(phi(0.0), phi(0.1), c2=0.1)
+        >>> round(secant.solvers.run(search, phi).trial.t, 1)       # pi / 2 is where the slope is zero
+        1.5
+    """
+    trial: Trial | None = None
+    while True:
+        try:
+            t, best = next(search) if trial is None else search.send(trial)
+        except StopIteration as end:  # of the search: what `evaluate` raises is outside
+            result: LineSearchResult = end.value
+            break
+        if keep is not None:
+            keep(best)
+        trial = evaluate(t)
+    return result
 
 
 def _checked(trial: Trial) -> Trial:
-    """The trial, or an infinitely high one in its place when its value or slope is not finite."""
+    """Put an infinitely high trial in place of one when its value or slope is not finite."""
     if math.isfinite(trial.value) and math.isfinite(trial.slope):
         return trial
     return Trial(trial.t, math.inf, math.nan)
