@@ -378,13 +378,9 @@ def bars_of(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     word = {None: "not measured", True: "met", False: "NOT MET"}
     for family in FAMILIES:
         for bar in (family_data(result, family) or {}).get("bars", []):
-            measure = bar.get("measure") or f"{bar['op']}, {bar['assume']}, n = {bar['n']}, {bar['dtype']}"
-            if "against" in bar:
-                measure += f", against {' / '.join(bar['against'])}"
-            sign = "≥" if bar.get("at_least", True) else "≤"
-            value = bar.get("measured")
+            sign, value = "≥" if bar["at_least"] else "≤", bar["measured"]
             measured = "-" if value is None else f"{value:.3g}"
-            found.append((measure, f"{sign} {bar['target']:.3g}", measured, word[bar["met"]]))
+            found.append((bar["measure"], f"{sign} {bar['target']:.3g}", measured, word[bar["met"]]))
     return found
 
 
@@ -400,7 +396,7 @@ def _word(status: int | str) -> str:
 def family_data(result: dict[str, Any], family: str) -> dict[str, Any] | None:
     """What the benchmark of a family wrote: rows, bars, what it loses; None when it was not run or did not end."""
     data = result["bench"].get(family)
-    return None if data is None else data.get(family, data)
+    return None if data is None else data["families"].get(family)
 
 
 def _ours(rows: Sequence[dict[str, Any]], n: int, theirs: dict[str, Any], note: str) -> float | None:
@@ -570,6 +566,8 @@ FUNCTIONS = {
     "block_solve": ("solve",),
     "block_eigh": ("eigh", "abs_inv", "inv_root"),
 }
+#: What `auto` may take.
+BACKENDS = ("cuda", "triton", "nvrtc", "cpu")
 #: How much faster, in geometric mean, another backend has to be to take the place of the one in the table.
 MARGIN = 1.05
 Times = dict[str, dict[tuple[Any, ...], float]]
@@ -580,7 +578,7 @@ def _times(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, T
     keys = ("op", "assume", "n", "m", "d", "k", "batch", "dtype", "storage", "note")
     found: dict[str, dict[int, Times]] = {}
     for row in rows:
-        if row["kind"] != "backend" or row["by"] == "reference" or not row["median"]:
+        if row["kind"] != "backend" or row["by"] not in BACKENDS or not row["median"]:
             continue
         case = tuple(row.get(key) for key in keys)
         for function in FUNCTIONS.get(row["op"], (row["op"],)):

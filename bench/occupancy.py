@@ -27,7 +27,7 @@ from secant.kernels.blocks import plan as blocks_plan
 from secant.kernels.hvp import plan as hvp_plan
 from secant.kernels.lbfgs import plan as lbfgs_plan
 
-from secant.benchmarks import blocks, hvp, lbfgs
+from secant.benchmarks.families import blocks, hvp, lbfgs, load
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("lbfgs", "blocks", "hvp")
@@ -158,18 +158,9 @@ def _hvp_launches(case: hvp.Case, device: Device) -> list[Launch]:
 
 
 def cases(family: str) -> list[Any]:
-    """What the benchmark of a family measures on a GPU."""
-    cuda = torch.device("cuda")
-    if family == "lbfgs":
-        return [case for group in lbfgs.groups(cuda) for case in group]
-    return blocks.cases(cuda) if family == "blocks" else hvp.cases(cuda)
-
-
-def label(case: Any) -> str:
-    """A case for a table."""
-    if isinstance(case, lbfgs.Case):
-        return f"{case.op} {case.shape}, m = {case.m}"
-    return f"{case.label}, n = {case.n}" if isinstance(case, blocks.Case) else case.label
+    """What the benchmark of a family measures of its kernels on a GPU."""
+    kind = {"lbfgs": lbfgs.Case, "blocks": blocks.Case, "hvp": hvp.Case}[family]
+    return [case for group in load(family).groups(torch.device("cuda")) for case in group if isinstance(case, kind)]
 
 
 def launches(family: str, device: Device) -> Iterator[tuple[Any, Launch]]:
@@ -228,8 +219,8 @@ def rows(family: str, architecture: str, device: Device, built: Resources, index
     used: dict[tuple[str, int, int], list[str]] = {}
     for case, item in launches(family, device):
         names = used.setdefault((item.kernel, item.threads, item.shared), [])
-        if label(case) not in names:
-            names.append(label(case))
+        if case.label not in names:
+            names.append(case.label)
     found = []
     for (kernel, threads, shared), names in used.items():
         registers, static = table[kernel]
@@ -283,21 +274,16 @@ def run() -> None:
     device = torch.device("cuda", 0)
     properties = torch.cuda.get_device_properties(device)
     limits = Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
-    modules: dict[str, Any] = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp}
     for family in FAMILIES:
         seen: set[str] = set()
         for case, item in launches(family, limits):
             if item.kernel in seen:
                 continue
             seen.update(x.kernel for other, x in launches(family, limits) if other == case)
-            problem = modules[family].Problem(case, device)
+            problem = case.problem(device)
             with secant.use_backend("cuda"):
-                if family == "blocks":
-                    blocks.contenders(problem, lambda case, name: name == "cuda")[0].on(problem, case.batch)()
-                elif family == "lbfgs":
-                    lbfgs.contenders(case, problem, lambda case, name: name == "cuda")[0].timed.calls[0]()
-                else:
-                    next(x for x in hvp.contenders(problem, compiled=False) if x.name == "cuda").call()
+                [one] = case.contenders(problem, lambda case, name: name == "cuda")
+                one.timed.calls[0]()
             del problem
             torch.cuda.empty_cache()
     torch.cuda.synchronize()

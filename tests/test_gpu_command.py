@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from secant import defaults
-from secant.benchmarks import lbfgs
+from secant.benchmarks.families import lbfgs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +36,11 @@ def a_run(tmp_path, **changes):
     return run._replace(**changes)
 
 
+def written(**families):
+    """What `python -m secant bench --json` writes."""
+    return {"families": families, "left_out": []}
+
+
 RESULT = {
     "machine": {"gpu": "H100", "driver": "1.2", "torch": "2.13"},
     "device": "cuda",
@@ -44,28 +49,30 @@ RESULT = {
     "rates": {"bandwidth": 3e12, "matmul_float32": 5e13, "matmul_float64": 3e13},
     "tests": {"passed": 7, "skipped": 1, "failed": ["tests.a::test_b"]},
     "bench": {
-        "lbfgs": {
-            "bars": [{"measure": "two_loop", "target": 0.8, "at_least": True, "measured": 0.9, "met": True}],
-            "rows": [
-                {
-                    "op": "two_loop", "n": 10**7, "m": 10, "batch": 0, "dtype": "float32", "storage": "float32",
-                    "by": "cuda", "kind": "backend", "note": "", "median": 7e-4,
-                }
-            ],
-            "lost": ["two_loop: cuda takes 2x the time of compiled"],
-        },
-        "blocks": {
-            "blocks": {
+        "lbfgs": written(
+            lbfgs={
+                "bars": [{"measure": "two_loop", "target": 0.8, "at_least": True, "measured": 0.9, "met": True}],
+                "rows": [
+                    {
+                        "op": "two_loop", "n": 10**7, "m": 10, "batch": 0, "dtype": "float32", "storage": "float32",
+                        "by": "cuda", "kind": "backend", "note": "", "median": 7e-4, "bytes": 1.68e9, "flops": 1.03e9,
+                    }
+                ],
+                "lost": ["two_loop: cuda takes 2x the time of compiled"],
+            }
+        ),
+        "blocks": written(
+            blocks={
                 "bars": [
                     {
-                        "op": "block_inv", "assume": "spd", "n": 3, "dtype": "float32", "against": ["copy"],
-                        "target": 1.6667, "at_least": False, "measured": None, "met": None,
+                        "measure": "block_inv, spd, n = 3, float32, against copy", "target": 1.6667, "at_least": False,
+                        "measured": None, "met": None,
                     }
                 ],
                 "rows": [],
                 "lost": [],
             }
-        },
+        ),
         "hvp": None,
     },
 }  # fmt: skip
@@ -311,9 +318,9 @@ def test_published_figures_stand_beside_ours_and_are_never_taken_for_them():
     assert "NVIDIA H100 80GB HBM3; ours: H100." in text
     assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | not measured | 3.38 | not measured |" in text
     case = lbfgs.published()[2]
-    row = case._asdict() | {"dtype": "float64", "storage": "float64", "by": "cuda", "kind": "backend"}
+    row = case.parameters() | {"by": "cuda", "kind": "backend"}
     rows = [row | {"note": note, "median": time} for note, time in (("", 9.5e-4), ("graph replay", 9.25e-4))]
-    measured = RESULT | {"bars": [], "bench": {"lbfgs": {"bars": [], "rows": rows, "lost": []}}}
+    measured = RESULT | {"bars": [], "bench": {"lbfgs": written(lbfgs={"bars": [], "rows": rows, "lost": []})}}
     assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | 0.95 | 3.38 | 0.925 |" in gpu.report(measured)
     assert "ours: none." in gpu.report(measured | {"device": "cpu"})
     assert "| 0.95 |" not in gpu.report(measured | {"device": "cpu"})
@@ -324,7 +331,7 @@ def test_the_problems_of_the_published_figures_are_measured_on_a_gpu():
         return [case for group in lbfgs.groups(torch.device(device), **changes) for case in group]
 
     for case in lbfgs.published():
-        assert case[:4] == ("step", case.n, 6, 0)
+        assert (case.op, case.m, case.batch) == ("step", 6, 0)
         assert case.dtype == case.storage == torch.float64
         assert case in of("cuda")
         assert case not in of("cuda", quick=True) + of("cpu")
@@ -393,7 +400,7 @@ def measured(family, op, size, by, median, **changes):
 
 
 def a_result(**rows):
-    bench = {family: {"rows": found, "bars": [], "lost": []} for family, found in rows.items()}
+    bench = {family: written(**{family: {"rows": found, "bars": [], "lost": []}}) for family, found in rows.items()}
     return RESULT | {"bench": bench, "tests": {"passed": 9, "skipped": 0, "failed": []}}
 
 
@@ -408,6 +415,7 @@ def test_defaults_are_proposed_by_size():
     ]
     rows += [measured("lbfgs", "step", 50, "cuda", 2.0), measured("lbfgs", "step", 50, "nvrtc", 1.0)]
     rows += [measured("lbfgs", "step", 50, "triton", None), measured("lbfgs", "step", 50, "reference", 0.1)]
+    rows += [measured("lbfgs", "LBFGS", 50, "secant", 0.1)]
     found = gpu.propose(a_result(lbfgs=rows), "a run")
     assert found[0] == defaults.entries("cuda", "lbfgs")[defaults.ANY][0]
     two_loop = [entry[3:5] for entry in found if entry.op == "two_loop"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -17,6 +18,8 @@ from secant.kernels._cpu_support import extension as _cpu
 
 #: Far larger than any cache, so that memory is what is measured.
 CPU_BYTES, GPU_BYTES = 1 << 28, 1 << 30
+#: Level and bytes of a cache that is below every real one but for its size.
+CPU_CACHE = (0, 32 << 20)
 
 
 class Bandwidth(NamedTuple):
@@ -96,6 +99,21 @@ def cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
+def last_level_cache() -> int:
+    """Bytes of the last-level cache of the CPU, 32 MB where the system does not say."""
+    found = [CPU_CACHE]
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            level, size = ((folder / name).read_text().strip() for name in ("level", "size"))
+            found.append((int(level), int(size.removesuffix("K")) << 10))
+    return max(found)[1]
+
+
+def table_in_force() -> str:
+    """The processor whose table of choices is in force: no table differs by processor yet, so the one at hand."""
+    return _cpu_name()
+
+
 def _cpu_name() -> str:
     try:
         return re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[0]
@@ -109,6 +127,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "choices": table_in_force(),
         "instruction_set": _cpu.build_config()["isa"] if _cpu is not None else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -13,8 +13,9 @@ References:
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,10 +120,52 @@ def compact_from_pairs(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return compact(g, s, y, *gram(s, y))
 
 
+class CompiledHistory:
+    """As `EagerHistory`, for `step`, as torch.compile fuses it best: no trip to the host, every pair taken."""
+
+    def __init__(self, s: Tensor, y: Tensor) -> None:
+        self.s, self.y = list(s.unbind()), list(y.unbind())
+        self.rho = [1.0 / a.dot(b) for a, b in zip(self.s, self.y, strict=True)]
+
+    def step(self, grad: Tensor, prev_grad: Tensor, direction: Tensor, t: float) -> Tensor:
+        """Add the pair (t d, g - g_prev), return the new direction, and set `prev_grad` to `grad`."""
+        call = compiled(step_rows)
+        d, s, y, rho = call(grad, prev_grad, direction, t, self.s[1:], self.y[1:], self.rho[1:])
+        self.s, self.y, self.rho = [*self.s[1:], s], [*self.y[1:], y], [*self.rho[1:], rho]
+        prev_grad.copy_(grad)
+        return d
+
+
+def step_rows(
+    g: Tensor, prev: Tensor, d: Tensor, t: float, s: list[Tensor], y: list[Tensor], rho: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The direction after the pair (t d, g - prev), and the pair with its rho, from those before; flat vectors."""
+    new_s, new_y = t * d, g - prev
+    curvature = (new_s * new_y).sum()
+    new_rho = 1.0 / curvature
+    s, y, rho = [*s, new_s], [*y, new_y], [*rho, new_rho]
+    q = -g
+    alpha: list[Tensor] = []
+    for a, b, r in zip(reversed(s), reversed(y), reversed(rho), strict=True):
+        alpha.append((a * q).sum() * r)
+        q = q - alpha[-1] * b
+    z = q * (curvature / (new_y * new_y).sum())
+    for a, b, r in zip(s, y, rho, strict=True):
+        z = z + (alpha.pop() - (b * z).sum() * r) * a
+    return z, new_s, new_y, new_rho
+
+
+#: Shapes of one function that torch.compile may meet: beyond its own limit it goes on in eager mode, without a word.
+SHAPES = 64
+
+
 @functools.cache
-def compiled() -> Callable[..., Tensor]:
-    """`two_loop_rows` by torch.compile, one version per shape."""
-    return torch.compile(two_loop_rows, dynamic=False)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by torch.compile, one version per shape."""
+    config: Any = importlib.import_module("torch._dynamo.config")
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(SHAPES, getattr(config, name)))
+    return torch.compile(function, dynamic=False)
 
 
 class Exact(NamedTuple):

@@ -81,11 +81,13 @@ class Timed(NamedTuple):
     """Something to time.
 
     calls: made one after the other, together one turn; the state they leave is the one they started from (a direction
-    that alternates, buffers that take turns). around: entered around each sample, outside the time.
+    that alternates, buffers that take turns). around: entered around each sample, outside the time. inside: seconds of
+    the last sample, by the clock, that are not to be counted; such calls move a state along, one turn a sample.
     """
 
     calls: Sequence[Callable[[], object]]
     around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    inside: Callable[[Clock], float] | None = None
 
 
 class Timing(NamedTuple):
@@ -103,6 +105,18 @@ class Timing(NamedTuple):
         """Shortest sample."""
         return min(self.samples)
 
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles relative to the median; 0 for fewer than two samples."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / self.median
+
+    def per(self, count: int) -> Timing:
+        """The timing of one of `count` parts."""
+        return Timing(tuple(x / count for x in self.samples))
+
 
 def _sample(timed: Timed, repeats: int, clock: Clock) -> float:
     with timed.around():
@@ -112,14 +126,15 @@ def _sample(timed: Timed, repeats: int, clock: Clock) -> float:
                 call()
         end = clock.mark()
         clock.wait()
-    return clock.seconds(start, end) / (repeats * len(timed.calls))
+    spent = clock.seconds(start, end) - (timed.inside(clock) if timed.inside is not None else 0.0)
+    return spent / (repeats * len(timed.calls))
 
 
 def _repeats(timed: Timed, clock: Clock) -> int:
     """How often a turn fits a sample; the two turns that find out are the warm-up."""
     _sample(timed, 1, clock)
     turn = _sample(timed, 1, clock) * len(timed.calls)
-    return min(MAX_REPEATS, math.ceil(SAMPLE_SECONDS / max(turn, 1e-9)))
+    return 1 if timed.inside is not None else min(MAX_REPEATS, math.ceil(SAMPLE_SECONDS / max(turn, 1e-9)))
 
 
 def interleaved(contenders: dict[K, Timed], clock: Clock, *, seconds: float) -> dict[K, Timing]:

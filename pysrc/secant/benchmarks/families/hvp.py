@@ -1,4 +1,4 @@
-"""Cases of the `hvp` family: every backend and every peer on the same input, checked before they are timed.
+"""Cases of the `hvp` family: products with X and its like, checked before they are timed.
 
 The yardstick of the products with X is one read of X by all threads, in turns with the rest (on a GPU, the bandwidth
 of the same run). An answer is right when its largest error, relative to the largest component of the reference in
@@ -7,12 +7,11 @@ float64, stays below `TOLERANCE` rounding units of the arithmetic.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,33 +19,64 @@ from torch import Tensor
 
 import secant
 from secant import backends
-from secant.benchmarks import choice, machine
-from secant.benchmarks.report import Bar, Table, dtype_name, duration, find, ratio, times
-from secant.benchmarks.timing import REPLAY, Timed, captured, clock_for, has_graphs, interleaved
+from secant.benchmarks import machine
+from secant.benchmarks.case import (
+    Bar,
+    Check,
+    Contender,
+    Row,
+    Wanted,
+    around,
+    dtype_name,
+    find,
+    ratio,
+    serving,
+)
+from secant.benchmarks.case import Case as Base
+from secant.benchmarks.families import Family
+from secant.benchmarks.peers import compiled
+from secant.benchmarks.timing import Timed
 
 #: Name of the row that says how long reading X once takes.
 READ = "one read of X"
-#: Copies of the input that take turns on a GPU, at most.
-MAX_COPIES = 16
 #: In units of the machine epsilon. Peers sum rows in an order of their own, with errors that grow with N.
 TOLERANCE = 2000.0
+#: Largest X that the reference, which widens all of it to float64, is asked to handle.
+REFERENCE_ELEMENTS = 1 << 22
+
+#: Rows and columns of the cases with a bar.
+BAR_SHAPES = ((100_000, 256), (200_000, 784))
 
 Answer = tuple[Tensor, ...]
 Call = Callable[[], Answer]
 
 
-class Case(NamedTuple):
-    """What is computed: op; N rows of d features (cross entropy: of d logits), k vectors or classes.
+@dataclasses.dataclass(frozen=True)
+class Case(Base):
+    """A product: op; N rows of d features (cross entropy: of d logits), k vectors or classes.
 
     entries: those of a sparse row, as many for each, whose indices the call checks; 0 for dense rows.
     """
 
-    op: str
     n: int
     d: int
     k: int = 1
     dtype: torch.dtype = torch.float32
     entries: int = 0
+
+    LIMIT = READ
+    MAX_COPIES = 16
+
+    @property
+    def title(self) -> str:
+        """Op, shape, vectors or classes."""
+        extra = {"glm_hvp": f", k = {self.k}", "softmax_hvp": f", {self.k} classes"}.get(self.op, "")
+        return f"{self.op} {self.n:,} x {self.d:,}{extra}" + (f", {self.entries} entries a row" if self.entries else "")
+
+    @property
+    def label(self) -> str:
+        """The title and the dtype."""
+        return f"{self.title}, {dtype_name(self.dtype)}"
 
     @property
     def compute(self) -> torch.dtype:
@@ -54,19 +84,19 @@ class Case(NamedTuple):
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
     @property
-    def matrix_bytes(self) -> int:
-        """Of X, or of the logits. A sparse row has its entries, their columns and a pointer, int32."""
+    def limit_bytes(self) -> int:
+        """X, or the logits. A sparse row has its entries, their columns and a pointer, int32."""
         if self.entries:
             return self.n * (self.entries * (self.dtype.itemsize + 4) + 4)
         return self.n * self.d * self.dtype.itemsize
 
     @property
-    def bytes(self) -> int:
-        """What must be moved: X once; logits, u and the result once each."""
+    def nbytes(self) -> int:
+        """X once; logits, u and the result once each."""
         if self.op == "cross_entropy_hvp":
-            return 3 * self.matrix_bytes
+            return 3 * self.limit_bytes
         per_row = {"glm_hvp": 1, "glm_value_grad": 2, "softmax_hvp": self.k}[self.op]
-        return self.matrix_bytes + (per_row * self.n + 2 * self.d * self.k) * self.compute.itemsize
+        return self.limit_bytes + (per_row * self.n + 2 * self.d * self.k) * self.compute.itemsize
 
     @property
     def flops(self) -> int:
@@ -81,11 +111,45 @@ class Case(NamedTuple):
         row = {"glm_hvp": self.k, "glm_value_grad": 10, "softmax_hvp": 4 * self.k}[self.op]
         return 4 * self.n * (self.entries or self.d) * self.k + row * self.n
 
-    @property
-    def label(self) -> str:
-        """For tables."""
-        extra = {"glm_hvp": f", k = {self.k}", "softmax_hvp": f", {self.k} classes"}.get(self.op, "")
-        return f"{self.op} {self.n:,} x {self.d:,}{extra}" + (f", {self.entries} entries a row" if self.entries else "")
+    def serving(self, device: torch.device) -> list[str]:
+        """The backends that can serve it, the one that `auto` takes first."""
+        large = self.n * self.d > REFERENCE_ELEMENTS
+        return serving("hvp", device, self.dtype, self.op, self.d, large=large)
+
+    def problem(self, device: torch.device, seed: int = 0) -> Problem:
+        """Random rows."""
+        return Problem(self, device, seed)
+
+    def names(self, device: torch.device) -> list[str]:
+        """Every backend, then what one writes in torch, and that compiled."""
+        return [*self.serving(device), "eager", "compiled"]
+
+    def contenders(self, problem: Problem, wanted: Wanted) -> list[Contender]:
+        """Those that are wanted."""
+        names = self.serving(problem.device)
+        found = []
+        for name in names:
+            if wanted(self, name):
+                call = _ours(problem)
+                timed = Timed([call], around(name, names))
+                found.append(Contender(self, name, "backend", timed, call, capturable=True))
+        for name, call in peers(problem).items():
+            if wanted(self, name):
+                found.append(Contender(self, name, "peer", Timed([call]), call))
+        return found
+
+    def judge(self, problem: Problem, contender: Contender, answer: Answer) -> Check:
+        """The largest error, in units of the arithmetic; of logits also of their dtype."""
+        bound = TOLERANCE * torch.finfo(self.compute).eps
+        if self.op == "cross_entropy_hvp":
+            bound = max(bound, 8 * torch.finfo(self.dtype).eps)
+        return Check(problem.error(answer), bound)
+
+    def limit(self, problem: Problem) -> Callable[[], None] | None:
+        """One read of a dense X by all threads of a CPU."""
+        if problem.device.type != "cpu" or not machine.can_read() or self.op == "cross_entropy_hvp" or self.entries:
+            return None
+        return functools.partial(machine.read, 1, problem.x)
 
 
 class Problem:
@@ -169,6 +233,10 @@ def _glm_hvp(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
     return (x.mT @ (weight[:, None] * (x @ v)),)
 
 
+def _glm_hvp_single(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
+    return ((x.mT @ (weight * (x @ v))).unsqueeze(1),)
+
+
 def _glm_value_grad(x: Tensor, coef: Tensor, target: Tensor) -> Answer:
     coef = coef.detach().requires_grad_()
     value = F.binary_cross_entropy_with_logits(x @ coef, target, reduction="sum")
@@ -197,20 +265,14 @@ def peers(problem: Problem) -> dict[str, Call]:
     function: Callable[..., Answer]
     arguments: tuple[Tensor, ...]
     if problem.case.op == "glm_hvp":
-        v1 = v[:, :1].squeeze(1) if problem.case.k == 1 else v
         if problem.case.k == 1:
-            weight = problem.weight
-
-            def single(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
-                return ((x.mT @ (weight * (x @ v))).unsqueeze(1),)
-
-            function, arguments = single, (x, v1, weight)
+            function, arguments = _glm_hvp_single, (x, v.squeeze(1), problem.weight)
         else:
             function, arguments = _glm_hvp, (x, v, problem.weight)
     elif problem.case.op == "glm_value_grad":
         coef = v[:, 0].contiguous()
         eager = functools.partial(_glm_value_grad, x, coef, problem.target)
-        formula = torch.compile(_glm_value_grad_formula, dynamic=False)
+        formula = compiled(_glm_value_grad_formula)
         return {"eager": eager, "compiled": functools.partial(formula, x, coef, problem.target)}
     elif problem.case.op == "softmax_hvp":
         function, arguments = _softmax_hvp, (x, v, problem.probs)
@@ -218,125 +280,17 @@ def peers(problem: Problem) -> dict[str, Call]:
         function, arguments = _cross_entropy_hvp, (x, problem.u)
     return {
         "eager": functools.partial(function, *arguments),
-        "compiled": functools.partial(torch.compile(function, dynamic=False), *arguments),
+        "compiled": functools.partial(compiled(function), *arguments),
     }
-
-
-class Row(NamedTuple):
-    """One line of the results. Times are None when the answer was wrong: a wrong answer has no speed.
-
-    kind: "backend", "peer" or "limit". seconds, best: of the median and the shortest sample.
-    """
-
-    case: Case
-    name: str
-    kind: str
-    seconds: float | None
-    best: float | None
-    error: float
-    note: str = ""
-
-    @property
-    def bytes_per_second(self) -> float | None:
-        """Of the bytes that must be moved."""
-        moved = self.case.matrix_bytes if self.kind == "limit" else self.case.bytes
-        return None if self.seconds is None else moved / self.seconds
-
-
-def serving(case: Case, device: torch.device) -> list[str]:
-    """The backends that can serve a case, the one that `auto` takes first."""
-    return choice.serving("hvp", device, case.dtype, case.op, case.d)
-
-
-class Contender(NamedTuple):
-    """One way to compute a case."""
-
-    name: str
-    kind: str
-    call: Call
-    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-
-
-def contenders(problem: Problem, *, compiled: bool = True, reference: bool = False) -> list[Contender]:
-    """Every backend that serves the case, what `auto` takes first, then every peer."""
-    names = serving(problem.case, problem.device)
-    found = []
-    for name in names:
-        if name == "reference" and not reference and name != names[0]:
-            continue
-        found.append(Contender(name, "backend", _ours(problem), choice.around(name, names)))
-    for name, call in peers(problem).items():
-        if compiled or name != "compiled":
-            found.append(Contender(name, "peer", call))
-    return found
-
-
-def _copies(case: Case, device: torch.device) -> int:
-    """Inputs that take turns so that none is found in the cache of a GPU."""
-    return max(1, min(MAX_COPIES, math.ceil(2 * machine.cache_bytes(device) / case.bytes)))
-
-
-def measure(
-    case: Case, device: torch.device, *, seconds: float, compiled: bool = True, reference: bool = False
-) -> list[Row]:
-    """Check every contender of a case, then time those that are right, and one read of X, in turns.
-
-    Args:
-        case: what to compute. device: where. seconds: to spend on the timing, roughly.
-        compiled: whether to compile the peers. reference: whether to time the reference too.
-
-    Returns:
-        A row per contender, the backends first; on a CPU that of the read; on a GPU one of each backend that was
-        replayed from a graph.
-    """
-    problems = [Problem(case, device, seed) for seed in range(_copies(case, device))]
-    limit = TOLERANCE * torch.finfo(case.compute).eps
-    if case.op == "cross_entropy_hvp":
-        limit = max(limit, 8 * torch.finfo(case.dtype).eps)
-    built = [contenders(problem, compiled=compiled, reference=reference) for problem in problems]
-    timed: dict[tuple[str, str], Timed] = {}
-    checked: dict[tuple[str, str], tuple[float, str]] = {}
-    for group in zip(*built, strict=True):
-        one = group[0]
-        try:
-            with one.around():
-                errors = [problem.error(x.call()) for problem, x in zip(problems, group, strict=True)]
-        except Exception as failure:
-            if one.kind == "backend":
-                raise
-            checked[one.name, ""] = (math.nan, f"failed: {type(failure).__name__}")
-            continue
-        error = math.nan if any(math.isnan(x) for x in errors) else max(errors)
-        checked[one.name, ""] = (error, "" if error < limit else "wrong answer")
-        if error < limit:
-            turn = timed[one.name, ""] = Timed([x.call for x in group], one.around)
-            if has_graphs(device) and one.kind == "backend":
-                graph = captured(turn, device)
-                checked[one.name, REPLAY] = (error, graph if isinstance(graph, str) else REPLAY)
-                if isinstance(graph, Timed):
-                    timed[one.name, REPLAY] = graph
-    if device.type == "cpu" and machine.can_read() and case.op != "cross_entropy_hvp" and not case.entries:
-        timed[READ, ""] = Timed([functools.partial(machine.read, 1, problems[0].x)])
-    timings = interleaved(timed, clock_for(device), seconds=seconds)
-
-    def row(name: str, kind: str, way: str = "") -> Row:
-        timing = timings.get((name, way))
-        median, best = (timing.median, timing.best) if timing else (None, None)
-        return Row(case, name, kind, median, best, *checked.get((name, way), (0.0, "")))
-
-    rows = [row(one.name, one.kind) for one in built[0]]
-    rows += [row(name, "backend", way) for name, way in checked if way]
-    return [*rows, *([row(READ, "limit")] if (READ, "") in timed else [])]
 
 
 def cases(device: torch.device) -> list[Case]:
     """What `python -m secant bench --family hvp` measures."""
     f32, bf16 = torch.float32, torch.bfloat16
-    shapes = ((100_000, 256), (200_000, 784))
-    found = [Case("glm_hvp", n, d, k) for n, d in shapes for k in (1, 8)]
+    found = [Case("glm_hvp", n, d, k) for n, d in BAR_SHAPES for k in (1, 8)]
     found += [Case("glm_hvp", 200_000, 784, 1, bf16), Case("glm_hvp", 100_000, 256, 1, torch.float64)]
     found += [Case("glm_hvp", 100_000, 256, 64), Case("glm_hvp", 1_000_000, 8), Case("glm_hvp", 400, 100_000)]
-    found += [Case("glm_value_grad", n, d) for n, d in (*shapes, (1_000_000, 8))]
+    found += [Case("glm_value_grad", n, d) for n, d in (*BAR_SHAPES, (1_000_000, 8))]
     found += [Case("softmax_hvp", 100_000, 256, 10), Case("softmax_hvp", 200_000, 784, 10)]
     if device.type == "cpu":
         found += [Case("glm_hvp", 200_000, 10_000, k, entries=20) for k in (1, 8)]
@@ -358,7 +312,14 @@ def small_cases(device: torch.device) -> list[Case]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- the report
+def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Base]]:
+    """What `python -m secant bench` measures, a case after the other."""
+    return [[case] for case in (small_cases(device) if quick else cases(device))]
+
+
+def bars(rows: Sequence[Row], device: torch.device, bandwidth: float) -> list[Bar]:
+    """The bars of the device, with what this run measured."""
+    return gpu_bars(rows, bandwidth) if device.type == "cuda" else cpu_bars(rows)
 
 
 def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
@@ -369,12 +330,14 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
         target = {
             ("glm_hvp", 1): 2.5, ("glm_hvp", 8): 8.0, ("glm_value_grad", 1): 3.0, ("softmax_hvp", 10): 3.0
         }.get((case.op, case.k))  # fmt: skip
-        if target is None or case.dtype is not torch.float32 or case[1:3] not in ((100_000, 256), (200_000, 784)):
+        if target is None or case.dtype is not torch.float32 or (case.n, case.d) not in BAR_SHAPES:
             continue
-        found.append(Bar(f"{case.label} against eager, times faster", target, True, ratio(eager, ours)))
-        if case[:4] == ("glm_hvp", 200_000, 784, 1):
-            read = find(rows, case, READ)
-            found.append(Bar(f"{case.label} against {READ}, times longer", 1.5, False, ratio(ours, read)))
+        measure = f"{case.title} against eager, times faster"
+        found.append(Bar(measure, target, True, ratio(eager, ours), case=case, unit="x", against=("eager",)))
+        if case == Case("glm_hvp", 200_000, 784):
+            value = ratio(ours, find(rows, case, READ))
+            measure = f"{case.title} against {READ}, times longer"
+            found.append(Bar(measure, 1.5, False, value, case=case, unit=" reads", against=(READ,)))
     return found
 
 
@@ -385,69 +348,11 @@ def gpu_bars(rows: Sequence[Row], bandwidth: float) -> list[Bar]:
         ours = find(rows, case)
         rate = ours.bytes_per_second if ours is not None else None
         share = None if rate is None else rate / bandwidth
-        if case.op == "glm_hvp" and case.k == 1 and case.matrix_bytes > 1 << 28:
-            found.append(Bar(f"{case.label} against the copy bandwidth", 0.75, True, share))
+        if case.op == "glm_hvp" and case.k == 1 and case.limit_bytes > 1 << 28:
+            found.append(Bar(f"{case.title} against the copy bandwidth", 0.75, True, share, case=case))
         if case.op == "cross_entropy_hvp":
-            found.append(Bar(f"{case.label} against the copy bandwidth", 0.7, True, share))
+            found.append(Bar(f"{case.title} against the copy bandwidth", 0.7, True, share, case=case))
     return found
 
 
-def rows_table(rows: Sequence[Row], bandwidth: float) -> Table:
-    """A line per row."""
-    lines = []
-    for row in rows:
-        rate, ours = row.bytes_per_second, find(rows, row.case)
-        faster = times(ratio(row, ours)) if row.kind == "peer" else "-"
-        lines.append(
-            (
-                row.case.label,
-                dtype_name(row.case.dtype),
-                row.name,
-                duration(row.seconds),
-                duration(row.best),
-                "-" if rate is None else f"{rate / 1e9:.3g}",
-                "-" if rate is None else f"{rate / bandwidth:.0%}",
-                "-" if row.kind == "limit" else f"{row.error:.1e}",
-                faster + (f" ({row.note})" if row.note else ""),
-            )
-        )
-    columns = ("op", "dtype", "by", "median", "min", "GB/s", "of bandwidth", "error", "times longer than ours")
-    return Table("Products", columns, lines, ("GB/s counts the bytes that must be moved, X once.",))
-
-
-def losses(rows: Sequence[Row]) -> list[str]:
-    """Every comparison that we lose, in words, and any wrong answer of ours."""
-    lost = []
-    for row in rows:
-        ours = find(rows, row.case)
-        label = f"{row.case.label}, {dtype_name(row.case.dtype)}"
-        if row.kind == "backend" and row.note == "wrong answer":
-            lost.append(f"{label}: {row.name} gives a wrong answer (error {row.error:.1e})")
-        value = ratio(row, ours) if row.kind == "peer" else None
-        if ours is not None and value is not None and value < 1:
-            lost.append(f"{label}: {ours.name} takes {times(1 / value)} the time of {row.name}")
-    return lost
-
-
-def as_json(rows: Sequence[Row], bars: Sequence[Bar]) -> dict[str, Any]:
-    """Everything as plain data; times in seconds."""
-
-    def plain(row: Row) -> dict[str, Any]:
-        return row.case._asdict() | {
-            "dtype": dtype_name(row.case.dtype),
-            "by": row.name,
-            "kind": row.kind,
-            "median": row.seconds,
-            "min": row.best,
-            "bytes": row.case.bytes,
-            "flops": row.case.flops,
-            "bytes_per_second": row.bytes_per_second,
-            "error": row.error,
-            "note": row.note,
-        }
-
-    return {
-        "rows": [plain(row) for row in rows],
-        "bars": [x._asdict() | {"met": x.met} for x in bars],
-        "lost": losses(rows),
-    }
+FAMILY = Family("Products", 1.5, groups, bars)

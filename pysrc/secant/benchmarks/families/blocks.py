@@ -1,4 +1,4 @@
-"""Cases of the `blocks` family: every backend and every peer on the same batch, checked before they are timed.
+"""Cases of the `blocks` family: batches of small matrices, inverted, solved with, decomposed.
 
 The yardstick is a copy of the batch, `out.copy_(a)`, in turns with the rest. An answer is right when LAPACK's test
 ratios of it, computed in float64 over all blocks that are timed, stay below the threshold of LAPACK's own test
@@ -12,22 +12,42 @@ References:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import secant
-from secant.benchmarks import choice
-from secant.benchmarks.timing import REPLAY, Clock, Timed, captured, clock_for, has_graphs, interleaved
+from secant.benchmarks import machine
+from secant.benchmarks.case import (
+    Around,
+    Bar,
+    Check,
+    Contender,
+    Row,
+    Wanted,
+    around,
+    dtype_name,
+    fastest,
+    find,
+    ratio,
+    serving,
+)
+from secant.benchmarks.case import Case as Base
+from secant.benchmarks.families import Family
+from secant.benchmarks.timing import Timed
 
 #: Elements of a batch: n^2 times the number of blocks. On a GPU more than its cache holds.
 ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+#: Where the batches of a CPU lie that are chosen by its last-level cache: their bytes over those of the cache. What is
+#: computed from a batch is as large again.
+HELD = {"cache": 1 / 8, "memory": 4.0}
 #: What is computed: op, and what is assumed of the blocks.
 KINDS = (
     ("block_inv", "spd"),
@@ -39,11 +59,10 @@ KINDS = (
 #: Sizes that are measured by default, and those also in float64.
 SIZES, DOUBLE = (2, 3, 4, 6, 8, 9, 12, 16, 24, 32, 48, 64), (3, 6, 9, 16, 32)
 EVERY_SIZE = tuple(range(1, 65))
+#: Sizes of the batches that are chosen by the cache.
+SMALL_SIZES = tuple(range(1, 17))
 #: Bound on LAPACK's test ratios, from the input of its tests of linear equations; taken for eigenvectors too.
 THRESHOLD = 30.0
-#: A peer, or the reference, is timed on as many blocks as this many seconds allow, at least `PILOT`: short turns, and
-#: more of them, so that a disturbance of the machine is outvoted in the median.
-SLICE_SECONDS, PILOT = 0.012, 32
 #: Elements that are checked at a time.
 CHECKED = 1 << 20
 #: Name of the row that says how long a copy of the batch takes.
@@ -52,14 +71,39 @@ COPY = "copy"
 Answer = tuple[Tensor, ...]
 
 
-class Case(NamedTuple):
-    """What is computed: see `KINDS`; `batch` blocks of n rows."""
+@dataclasses.dataclass(frozen=True)
+class Case(Base):
+    """Op and assumption of `KINDS`; `batch` blocks of n rows; held: of `HELD`, for a batch chosen by the cache."""
 
-    op: str
     assume: str
     n: int
     batch: int
     dtype: torch.dtype = torch.float32
+    held: str = ""
+
+    UNIT = "block"
+    LIMIT = COPY
+
+    @property
+    def title(self) -> str:
+        """Op, assumption and n."""
+        kind = self.op if self.assume == "symmetric" else f"{self.op}, {self.assume}"
+        return f"{kind}, n = {self.n}"
+
+    @property
+    def label(self) -> str:
+        """The title, the dtype, and where the batch lies."""
+        return f"{self.title}, {dtype_name(self.dtype)}" + (f", batch in {self.held}" if self.held else "")
+
+    @property
+    def kind(self) -> Hashable:
+        """Op and assumption."""
+        return self.op, self.assume
+
+    @property
+    def series(self) -> tuple[str, int] | None:
+        """Each kind in float32."""
+        return (self.title.rpartition(",")[0], self.n) if self.dtype is torch.float32 and not self.held else None
 
     @property
     def function(self) -> str:
@@ -67,13 +111,23 @@ class Case(NamedTuple):
         return self.op.removeprefix("block_")
 
     @property
-    def block_bytes(self) -> int:
-        """What must be moved for a block: it and the results once, the code of `info` (int32)."""
+    def units(self) -> int:
+        """The blocks."""
+        return self.batch
+
+    @property
+    def nbytes(self) -> int:
+        """A block and its results once, the code of `info` (int32)."""
         elements = {"block_inv": 2 * self.n**2, "block_solve": self.n**2 + 2 * self.n}
         return elements.get(self.op, 2 * self.n**2 + self.n) * self.dtype.itemsize + 4
 
     @property
-    def block_flops(self) -> float:
+    def limit_bytes(self) -> int:
+        """A block, read and written."""
+        return 2 * self.n**2 * self.dtype.itemsize
+
+    @property
+    def flops(self) -> float:
         """Operations of LAPACK's algorithms for a block, the leading terms; backends may need more or less.
 
         Cholesky n^3 / 3, LU 2 n^3 / 3, the inverse from them twice as much again, triangular solves 2 n^2; eigenvectors
@@ -84,15 +138,62 @@ class Case(NamedTuple):
         factor = self.n**3 / 3 * (1 if self.assume == "spd" else 2)
         return 3 * factor if self.op == "block_inv" else factor + 2 * self.n**2
 
-    @property
-    def label(self) -> str:
-        """For tables."""
-        return self.op if self.assume == "symmetric" else f"{self.op}, {self.assume}"
+    def serving(self, device: torch.device) -> list[str]:
+        """The backends that can serve it, the one that `auto` takes first."""
+        return serving("blocks", device, self.dtype, self.function, self.n, large=False)
+
+    def problem(self, device: torch.device, seed: int = 0) -> Problem:
+        """Random blocks."""
+        return Problem(self, device, seed)
+
+    def names(self, device: torch.device) -> list[str]:
+        """Every backend, then what torch and the libraries of CUDA have."""
+        return [*self.serving(device), *peers(self, device)]
+
+    def contenders(self, problem: Problem, wanted: Wanted) -> list[Contender]:
+        """Those that are wanted, the slow ones on a part of the blocks."""
+        names = self.serving(problem.device)
+        compute = _ours(self, torch.empty_like(problem.b if self.op == "block_solve" else problem.a))
+        own = [
+            contender(problem, name, "backend", compute, name != "reference", around(name, names))
+            for name in names
+            if wanted(self, name)
+        ]
+        others = peers(self, problem.device).items()
+        return own + [contender(problem, name, "peer", x) for name, x in others if wanted(self, name)]
+
+    def judge(self, problem: Problem, contender: Contender, answer: Answer) -> Check:
+        """The largest test ratio."""
+        return Check(problem.worst_ratio(answer), THRESHOLD)
+
+    def limit(self, problem: Problem) -> Callable[[], Tensor]:
+        """A copy of the batch."""
+        return functools.partial(torch.empty_like(problem.a).copy_, problem.a)
 
 
-def batch_of(n: int, device: torch.device) -> int:
-    """Blocks of n rows that have `ELEMENTS` elements together."""
-    return ELEMENTS[device.type] // n**2
+def contender(
+    problem: Problem,
+    name: str,
+    kind: str,
+    compute: Compute,
+    whole: bool = False,
+    chosen: Around = contextlib.nullcontext,
+) -> Contender:
+    """One way to compute a case, on all blocks, however long that takes (`whole`), or on some."""
+    batch = problem.case.batch
+
+    def on(blocks: int) -> Callable[[], Answer]:
+        return functools.partial(compute, problem.a[:blocks], problem.b[:blocks])
+
+    capturable = kind == "backend" and whole
+    part = None if whole else on
+    return Contender(problem.case, name, kind, Timed([on(batch)], chosen), on(batch), capturable, batch, part)
+
+
+def batch_of(n: int, device: torch.device, held: str = "", dtype: torch.dtype = torch.float32) -> int:
+    """Blocks of n rows that have `ELEMENTS` elements together, or as many bytes as `HELD` says."""
+    elements = int(HELD[held] * machine.last_level_cache() / dtype.itemsize) if held else ELEMENTS[device.type]
+    return elements // n**2
 
 
 class Problem:
@@ -234,11 +335,6 @@ def peers(case: Case, device: torch.device) -> dict[str, Compute]:
     return found
 
 
-def serving(case: Case, device: torch.device) -> list[str]:
-    """The backends that can serve a case, the one that `auto` takes first."""
-    return choice.serving("blocks", device, case.dtype, case.function, case.n)
-
-
 def _ours(case: Case, out: Tensor) -> Compute:
     """The call as its user makes it in a loop, with the result in a buffer where there is an `out`."""
     if case.op == "block_inv":
@@ -248,156 +344,20 @@ def _ours(case: Case, out: Tensor) -> Compute:
     return lambda a, b: secant.ops.block_eigh(a)
 
 
-def _once(call: Callable[[], object], clock: Clock) -> float:
-    start = clock.mark()
-    call()
-    end = clock.mark()
-    clock.wait()
-    return clock.seconds(start, end)
+def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Base]]:
+    """What `python -m secant bench` measures, a case after the other: `SIZES`; `DOUBLE` in float64.
 
-
-class Contender(NamedTuple):
-    """One way to compute a case. kind: "backend" or "peer"; whole: on all blocks, however long that takes."""
-
-    name: str
-    kind: str
-    compute: Compute
-    whole: bool
-    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-
-    def on(self, problem: Problem, blocks: int) -> Callable[[], Answer]:
-        """The call for the first blocks of a problem."""
-        return functools.partial(self.compute, problem.a[:blocks], problem.b[:blocks])
-
-    def fitting(self, problem: Problem, clock: Clock) -> int:
-        """How many blocks to time: four times as many until they take more than a quarter of `SLICE_SECONDS`."""
-        batch = problem.case.batch
-        blocks = batch if self.whole else min(PILOT, batch)
-        with self.around():
-            self.on(problem, blocks)()  # the first call of a process initialises libraries
-            while blocks < batch:
-                call = self.on(problem, blocks)
-                # The best of three: one call in a bad moment must not decide for a slice that is all overhead.
-                if 4 * min(_once(call, clock) for _ in range(3)) > SLICE_SECONDS:
-                    break
-                blocks = min(4 * blocks, batch)
-        return blocks
-
-
-Wanted = Callable[[Case, str], bool]
-
-
-def everything(case: Case, name: str) -> bool:
-    """Every contender is wanted."""
-    return True
-
-
-def contenders(problem: Problem, wanted: Wanted = everything) -> list[Contender]:
-    """Every backend that serves the case, what `auto` takes first, then every peer."""
-    case, names = problem.case, serving(problem.case, problem.device)
-    compute = _ours(case, torch.empty_like(problem.b if case.op == "block_solve" else problem.a))
-    found = [Contender(name, "backend", compute, name != "reference", choice.around(name, names)) for name in names]
-    found += [Contender(name, "peer", function, False) for name, function in peers(case, problem.device).items()]
-    return [one for one in found if wanted(case, one.name)]
-
-
-class Row(NamedTuple):
-    """One line of the results. Times are None when the answer was wrong: a wrong answer has no speed.
-
-    kind: "backend", "peer" or "limit" (the copy). blocks: how many were timed. seconds, best: per block, of the median
-    and the shortest sample. error: the largest test ratio.
+    With `full` every n, and on a CPU the inverse of small blocks with the batch inside and outside of its last-level
+    cache.
     """
-
-    case: Case
-    name: str
-    kind: str
-    blocks: int
-    seconds: float | None
-    best: float | None
-    error: float
-    note: str = ""
-
-    @property
-    def correct(self) -> bool:
-        """Whether the test ratio is below its threshold (a NaN is not)."""
-        return self.error < THRESHOLD
-
-    @property
-    def bytes_per_second(self) -> float | None:
-        """Of the bytes that must be moved; of a copy, those read and written."""
-        if self.seconds is None:
-            return None
-        moved = 2 * self.case.n**2 * self.case.dtype.itemsize if self.kind == "limit" else self.case.block_bytes
-        return moved / self.seconds
-
-
-class Checked(NamedTuple):
-    """A contender with what it is timed on, and what came of the check."""
-
-    contender: Contender
-    blocks: int
-    error: float
-    note: str
-
-    @property
-    def right(self) -> bool:
-        """Whether it may be timed."""
-        return self.error < THRESHOLD
-
-
-def check(contender: Contender, problem: Problem) -> Checked:
-    """Choose the blocks and check the answer for all of them. A peer that cannot run here fails, and only itself."""
-    try:
-        blocks = contender.fitting(problem, clock_for(problem.device))
-        with contender.around():
-            error = problem.worst_ratio(contender.on(problem, blocks)())
-    except Exception as failure:
-        if contender.kind == "backend":
-            raise
-        return Checked(contender, 0, math.nan, f"failed: {type(failure).__name__}")
-    note = "" if blocks == problem.case.batch else f"timed on {blocks:,} of {problem.case.batch:,} blocks, scaled"
-    return Checked(contender, blocks, error, note if error < THRESHOLD else "wrong answer")
-
-
-def measure(case: Case, device: torch.device, *, seconds: float, wanted: Wanted = everything) -> list[Row]:
-    """Check every contender of a case on one problem, then time those that are right, and the copy, in turns.
-
-    Args:
-        case: what to compute. device: where. seconds: to spend on the timing, roughly.
-        wanted: which contenders, by name.
-
-    Returns:
-        A row per contender, the backends first; on a GPU one of each backend that was replayed from a graph; and one
-        of the copy.
-    """
-    problem = Problem(case, device)
-    checked = [check(one, problem) for one in contenders(problem, wanted)]
-    target = torch.empty_like(problem.a)
-    timed = {COPY: Timed([functools.partial(target.copy_, problem.a)])}
-    replays: list[tuple[Checked, str]] = []
-    for one in checked:
-        if one.right:
-            name = one.contender.name
-            timed[name] = Timed([one.contender.on(problem, one.blocks)], one.contender.around)
-            if has_graphs(device) and one.contender.kind == "backend" and one.contender.whole:
-                graph = captured(timed[name], device)
-                replays.append((one, graph if isinstance(graph, str) else REPLAY))
-                if isinstance(graph, Timed):
-                    timed[f"{name}, {REPLAY}"] = graph
-    timings = interleaved(timed, clock_for(device), seconds=seconds)
-
-    def row(name: str, kind: str, blocks: int, error: float, note: str, way: str = "") -> Row:
-        timing = timings.get(name + way)
-        median, best = (timing.median / blocks, timing.best / blocks) if timing else (None, None)
-        return Row(case, name, kind, blocks, median, best, error, note)
-
-    rows = [row(x.contender.name, x.contender.kind, x.blocks, x.error, x.note) for x in checked]
-    rows += [row(x.contender.name, "backend", x.blocks, x.error, note, f", {REPLAY}") for x, note in replays]
-    return [*rows, row(COPY, "limit", case.batch, 0.0, "")]
+    if quick:
+        return [[case] for case in small_cases()]
+    held = held_cases() if full and device.type == "cpu" else []
+    return [[case] for case in (*cases(device, full=full), *held)]
 
 
 def cases(device: torch.device, *, full: bool = False) -> list[Case]:
-    """What `python -m secant bench --family blocks` measures: `SIZES`, or every n with `full`; `DOUBLE` in float64."""
+    """The cases of `groups` with batches of `ELEMENTS`."""
     plan: Iterable[tuple[torch.dtype, Sequence[int]]] = (
         (torch.float32, EVERY_SIZE if full else SIZES),
         (torch.float64, DOUBLE),
@@ -405,6 +365,12 @@ def cases(device: torch.device, *, full: bool = False) -> list[Case]:
     return [
         Case(op, assume, n, batch_of(n, device), dtype) for dtype, sizes in plan for op, assume in KINDS for n in sizes
     ]
+
+
+def held_cases() -> list[Case]:
+    """Inverses of SPD blocks, the batch inside and outside of the last-level cache of a CPU."""
+    cpu = torch.device("cpu")
+    return [Case("block_inv", "spd", n, batch_of(n, cpu, held), held=held) for n in SMALL_SIZES for held in HELD]
 
 
 def small_cases() -> list[Case]:
@@ -415,3 +381,88 @@ def small_cases() -> list[Case]:
         for op, assume in KINDS
         for n in sizes
     ]
+
+
+class Goal(NamedTuple):
+    """Times faster than the fastest of some peers, at least; or against the copy, the most copies that it may take.
+
+    sizes: the n for which it holds. float64 has to be half as good.
+    """
+
+    op: str
+    assume: tuple[str, ...]
+    sizes: Sequence[int]
+    against: tuple[str, ...]
+    factor: float
+
+    @property
+    def at_least(self) -> bool:
+        """Whether more is better."""
+        return self.against != (COPY,)
+
+    def target(self, dtype: torch.dtype) -> float:
+        """The factor for a dtype."""
+        if dtype is not torch.float64:
+            return self.factor
+        return self.factor / 2 if self.at_least else self.factor * 2
+
+
+_SPD, _GENERAL, _ANY = ("spd",), ("general",), ("spd", "general")
+_INVERSES, _SOLVE, _EIGH = ("inv_ex", "cholesky"), ("solve_ex",), ("eigh",)
+
+#: For two cores with AVX2.
+CPU_GOALS = (
+    Goal("block_inv", _SPD, (2, 3), _INVERSES, 25.0),
+    Goal("block_inv", _SPD, (4,), _INVERSES, 12.0),
+    Goal("block_inv", _SPD, range(5, 9), _INVERSES, 9.0),
+    Goal("block_inv", _SPD, range(9, 17), _INVERSES, 14.0),
+    Goal("block_inv", _SPD, (24, 32), _INVERSES, 10.0),
+    Goal("block_inv", _SPD, (48, 64), _INVERSES, 5.0),
+    Goal("block_inv", _SPD, range(2, 17), (COPY,), 2.5),
+    Goal("block_inv", _SPD, (32,), (COPY,), 4.0),
+    Goal("block_inv", _GENERAL, range(3, 10), ("inv_ex",), 10.0),
+    Goal("block_inv", _GENERAL, (16,), ("inv_ex",), 8.0),
+    Goal("block_inv", _GENERAL, (32,), ("inv_ex",), 6.0),
+    Goal("block_solve", _ANY, range(3, 17), _SOLVE, 10.0),
+    Goal("block_eigh", ("symmetric",), (3, 6, 9), _EIGH, 10.0),
+    Goal("block_eigh", ("symmetric",), (16, 32), _EIGH, 4.0),
+)
+#: For an H100. Copies are what a share of the copy bandwidth comes to: 60% and 35%.
+_GPU_INVERSES = (*_INVERSES, "matinvBatched", "cupy")
+GPU_GOALS = (
+    Goal("block_inv", _SPD, range(1, 17), (COPY,), 1 / 0.6),
+    Goal("block_inv", _SPD, range(17, 33), (COPY,), 1 / 0.35),
+    Goal("block_inv", _ANY, range(1, 65), _GPU_INVERSES, 3.0),
+    Goal("block_eigh", ("symmetric",), range(1, 65), _EIGH, 5.0),
+)
+
+
+#: For batches that are chosen by the cache, which is what they differ in.
+HELD_GOALS = (Goal("block_inv", _SPD, SMALL_SIZES, (COPY,), 2.5),)
+
+
+def goals(case: Case, device: torch.device) -> list[Goal]:
+    """The bars that hold for a case; none for a batch of another size than theirs."""
+    if case.batch != batch_of(case.n, device, case.held, case.dtype):
+        return []
+    table = HELD_GOALS if case.held else GPU_GOALS if device.type == "cuda" else CPU_GOALS
+    return [goal for goal in table if goal.op == case.op and case.assume in goal.assume and case.n in goal.sizes]
+
+
+def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> list[Bar]:
+    """Every bar that holds for a measured case, against the fastest of its peers or the copy."""
+    found = []
+    for case in dict.fromkeys(row.case for row in rows):
+        for goal in goals(case, device):
+            ours, target, names = find(rows, case), goal.target(case.dtype), " / ".join(goal.against)
+            if goal.at_least:
+                measured = ratio(fastest(rows, case, goal.against), ours)
+                measure, unit = f"{case.label}, against {names}, times faster", "x"
+            else:
+                measured = ratio(ours, find(rows, case, COPY))
+                measure, unit = f"{case.label}, against {names}", " copies"
+            found.append(Bar(measure, target, goal.at_least, measured, case=case, unit=unit, against=goal.against))
+    return found
+
+
+FAMILY = Family("Blocks", 0.4, groups, bars)
