@@ -40,8 +40,12 @@ class Case:
     UNIT: ClassVar[str] = "call"
     #: Fields that the input follows from; cases that agree in them can be timed in turns on one input.
     INPUT: ClassVar[tuple[str, ...]] = ()
+    #: Fields that say more than a size.
+    KIND: ClassVar[tuple[str, ...]] = ("op",)
     #: Name of the row that says how long the memory needs for what must be moved.
     LIMIT: ClassVar[str] = ""
+    #: What multiples of it are called.
+    LIMITS: ClassVar[str] = "limits"
     #: Inputs that take turns so that none is found in the cache of a GPU, at most.
     MAX_COPIES: ClassVar[int] = 1
 
@@ -58,7 +62,7 @@ class Case:
     @property
     def kind(self) -> Hashable:
         """Cases of a kind differ in size; where time may run out, one of each kind comes first."""
-        return self.op
+        return tuple(getattr(self, name) for name in self.KIND)
 
     @property
     def series(self) -> tuple[str, int] | None:
@@ -108,9 +112,13 @@ class Case:
         """Every backend that serves the case, what `auto` takes first, then every peer."""
         raise NotImplementedError
 
+    def contender(self, problem: Any, name: str) -> Contender:
+        """The one of this name on an input."""
+        raise NotImplementedError
+
     def contenders(self, problem: Any, wanted: Wanted) -> list[Contender]:
         """Those of `names` that are wanted, on one input."""
-        raise NotImplementedError
+        return [self.contender(problem, name) for name in self.names(problem.device) if wanted(self, name)]
 
     def judge(self, problem: Any, contender: Contender, answer: Any) -> Check:
         """Compare an answer of the contender with the reference."""
@@ -335,3 +343,19 @@ def fastest(rows: Iterable[Row], case: object, names: Sequence[str] | None = Non
         if row.case == case and row.kind == "peer" and row.seconds is not None and (not names or row.name in names)
     ]
     return min(found, key=lambda row: row.seconds or 0.0, default=None)
+
+
+def speed_bar(
+    rows: Sequence[Row], case: Case, against: Sequence[str], target: float, *, title: str | None = None
+) -> Bar:
+    """A bar on the speed of what `auto` takes: at least `target` times as fast as the fastest of some peers.
+
+    Against the limit of the case: at most `target` times its time.
+    """
+    ours, names = find(rows, case), " / ".join(against)
+    if tuple(against) == (case.LIMIT,):
+        value, unit, words = ratio(ours, find(rows, case, case.LIMIT)), f" {case.LIMITS}", "times longer"
+    else:
+        value, unit, words = ratio(fastest(rows, case, against), ours), "x", "times faster"
+    measure = f"{title or case.label} against {names}, {words}"
+    return Bar(measure, target, words == "times faster", value, case=case, unit=unit, against=tuple(against))

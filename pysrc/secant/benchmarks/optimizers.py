@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import secant
-from secant.benchmarks.case import Case, Check, Contender, Wanted
+from secant.benchmarks.case import Case, Check, Contender
 from secant.benchmarks.timing import Clock, Timed, clock_for
 
 #: What is compared, by the name that the tables show.
@@ -183,25 +183,21 @@ class OutsideClosure(Case):
         """Of the recursion, of the new pair with its products, and of x + t d."""
         return self.n * (8 * self.history + 1 + 8 + 2)
 
-    def problem(self, device: torch.device, seed: int = 0) -> torch.device:
-        """Where it runs: every contender has a `Quadratic` of its own."""
-        return device
+    def problem(self, device: torch.device, seed: int = 0) -> Tensor:
+        """Nothing, where it runs: every contender has a `Quadratic` of its own."""
+        return torch.empty(0, device=device)
 
     def names(self, device: torch.device) -> list[str]:
         """Ours, then that of torch."""
         return ["secant", "torch"]
 
-    def contenders(self, problem: torch.device, wanted: Wanted) -> list[Contender]:
-        """Those that are wanted, with full histories."""
-        found = []
-        for name in self.names(problem):
-            if wanted(self, name):
-                kind = "backend" if name == "secant" else "peer"
-                running = Running(name, self, problem)
-                timed = Timed([running.advance], inside=running.inside)
-                found.append(Contender(self, name, kind, timed, running.progress, units=ITERATIONS))
-        return found
+    def contender(self, problem: Tensor, name: str) -> Contender:
+        """The one of this name, with a full history."""
+        running = Running(name, self, problem.device)
+        timed = Timed([running.advance], inside=running.inside)
+        kind = "backend" if name == "secant" else "peer"
+        return Contender(self, name, kind, timed, running.progress, units=ITERATIONS)
 
-    def judge(self, problem: torch.device, contender: Contender, answer: float) -> Check:
+    def judge(self, problem: Tensor, contender: Contender, answer: float) -> Check:
         """Whether the loss is below that at the start."""
         return Check(answer, 1.0)

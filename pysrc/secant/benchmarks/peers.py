@@ -67,17 +67,21 @@ class EagerHistory:
 
 def two_loop_rows(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> Tensor:
     """d = -H g without a trip to the host: g (..., n); s, y (..., m, n); rho (..., m); gamma (...)."""
-    m = s.shape[-2]
+    return _rows(g, s.unbind(-2), y.unbind(-2), rho.unbind(-1), gamma)
+
+
+def _rows(g: Tensor, s: Sequence[Tensor], y: Sequence[Tensor], rho: Sequence[Tensor], gamma: Tensor) -> Tensor:
+    pairs = list(zip(s, y, rho, strict=True))
     q = -g
     alpha: list[Tensor] = []
-    for i in reversed(range(m)):
-        alpha.append((s[..., i, :] * q).sum(-1) * rho[..., i])
-        q = q - alpha[-1].unsqueeze(-1) * y[..., i, :]
-    r = q * gamma.unsqueeze(-1)
-    for i in range(m):
-        beta = (y[..., i, :] * r).sum(-1) * rho[..., i]
-        r = r + (alpha[m - 1 - i] - beta).unsqueeze(-1) * s[..., i, :]
-    return r
+    for a, b, r in reversed(pairs):
+        alpha.append((a * q).sum(-1) * r)
+        q = q - alpha[-1].unsqueeze(-1) * b
+    d = q * gamma.unsqueeze(-1)
+    for a, b, r in pairs:
+        beta = (b * d).sum(-1) * r
+        d = d + (alpha.pop() - beta).unsqueeze(-1) * a
+    return d
 
 
 def two_loop_bmm(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> Tensor:
@@ -143,16 +147,8 @@ def step_rows(
     new_s, new_y = t * d, g - prev
     curvature = (new_s * new_y).sum()
     new_rho = 1.0 / curvature
-    s, y, rho = [*s, new_s], [*y, new_y], [*rho, new_rho]
-    q = -g
-    alpha: list[Tensor] = []
-    for a, b, r in zip(reversed(s), reversed(y), reversed(rho), strict=True):
-        alpha.append((a * q).sum() * r)
-        q = q - alpha[-1] * b
-    z = q * (curvature / (new_y * new_y).sum())
-    for a, b, r in zip(s, y, rho, strict=True):
-        z = z + (alpha.pop() - (b * z).sum() * r) * a
-    return z, new_s, new_y, new_rho
+    gamma = curvature / (new_y * new_y).sum()
+    return _rows(g, [*s, new_s], [*y, new_y], [*rho, new_rho], gamma), new_s, new_y, new_rho
 
 
 #: Shapes of one function that torch.compile may meet: beyond its own limit it goes on in eager mode, without a word.

@@ -17,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +31,10 @@ from secant.benchmarks.case import (
     Check,
     Contender,
     Row,
-    Wanted,
     around,
     dtype_name,
-    fastest,
-    find,
-    ratio,
     serving,
+    speed_bar,
 )
 from secant.benchmarks.case import Case as Base
 from secant.benchmarks.families import Family
@@ -82,7 +79,9 @@ class Case(Base):
     held: str = ""
 
     UNIT = "block"
+    KIND = ("op", "assume")
     LIMIT = COPY
+    LIMITS = "copies"
 
     @property
     def title(self) -> str:
@@ -94,11 +93,6 @@ class Case(Base):
     def label(self) -> str:
         """The title, the dtype, and where the batch lies."""
         return f"{self.title}, {dtype_name(self.dtype)}" + (f", batch in {self.held}" if self.held else "")
-
-    @property
-    def kind(self) -> Hashable:
-        """Op and assumption."""
-        return self.op, self.assume
 
     @property
     def series(self) -> tuple[str, int] | None:
@@ -150,17 +144,13 @@ class Case(Base):
         """Every backend, then what torch and the libraries of CUDA have."""
         return [*self.serving(device), *peers(self, device)]
 
-    def contenders(self, problem: Problem, wanted: Wanted) -> list[Contender]:
-        """Those that are wanted, the slow ones on a part of the blocks."""
+    def contender(self, problem: Problem, name: str) -> Contender:
+        """The one of this name; a slow one on a part of the blocks."""
         names = self.serving(problem.device)
+        if name not in names:
+            return contender(problem, name, "peer", peers(self, problem.device)[name])
         compute = _ours(self, torch.empty_like(problem.b if self.op == "block_solve" else problem.a))
-        own = [
-            contender(problem, name, "backend", compute, name != "reference", around(name, names))
-            for name in names
-            if wanted(self, name)
-        ]
-        others = peers(self, problem.device).items()
-        return own + [contender(problem, name, "peer", x) for name, x in others if wanted(self, name)]
+        return contender(problem, name, "backend", compute, name != "reference", around(name, names))
 
     def judge(self, problem: Problem, contender: Contender, answer: Answer) -> Check:
         """The largest test ratio."""
@@ -395,16 +385,10 @@ class Goal(NamedTuple):
     against: tuple[str, ...]
     factor: float
 
-    @property
-    def at_least(self) -> bool:
-        """Whether more is better."""
-        return self.against != (COPY,)
-
     def target(self, dtype: torch.dtype) -> float:
         """The factor for a dtype."""
-        if dtype is not torch.float64:
-            return self.factor
-        return self.factor / 2 if self.at_least else self.factor * 2
+        half = 2 if self.against == (COPY,) else 1 / 2
+        return self.factor * (half if dtype is torch.float64 else 1)
 
 
 _SPD, _GENERAL, _ANY = ("spd",), ("general",), ("spd", "general")
@@ -451,18 +435,9 @@ def goals(case: Case, device: torch.device) -> list[Goal]:
 
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> list[Bar]:
     """Every bar that holds for a measured case, against the fastest of its peers or the copy."""
-    found = []
-    for case in dict.fromkeys(row.case for row in rows):
-        for goal in goals(case, device):
-            ours, target, names = find(rows, case), goal.target(case.dtype), " / ".join(goal.against)
-            if goal.at_least:
-                measured = ratio(fastest(rows, case, goal.against), ours)
-                measure, unit = f"{case.label}, against {names}, times faster", "x"
-            else:
-                measured = ratio(ours, find(rows, case, COPY))
-                measure, unit = f"{case.label}, against {names}", " copies"
-            found.append(Bar(measure, target, goal.at_least, measured, case=case, unit=unit, against=goal.against))
-    return found
+    cases = dict.fromkeys(row.case for row in rows)
+    of = ((case, goal) for case in cases for goal in goals(case, device))
+    return [speed_bar(rows, case, goal.against, goal.target(case.dtype)) for case, goal in of]
 
 
 FAMILY = Family("Blocks", 0.4, groups, bars)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 
-from secant.benchmarks.case import Bar, Check, Contender, Row, Wanted, dtype_name, find, ratio
+from secant.benchmarks.case import Bar, Check, Contender, Row, dtype_name, find, speed_bar
 from secant.benchmarks.case import Case as Base
 from secant.benchmarks.families import Family
 from secant.benchmarks.peers import compiled
@@ -42,6 +42,8 @@ class Case(Base):
     k: int = 1
     dtype: torch.dtype = torch.float32
 
+    KIND = ("op", "k")
+
     @property
     def title(self) -> str:
         """Op, rows and vectors."""
@@ -51,11 +53,6 @@ class Case(Base):
     def label(self) -> str:
         """The title and the dtype."""
         return f"{self.title}, {dtype_name(self.dtype)}"
-
-    @property
-    def kind(self) -> Hashable:
-        """Op, one vector or several."""
-        return self.op, self.k
 
     @property
     def nbytes(self) -> int:
@@ -83,15 +80,10 @@ class Case(Base):
         """Ours, then what one writes in torch."""
         return list(_makers(self))
 
-    def contenders(self, problem: Problem, wanted: Wanted) -> list[Contender]:
-        """Those that are wanted, each prepared at the point."""
-        found = []
-        for name, make in _makers(self).items():
-            if wanted(self, name):
-                call = make(problem)
-                kind = "backend" if name == "secant" else "peer"
-                found.append(Contender(self, name, kind, Timed([call]), call))
-        return found
+    def contender(self, problem: Problem, name: str) -> Contender:
+        """The one of this name, prepared at the point."""
+        call = _makers(self)[name](problem)
+        return Contender(self, name, "backend" if name == "secant" else "peer", Timed([call]), call)
 
     def judge(self, problem: Problem, contender: Contender, answer: object) -> Check:
         """Relative error of the product."""
@@ -122,7 +114,7 @@ class Problem:
             self.v = torch.randn(sum(p.numel() for p in self.net.parameters()), case.k, dtype=case.dtype)
         self.net = self.net.to(device)
         self.x, self.y, self.v = (z.to(device) for z in (self.x, self.y, self.v))
-        self.case, self.params = case, list(self.net.parameters())
+        self.case, self.device, self.params = case, device, list(self.net.parameters())
 
     def loss(self) -> Tensor:
         """Mean cross-entropy."""
@@ -219,12 +211,8 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> l
     case = Case("Hessian", 512)
     if device.type != "cpu" or find(rows, case) is None:
         return []
-    found = []
-    for peer, target in (("compiled", 1.0), ("double backward", 1.5)):
-        value = ratio(find(rows, case, peer), find(rows, case))
-        measure = f"{case.title}, against {peer}, times faster"
-        found.append(Bar(measure, target, True, value, case=case, unit="x", against=(peer,)))
-    return found
+    targets = {"compiled": 1.0, "double backward": 1.5}
+    return [speed_bar(rows, case, (peer,), target) for peer, target in targets.items()]
 
 
 FAMILY = Family("Curvature", 4.0, groups, bars)

@@ -25,12 +25,11 @@ from secant.benchmarks.case import (
     Check,
     Contender,
     Row,
-    Wanted,
     around,
     dtype_name,
     find,
-    ratio,
     serving,
+    speed_bar,
 )
 from secant.benchmarks.case import Case as Base
 from secant.benchmarks.families import Family
@@ -65,6 +64,7 @@ class Case(Base):
     entries: int = 0
 
     LIMIT = READ
+    LIMITS = "reads of X"
     MAX_COPIES = 16
 
     @property
@@ -124,19 +124,14 @@ class Case(Base):
         """Every backend, then what one writes in torch, and that compiled."""
         return [*self.serving(device), "eager", "compiled"]
 
-    def contenders(self, problem: Problem, wanted: Wanted) -> list[Contender]:
-        """Those that are wanted."""
+    def contender(self, problem: Problem, name: str) -> Contender:
+        """The one of this name."""
         names = self.serving(problem.device)
-        found = []
-        for name in names:
-            if wanted(self, name):
-                call = _ours(problem)
-                timed = Timed([call], around(name, names))
-                found.append(Contender(self, name, "backend", timed, call, capturable=True))
-        for name, call in peers(problem).items():
-            if wanted(self, name):
-                found.append(Contender(self, name, "peer", Timed([call]), call))
-        return found
+        if name in names:
+            call = _ours(problem)
+            return Contender(self, name, "backend", Timed([call], around(name, names)), call, capturable=True)
+        call = _peer(problem, compiled if name == "compiled" else lambda function: function)
+        return Contender(self, name, "peer", Timed([call]), call)
 
     def judge(self, problem: Problem, contender: Contender, answer: Answer) -> Check:
         """The largest error, in units of the arithmetic; of logits also of their dtype."""
@@ -259,29 +254,19 @@ def _cross_entropy_hvp(logits: Tensor, u: Tensor) -> Answer:
     return (p * (u - (p * u).sum(-1, keepdim=True)),)
 
 
-def peers(problem: Problem) -> dict[str, Call]:
-    """What computes the same with torch, by name: as one writes it, and that compiled."""
-    x, v = problem.x, problem.v
-    function: Callable[..., Answer]
-    arguments: tuple[Tensor, ...]
-    if problem.case.op == "glm_hvp":
-        if problem.case.k == 1:
-            function, arguments = _glm_hvp_single, (x, v.squeeze(1), problem.weight)
-        else:
-            function, arguments = _glm_hvp, (x, v, problem.weight)
-    elif problem.case.op == "glm_value_grad":
-        coef = v[:, 0].contiguous()
-        eager = functools.partial(_glm_value_grad, x, coef, problem.target)
-        formula = compiled(_glm_value_grad_formula)
-        return {"eager": eager, "compiled": functools.partial(formula, x, coef, problem.target)}
-    elif problem.case.op == "softmax_hvp":
-        function, arguments = _softmax_hvp, (x, v, problem.probs)
-    else:
-        function, arguments = _cross_entropy_hvp, (x, problem.u)
-    return {
-        "eager": functools.partial(function, *arguments),
-        "compiled": functools.partial(compiled(function), *arguments),
-    }
+def _peer(problem: Problem, how: Callable[[Callable[..., Answer]], Callable[..., Answer]]) -> Call:
+    """What computes the same with torch, as one writes it; `how`: as it is, or compiled."""
+    x, v, op = problem.x, problem.v, problem.case.op
+    if op == "glm_hvp" and problem.case.k == 1:
+        return functools.partial(how(_glm_hvp_single), x, v.squeeze(1), problem.weight)
+    if op == "glm_hvp":
+        return functools.partial(how(_glm_hvp), x, v, problem.weight)
+    if op == "glm_value_grad":  # by autograd in eager mode, by its formula where a compiler fuses that
+        function = _glm_value_grad_formula if how is compiled else _glm_value_grad
+        return functools.partial(how(function), x, v[:, 0].contiguous(), problem.target)
+    if op == "softmax_hvp":
+        return functools.partial(how(_softmax_hvp), x, v, problem.probs)
+    return functools.partial(how(_cross_entropy_hvp), x, problem.u)
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -324,20 +309,15 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float) -> list[Ba
 
 def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
     """The targets for two cores with AVX2."""
+    targets = {("glm_hvp", 1): 2.5, ("glm_hvp", 8): 8.0, ("glm_value_grad", 1): 3.0, ("softmax_hvp", 10): 3.0}
     found = []
     for case in dict.fromkeys(row.case for row in rows):
-        ours, eager = find(rows, case), find(rows, case, "eager")
-        target = {
-            ("glm_hvp", 1): 2.5, ("glm_hvp", 8): 8.0, ("glm_value_grad", 1): 3.0, ("softmax_hvp", 10): 3.0
-        }.get((case.op, case.k))  # fmt: skip
+        target = targets.get((case.op, case.k))
         if target is None or case.dtype is not torch.float32 or (case.n, case.d) not in BAR_SHAPES:
             continue
-        measure = f"{case.title} against eager, times faster"
-        found.append(Bar(measure, target, True, ratio(eager, ours), case=case, unit="x", against=("eager",)))
+        found.append(speed_bar(rows, case, ("eager",), target, title=case.title))
         if case == Case("glm_hvp", 200_000, 784):
-            value = ratio(ours, find(rows, case, READ))
-            measure = f"{case.title} against {READ}, times longer"
-            found.append(Bar(measure, 1.5, False, value, case=case, unit=" reads", against=(READ,)))
+            found.append(speed_bar(rows, case, (READ,), 1.5, title=case.title))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from secant.benchmarks.case import (
     Check,
     Contender,
     Row,
-    Wanted,
     around,
     dtype_name,
     find,
     ratio,
     serving,
+    speed_bar,
 )
 from secant.benchmarks.case import Case as Base
 from secant.benchmarks.families import Family
@@ -60,7 +60,9 @@ class Case(Base):
     storage: torch.dtype = torch.float32
 
     INPUT = ("n", "m", "batch", "dtype")
+    KIND = ("op", "batch", "dtype")
     LIMIT = LIMIT
+    LIMITS = "times two reads"
     MAX_COPIES = 128  # histories from 0.8 MB on outgrow a cache of 50 MB twice
 
     @property
@@ -73,11 +75,6 @@ class Case(Base):
         """The title, and the dtypes where they are not float32."""
         vectors = "" if self.dtype is torch.float32 else f", {dtype_name(self.dtype)}"
         return self.title + vectors + ("" if self.storage is self.dtype else f", {dtype_name(self.storage)} history")
-
-    @property
-    def kind(self) -> Hashable:
-        """Op, batch and dtype."""
-        return self.op, self.batch, self.dtype
 
     @property
     def series(self) -> tuple[str, int] | None:
@@ -147,11 +144,10 @@ class Case(Base):
         """Every backend, then the loop of torch.optim.LBFGS, its compiled version, and the compact representation."""
         return self.serving(device) + peer_names(self)
 
-    def contenders(self, problem: Problem, wanted: Wanted) -> list[Contender]:
-        """Those that are wanted, each with pairs of its own where it keeps some."""
+    def contender(self, problem: Problem, name: str) -> Contender:
+        """The one of this name, with pairs of its own where it keeps some."""
         names = self.serving(problem.device)
-        own = [_backend(self, problem, name, names) for name in names if wanted(self, name)]
-        return own + [_peer(self, problem, name) for name in peer_names(self) if wanted(self, name)]
+        return _backend(self, problem, name, names) if name in names else _peer(self, problem, name)
 
     def judge(self, problem: Problem, contender: Contender, answer: Tensor) -> Check:
         """Relative error of a direction against float64, and its bound."""
@@ -348,29 +344,17 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float) -> list[Ba
 
 def cpu_bars(rows: Sequence[Row], errors: dict[str, float] | None) -> list[Bar]:
     """The bars for two cores, with what this run measured; errors: `digits.direction_errors`, None without the data."""
-
-    def speed(measure: str, case: Base, peer: str, target: float) -> Bar:
-        value = ratio(find(rows, case, peer), find(rows, case))
-        return Bar(measure, target, True, value, case=case, unit="x", against=(peer,))
-
     found = []
     for n, target in ((10**3, 20.0), (10**4, 6.0), (10**5, 3.0), (10**7, 2.2)):
-        measure = f"two_loop against eager, n = {n:.0e}, times faster"
-        found.append(speed(measure, Case("two_loop", n), "eager", target))
-    large = Case("two_loop", 10**7)
-    value = ratio(find(rows, large), find(rows, large, LIMIT))
-    measure = "two_loop against two reads of the history, n = 1e+07, times longer"
-    found.append(Bar(measure, 1.3, False, value, case=large, unit=" times two reads", against=(LIMIT,)))
+        found.append(speed_bar(rows, Case("two_loop", n), ("eager",), target))
+    found.append(speed_bar(rows, Case("two_loop", 10**7), (LIMIT,), 1.3))
     for op in ("direction", "step"):
         wide, narrow = (find(rows, Case(op, 10**7, storage=x)) for x in (torch.float32, torch.bfloat16))
         measure = f"bf16 history against float32, {op}, n = 1e+07, times faster"
         found.append(Bar(measure, 1.6, True, ratio(wide, narrow), unit="x"))
-    measure = "two_loop against eager bmm, 10,000 x 64, times faster"
-    found.append(speed(measure, Case("two_loop", 64, batch=10_000), "eager bmm", 5.0))
+    found.append(speed_bar(rows, Case("two_loop", 64, batch=10_000), ("eager bmm",), 5.0))
     for n, target in ((10**3, 4.0), (10**6, 2.0)):
-        for history in (10, 100):
-            measure = f"outside the closure against torch, history {history}, n = {n:.0e}, times less"
-            found.append(speed(measure, OutsideClosure("LBFGS", n, history), "torch", target))
+        found += [speed_bar(rows, OutsideClosure("LBFGS", n, history), ("torch",), target) for history in (10, 100)]
     why = "needs scikit-learn: pip install secant[demo]" if errors is None else ""
     error = None if errors is None else errors["secant"]
     found.append(Bar("relative error of the float32 direction, pairs of a real run", 1e-5, False, error, why))
