@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="time the kernels against every peer and check the bars, in a few minutes"
     )
     bench.add_argument("--family", choices=FAMILIES, help="one family of cases (default: all)")
-    bench.add_argument("--full", action="store_true", help="every size, in an hour instead of minutes")
+    bench.add_argument("--full", action="store_true", help="every size, which takes several times as long")
     bench.add_argument(
         "--seconds", type=float, default=float("inf"), metavar="N", help="begin no further case after so long"
     )

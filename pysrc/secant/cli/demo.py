@@ -15,7 +15,7 @@ from secant.benchmarks.digits import HISTORY, MODELS, TEST_IMAGES, Digits, Model
 from secant.benchmarks.families.lbfgs import Case
 from secant.benchmarks.measure import fits, measure
 from secant.benchmarks.optimizers import OPTIMIZERS
-from secant.benchmarks.report import Table, duration, times
+from secant.benchmarks.report import Table, duration, losses, times
 from secant.benchmarks.timing import clock_for
 from secant.cli import console
 
@@ -191,20 +191,6 @@ def directions_table(found: Sequence[At], bandwidth: machine.Bandwidth) -> Table
     return Table(f"A direction from {HISTORY} pairs, float32", columns, rows, notes)
 
 
-def direction_losses(found: Sequence[At]) -> list[str]:
-    """Lengths at which we are slower, and wrong answers."""
-    lost = []
-    for at in found:
-        faster = ratio(at["eager"], at["two_loop"])
-        if faster is not None and faster < 1:
-            lost.append(f"n = {at['two_loop'].case.n:,}: two_loop takes {times(1 / faster)} the time of the eager loop")
-        wrong = [
-            f"n = {row.case.n:,}: {name} is wrong by {row.error:.1e}" for name, row in at.items() if not row.correct
-        ]
-        lost += wrong
-    return lost
-
-
 def _loss_panel(model: str, pair: Pair) -> tuple[plot.Panel, list[plot.Curve]]:
     theirs, ours = pair.torch.steps, pair.secant.steps
     title = f"{model[0].upper()}{model[1:]}: done in {ours.total / theirs.total:.0%} of the time"
@@ -265,7 +251,7 @@ def run(device: torch.device, output: Path, *, quick: bool = False) -> dict[str,
     if len(found) < len(sizes):
         print(f"Left out, for time or memory: n = {', '.join(f'{n:,}' for n in sizes[len(found) :])}.")
 
-    lost = training_losses(results) + direction_losses(found)
+    lost = training_losses(results) + losses([row for at in found for row in at.values()])
     print(
         "\n  ".join(["Where secant is slower or worse:", *lost]) if lost else "secant is slower or worse nowhere above."
     )
