@@ -28,7 +28,7 @@ Times = dict[str, dict[tuple[Any, ...], float]]
 
 
 def _times(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, Times]]:
-    """Function -> size -> backend -> case -> seconds, of the rows that backends measured."""
+    """Collect function -> size -> backend -> case -> seconds, of the rows that backends measured."""
     keys = ("op", "assume", "n", "m", "d", "k", "batch", "dtype", "storage", "note")
     found: dict[str, dict[int, Times]] = {}
     for row in rows:
@@ -42,7 +42,7 @@ def _times(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, T
 
 
 def _best(times: Times, held: str) -> str:
-    """The backend to take at a size: the one that is held, unless another is `MARGIN` faster on the cases of both."""
+    """Choose the backend at a size: the one that is held, unless another is `MARGIN` faster on the cases of both."""
     best, gain = held, MARGIN
     for name, own in times.items():
         shared = own.keys() & times.get(held, {}).keys()
@@ -55,7 +55,7 @@ def _best(times: Times, held: str) -> str:
 
 
 def propose(result: dict[str, Any], source: str) -> list[Default]:
-    """Entries of `secant.defaults` for the device of a run, from its times.
+    """Propose entries of `secant.defaults` for the device of a run, from its times.
 
     A size that lies between two measured ones goes with the nearer, on a logarithmic scale. An op that was not measured
     keeps what the table has for any.

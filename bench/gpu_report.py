@@ -25,14 +25,14 @@ def _word(status: int | str) -> str:
 
 
 def _ours(rows: Sequence[dict[str, Any]], n: int, theirs: dict[str, Any], note: str) -> float | None:
-    """Seconds of a step of what `auto` takes on the problem of a published figure."""
+    """Find the seconds of a step of what `auto` takes on the problem of a published figure."""
     want = ("step", n, theirs["history"], 0, theirs["dtype"], theirs["dtype"], "backend", note)
     keys = ("op", "n", "m", "batch", "dtype", "storage", "kind", "note")
     return next((row["median"] for row in rows if tuple(row.get(key) for key in keys) == want), None)
 
 
 def published(result: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Published figures of another project beside our times of the same problems, in Markdown."""
+    """Put published figures of another project beside our times of the same problems, in Markdown."""
     rows = (family_data(result, "lbfgs") or {}).get("rows", [])
     gpu = result["machine"].get("gpu") if result["device"] == "cuda" else None
 
@@ -61,7 +61,7 @@ def published(result: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def occupancy_tables(result: dict[str, Any]) -> list[str]:
-    """Registers, shared memory and occupancy of the kernels of the benchmark, a table a family, in Markdown."""
+    """Show registers, shared memory and occupancy of the kernels of the benchmark, a table a family, in Markdown."""
     data = result.get("occupancy")
     if not data:
         return []
@@ -98,7 +98,7 @@ def _or_dash(x: object) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The run in Markdown."""
+    """Write the run in Markdown."""
     parts = [f"# {result['machine'].get('gpu') or 'Rehearsal without a GPU'}", ""]
     units = {key: "Tflop/s" if key.startswith("matmul") else "TB/s" for key in result["rates"] or {}}
     rates = [(f"{key}, {unit}", f"{result['rates'][key] / 1e12:.3g}") for key, unit in units.items()]

@@ -17,7 +17,7 @@ from gpu_stages import COUNTERS
 
 
 def counters(path: Path) -> dict[str, dict[str, float]]:
-    """Kernel -> the largest of each of `COUNTERS` over its launches, from what ncu printed; empty without it."""
+    """Read kernel -> the largest of each of `COUNTERS` over its launches, from what ncu printed; empty without it."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -37,7 +37,7 @@ def counters(path: Path) -> dict[str, dict[str, float]]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """GPU, driver and versions, as far as they can be had."""
+    """Collect GPU, driver and versions, as far as they can be had."""
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -61,7 +61,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def tests_of(folder: Path) -> dict[str, Any] | None:
-    """Counts, failures and reasons of the skips of all JUnit files of a folder, or None when there is none."""
+    """Count tests, failures and reasons of the skips of all JUnit files of a folder; None when there is none."""
     cases, read = [], 0
     for path in sorted(folder.glob("tests-*.xml")):
         try:
@@ -97,7 +97,7 @@ def _last_line(path: Path) -> Any:
 
 
 def bars_of(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(measure, bar, measured, verdict) of every family that was measured."""
+    """List (measure, bar, measured, verdict) of every family that was measured."""
     found = []
     word = {None: "not measured", True: "met", False: "NOT MET"}
     for family in FAMILIES:
@@ -109,13 +109,13 @@ def bars_of(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def family_data(result: dict[str, Any], family: str) -> dict[str, Any] | None:
-    """What the benchmark of a family wrote: rows, bars, what it loses; None when it was not run or did not end."""
+    """Return rows, bars and losses of the benchmark of a family; None when it was not run or did not end."""
     data = result["bench"].get(family)
     return None if data is None else data["families"].get(family)
 
 
 def collect(run: Run, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
-    """Everything of a run as plain data."""
+    """Collect everything of a run as plain data."""
     result: dict[str, Any] = {
         "machine": machine_facts(),
         "device": run.device,

@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
 
     @property
     def good(self) -> bool:
-        """Whether it succeeded."""
+        """Say whether it succeeded."""
         return self.status == 0
 
 
@@ -40,7 +40,7 @@ class Run(NamedTuple):
     deadlines: dict[str, float]
 
     def left(self, stage: str) -> float:
-        """Seconds that a stage has left; they run from when it is first asked."""
+        """Return the seconds that a stage has left; they run from when it is first asked."""
         now = time.perf_counter()
         scale = sum(LIMITS.values()) / sum(LIMITS[each] for each in self.stages)
         return self.deadlines.setdefault(stage, now + scale * LIMITS[stage]) - now

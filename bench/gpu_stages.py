@@ -17,7 +17,7 @@ SMALLEST, OCCUPANCY = (Path(__file__).with_name(name) for name in ("gpu_smallest
 
 
 def build(run: Run) -> list[Outcome]:
-    """In place, without isolation and without dependencies."""
+    """Build in place, without isolation and without dependencies."""
     if run.device == "cpu":
         return []  # a rehearsal uses what is built
     pip = (sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
@@ -25,7 +25,7 @@ def build(run: Run) -> list[Outcome]:
 
 
 def _only_this_architecture() -> dict[str, str]:
-    """For CMakeLists.txt: code for the GPU that is here and no other; nothing where the compiler might not know it."""
+    """Ask CMakeLists.txt for code for the GPU that is here alone; for nothing where the compiler may not know it."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()
@@ -40,7 +40,7 @@ WORDS = {"lbfgs": ("two_loop", "history", "lbfgs"), "blocks": ("blocks",), "hvp"
 
 
 def _test_files(folder: str) -> list[str]:
-    """The files below a folder with tests for a GPU; others are not even imported: they need packages of their own."""
+    """List the files below a folder with tests for a GPU; others are not imported: they need packages of their own."""
     found = []
     for path in sorted((ROOT / folder).rglob("test_*.py")):
         text = path.read_text()
@@ -50,7 +50,7 @@ def _test_files(folder: str) -> list[str]:
 
 
 def _other_files(families: Sequence[str]) -> list[str]:
-    """Those outside of `tests/kernels` that touch these families; what is of no family touches all."""
+    """List those outside of `tests/kernels` that touch these families; what is of no family touches all."""
     found = []
     for path in _test_files("tests"):
         parts = Path(path).with_suffix("").parts[1:]
@@ -67,7 +67,7 @@ GRACE = 25
 
 
 def _pytest_runs(run: Run) -> dict[str, tuple[list[str], str]]:
-    """Name -> (arguments of pytest, part of the tests): the backends of each family apart, and those of no family.
+    """List name -> (arguments of pytest, part of the tests): the backends of each family apart, and those of none.
 
     The tests that fill the memory run one after the other, in a process of their own.
     """
@@ -89,7 +89,7 @@ def _pytest_runs(run: Run) -> dict[str, tuple[list[str], str]]:
 
 
 def test(run: Run) -> list[Outcome]:
-    """The tests marked `gpu` (a rehearsal: some that need none), and compute-sanitizer where it is found, together."""
+    """Run the tests marked `gpu` (a rehearsal: some that need none), and compute-sanitizer where it is found."""
     deadline = time.time() + run.left("test") - GRACE
     path = os.pathsep.join(x for x in (str(SMALLEST.parent), os.environ.get("PYTHONPATH", "")) if x)
     common = {"PYTHONPATH": path, "SECANT_TEST_DEADLINE": str(deadline), "OMP_NUM_THREADS": "1"}
@@ -117,7 +117,7 @@ def test(run: Run) -> list[Outcome]:
 
 
 def bench(run: Run) -> list[Outcome]:
-    """The benchmarks of each family, one process after the other, and the demo.
+    """Run the benchmarks of each family, one process after the other, and the demo.
 
     Each family gets an equal share of what the stage has left, begins no case near its end, and writes what it has; the
     demo gets a fifth of such a share.
@@ -165,7 +165,7 @@ COUNTERS = {
 
 
 def profile(run: Run) -> list[Outcome]:
-    """What the machine gives, what a multiprocessor holds of each kernel, and what ncu counts where it is found."""
+    """Measure what the machine gives, what a multiprocessor holds of each kernel, and what ncu counts."""
     python = sys.executable
     found = [
         run.call("profile", python, "-c", RATES, run.device, log="rates.log")._replace(command="rates"),

@@ -23,7 +23,7 @@ Around = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Without the prefix."""
+    """Drop the prefix."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -51,73 +51,73 @@ class Case:
 
     @property
     def title(self) -> str:
-        """The op and its sizes, for tables."""
+        """Name the op and its sizes, for tables."""
         raise NotImplementedError
 
     @property
     def label(self) -> str:
-        """The title and what else tells the case from all others."""
+        """Return the title and what else tells the case from all others."""
         return self.title
 
     @property
     def kind(self) -> Hashable:
-        """Cases of a kind differ in size; where time may run out, one of each kind comes first."""
+        """Return what tells kinds of cases apart: those of a kind differ in size."""
         return tuple(getattr(self, name) for name in self.KIND)
 
     @property
     def series(self) -> tuple[str, int] | None:
-        """The curve of the picture that the case lies on and its size; None: a line of its own."""
+        """Return the curve of the picture that the case lies on and its size; None: a line of its own."""
         return None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that must be moved."""
+        """Count the bytes that must be moved."""
         raise NotImplementedError
 
     @property
     def flops(self) -> float:
-        """Operations of the definition; backends may need more."""
+        """Count the operations of the definition; backends may need more."""
         raise NotImplementedError
 
     @property
     def units(self) -> int:
-        """How many units the whole of it is."""
+        """Count the units that the whole of it is."""
         return 1
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes that the limit moves."""
+        """Return the bytes that the limit moves."""
         return self.nbytes
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of an input that a cache could keep."""
+        """Return the bytes of an input that a cache could keep."""
         return self.nbytes
 
     @property
     def input(self) -> tuple[object, ...]:
-        """Values of the fields that the input follows from."""
+        """Return the values of the fields that the input follows from."""
         names = self.INPUT or tuple(field.name for field in dataclasses.fields(self))
         return tuple(getattr(self, name) for name in names)
 
     def memory(self, cases: Sequence[Any], device: torch.device) -> int:
-        """Bytes that measuring these cases together takes, by a generous estimate; 0: too few to ask."""
+        """Estimate, generously, the bytes that measuring these cases together takes; 0: too few to ask."""
         return 0
 
     def problem(self, device: torch.device, seed: int = 0) -> Any:
-        """The input."""
+        """Make the input."""
         raise NotImplementedError
 
     def names(self, device: torch.device) -> list[str]:
-        """Every backend that serves the case, what `auto` takes first, then every peer."""
+        """List every backend that serves the case, what `auto` takes first, then every peer."""
         raise NotImplementedError
 
     def contender(self, problem: Any, name: str) -> Contender:
-        """The one of this name on an input."""
+        """Prepare the one of this name on an input."""
         raise NotImplementedError
 
     def contenders(self, problem: Any, wanted: Wanted) -> list[Contender]:
-        """Those of `names` that are wanted, on one input."""
+        """Prepare those of `names` that are wanted, on one input."""
         return [self.contender(problem, name) for name in self.names(problem.device) if wanted(self, name)]
 
     def judge(self, problem: Any, contender: Contender, answer: Any) -> Check:
@@ -125,15 +125,15 @@ class Case:
         raise NotImplementedError
 
     def limit(self, problem: Any) -> Callable[[], object] | None:
-        """The call that takes as long as the memory needs; None where there is none."""
+        """Make the call that takes as long as the memory needs; None where there is none."""
         return None
 
     def replace(self, **changes: Any) -> Self:
-        """The case with some fields changed."""
+        """Change some fields."""
         return dataclasses.replace(self, **changes)
 
     def parameters(self) -> dict[str, Any]:
-        """The fields as plain data."""
+        """Return the fields as plain data."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in found.items()}
 
@@ -152,7 +152,7 @@ def no_compile(case: Case, name: str) -> bool:
 
 
 def serving(family: str, device: torch.device, dtype: torch.dtype, op: str, size: int, *, large: bool) -> list[str]:
-    """The backends that can serve a call, the one that `auto` takes first.
+    """List the backends that can serve a call, the one that `auto` takes first.
 
     Args:
         family, device, dtype: of the call. op, size: see `secant.defaults.Default`.
@@ -164,7 +164,7 @@ def serving(family: str, device: torch.device, dtype: torch.dtype, op: str, size
 
 
 def around(name: str, names: Sequence[str]) -> Around:
-    """What chooses one of `names`, as `serving` gives them.
+    """Make what chooses one of `names`, as `serving` gives them.
 
     What `auto` serves is timed as a user calls it. An explicit choice is entered outside the time.
     """
@@ -181,7 +181,7 @@ class Check(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """Error over bound, at most 1 if the answer is right. A NaN is further off than anything."""
+        """Divide the error by the bound: at most 1 if the answer is right. A NaN is further off than anything."""
         return math.inf if math.isnan(self.error) else self.error / self.bound
 
 
@@ -203,7 +203,7 @@ class Contender(NamedTuple):
     part: Callable[[int], Callable[[], Any]] | None = None
 
     def fitting(self, clock: Clock) -> Contender:
-        """The contender on as many units as it does in a quarter of `SLICE_SECONDS`, found by fours; all if it can."""
+        """Take as many units as it does in a quarter of `SLICE_SECONDS`, found by fours; all if it can."""
         if self.part is None:
             return self
         units = min(PILOT, self.units)
@@ -255,22 +255,22 @@ class Row(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """Median sample."""
+        """Return the median sample."""
         return None if self.timing is None else self.timing.median
 
     @property
     def best(self) -> float | None:
-        """Shortest sample."""
+        """Return the shortest sample."""
         return None if self.timing is None else self.timing.best
 
     @property
     def correct(self) -> bool:
-        """Whether the error is within its bound (a NaN is not)."""
+        """Say whether the error is within its bound (a NaN is not)."""
         return self.error <= self.tolerance
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Of the bytes that must be moved; of a limit, those that it moves."""
+        """Divide the bytes that must be moved (of a limit, those that it moves) by the median."""
         moved = self.case.limit_bytes if self.kind == "limit" else self.case.nbytes
         return None if self.timing is None else moved / self.timing.median
 
@@ -292,24 +292,24 @@ class Bar(NamedTuple):
 
     @property
     def met(self) -> bool | None:
-        """Whether it is reached; None when it was not measured."""
+        """Say whether it is reached; None when it was not measured."""
         if self.measured is None:
             return None
         return self.measured >= self.target if self.at_least else self.measured <= self.target
 
     @property
     def verdict(self) -> str:
-        """The same in words."""
+        """Say the same in words."""
         return self.why if self.met is None else "met" if self.met else "NOT MET"
 
     @property
     def text(self) -> str:
-        """Target and verdict."""
+        """Write target and verdict."""
         return f"{self.target:.3g}{self.unit}: {self.verdict}"
 
 
 def find(rows: Iterable[Row], case: object, name: str | None = None, *, note: str | None = None) -> Row | None:
-    """The first row of a case: by name, or of what `auto` takes; and with this note, when one is given."""
+    """Find the first row of a case: by name, or of what `auto` takes; and with this note, when one is given."""
     for row in rows:
         if row.case == case and (row.name == name if name else row.kind == "backend") and note in (None, row.note):
             return row
@@ -317,14 +317,14 @@ def find(rows: Iterable[Row], case: object, name: str | None = None, *, note: st
 
 
 def ratio(slow: Row | None, fast: Row | None) -> float | None:
-    """How many times longer `slow` took; None when either was not measured or was wrong."""
+    """Divide the time of `slow` by that of `fast`; None when either was not measured or was wrong."""
     if slow is None or fast is None or slow.seconds is None or fast.seconds is None:
         return None
     return slow.seconds / fast.seconds
 
 
 def ratios(rows: Iterable[Row], row: Row) -> dict[str, float]:
-    """How many times longer each peer took than `row` on the same case, a replay of a graph against replays of peers.
+    """Divide the time of each peer by that of `row` on the same case; a replay of a graph against replays of peers.
 
     Where no peer was replayed, and for calls, against the calls of the peers.
     """
@@ -336,7 +336,7 @@ def ratios(rows: Iterable[Row], row: Row) -> dict[str, float]:
 
 
 def fastest(rows: Iterable[Row], case: object, names: Sequence[str] | None = None) -> Row | None:
-    """The row of the fastest peer, of those named if any are."""
+    """Find the row of the fastest peer, of those named if any are."""
     found = [
         row
         for row in rows
@@ -348,7 +348,7 @@ def fastest(rows: Iterable[Row], case: object, names: Sequence[str] | None = Non
 def speed_bar(
     rows: Sequence[Row], case: Case, against: Sequence[str], target: float, *, title: str | None = None
 ) -> Bar:
-    """A bar on the speed of what `auto` takes: at least `target` times as fast as the fastest of some peers.
+    """Set a bar on the speed of what `auto` takes: at least `target` times as fast as the fastest of some peers.
 
     Against the limit of the case: at most `target` times its time.
     """

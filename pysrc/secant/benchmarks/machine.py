@@ -54,7 +54,7 @@ def _copy_bandwidth(device: torch.device, nbytes: int) -> Bandwidth:
 
 
 def rates(device: torch.device, *, small: bool = False) -> dict[str, float]:
-    """What bounds a kernel here: bytes per second of the memory, operations per second of matrix products by dtype.
+    """Measure what bounds a kernel here: bytes per second of the memory, operations of matrix products by dtype.
 
     Args:
         device: where. small: products that take no time, to see that it runs.
@@ -80,12 +80,12 @@ def read(times: int, *tensors: torch.Tensor) -> None:
 
 
 def can_read() -> bool:
-    """Whether `read` works here."""
+    """Say whether `read` works here."""
     return _cpu is not None
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be allocated, or None when the system does not say."""
+    """Return the memory that can be allocated, or None when the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -95,12 +95,12 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache of a GPU; 0 for a CPU, where inputs are left in cache for everyone alike."""
+    """Return the size of the last-level cache of a GPU; 0 for a CPU, where all find inputs in cache alike."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache of the CPU, 32 MB where the system does not say."""
+    """Return the bytes of the last-level cache of the CPU, 32 MB where the system does not say."""
     found = [CPU_CACHE]
     for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         with contextlib.suppress(OSError, ValueError):
@@ -110,7 +110,7 @@ def last_level_cache() -> int:
 
 
 def table_in_force() -> str:
-    """The processor whose table of choices is in force: no table differs by processor yet, so the one at hand."""
+    """Name the processor whose table of choices is in force: the one at hand, as no table differs by processor yet."""
     return _cpu_name()
 
 
@@ -122,7 +122,7 @@ def _cpu_name() -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, versions and, for a GPU, its name and size, as plain data."""
+    """Return processor, threads, versions and, for a GPU, its name and size, as plain data."""
     about: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -148,6 +148,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def summary(about: dict[str, Any]) -> str:
-    """The processor, threads and versions of `describe` in one line."""
+    """Return the processor, threads and versions of `describe` in one line."""
     threads = "" if "gpu" in about else f"{about['threads']} threads, "
     return f"{about.get('gpu', about['cpu'])}, {threads}torch {about['torch']}, secant {about['secant']}"

@@ -13,12 +13,12 @@ from secant.benchmarks.timing import REPLAY, Timed, captured, clock_for, has_gra
 
 
 def copies(case: Case, device: torch.device) -> int:
-    """Inputs that take turns so that none is found in the cache of a GPU, at most `MAX_COPIES` of the case."""
+    """Count the inputs that take turns so that none is in the cache of a GPU, at most `MAX_COPIES` of the case."""
     return max(1, min(case.MAX_COPIES, math.ceil(2 * machine.cache_bytes(device) / case.input_bytes)))
 
 
 def fits(cases: Sequence[Case], device: torch.device) -> bool:
-    """Whether there is memory to measure these cases together."""
+    """Say whether there is memory to measure these cases together."""
     free = machine.free_bytes(device)
     return free is None or copies(cases[0], device) * cases[0].memory(cases, device) < free
 
@@ -80,7 +80,7 @@ def measure(cases: Sequence[Case], device: torch.device, *, seconds: float, want
 def _checked(
     group: Sequence[Contender], problems: Sequence[object], device: torch.device
 ) -> tuple[Contender, Check, str]:
-    """A contender on what it is timed on, the worst of its checks on all inputs, and what is to be said."""
+    """Check a contender on what it is timed on; the worst of its checks on all inputs, and what is to be said."""
     one = group[0]
     try:
         one = one.fitting(clock_for(device))

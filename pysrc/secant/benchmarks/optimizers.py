@@ -37,7 +37,7 @@ class Stopwatch:
         return loss
 
     def inside(self) -> float:
-        """Seconds in the closure; after `clock.wait`."""
+        """Add up the seconds in the closure; after `clock.wait`."""
         return sum(self.clock.seconds(start, end) for start, end in self.spans)
 
 
@@ -53,12 +53,12 @@ class Steps(NamedTuple):
 
     @property
     def outside(self) -> float:
-        """Seconds in the optimizer itself."""
+        """Return the seconds in the optimizer itself."""
         return self.total - self.inside
 
 
 def counts(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Iterations and evaluations so far; both optimizers file them under the first parameter."""
+    """Count iterations and evaluations so far; both optimizers file them under the first parameter."""
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     return state.get("n_iter", 0), state.get("func_evals", 0)
 
@@ -94,7 +94,7 @@ class Quadratic:
 
     @torch.no_grad()
     def closure(self) -> Tensor:
-        """Loss; the gradient is written where `x.grad` lies."""
+        """Compute the loss; the gradient is written where `x.grad` lies."""
         grad = self.x.grad
         assert grad is not None
         torch.mul(self.h, self.x, out=grad)
@@ -131,7 +131,7 @@ class Running:
         self.optimizer.step(self.watch)  # type: ignore[arg-type]  # torch's annotation says float
 
     def inside(self, clock: Clock) -> float:
-        """Seconds in the closure since this was last asked; after `clock.wait`."""
+        """Add up the seconds in the closure; after `clock.wait`."""
         clock.wait()
         seconds, last = self.watch.inside(), float(self.watch.losses[-1])
         self.first = float(self.watch.losses[0]) if self.first is None else self.first
@@ -169,35 +169,35 @@ class OutsideClosure(Case):
 
     @property
     def title(self) -> str:
-        """For tables."""
+        """Name optimizer, parameters, history and line search."""
         search = f", {self.line_search}" if self.line_search else ""
         return f"{self.op} outside the closure, n = {self.n:,}, history {self.history}{search}"
 
     @property
     def nbytes(self) -> int:
-        """The history twice, and of n each: g, g_prev twice, d four times, x twice, a pair."""
+        """Count the history twice, and of n each: g, g_prev twice, d four times, x twice, a pair."""
         return (4 * self.history + 11) * self.n * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
-        """Of the recursion, of the new pair with its products, and of x + t d."""
+        """Count the recursion, the new pair with its products, and x + t d."""
         return self.n * (8 * self.history + 1 + 8 + 2)
 
     def problem(self, device: torch.device, seed: int = 0) -> Tensor:
-        """Nothing, where it runs: every contender has a `Quadratic` of its own."""
+        """Return nothing, where it runs: every contender has a `Quadratic` of its own."""
         return torch.empty(0, device=device)
 
     def names(self, device: torch.device) -> list[str]:
-        """Ours, then that of torch."""
+        """List ours, then that of torch."""
         return ["secant", "torch"]
 
     def contender(self, problem: Tensor, name: str) -> Contender:
-        """The one of this name, with a full history."""
+        """Prepare the one of this name, with a full history."""
         running = Running(name, self, problem.device)
         timed = Timed([running.advance], inside=running.inside)
         kind = "backend" if name == "secant" else "peer"
         return Contender(self, name, kind, timed, running.progress, units=ITERATIONS)
 
     def judge(self, problem: Tensor, contender: Contender, answer: float) -> Check:
-        """Whether the loss is below that at the start."""
+        """Say whether the loss is below that at the start."""
         return Check(answer, 1.0)

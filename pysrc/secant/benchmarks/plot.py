@@ -57,7 +57,7 @@ def _title(ax: Axes, text: str, below: str) -> None:
 
 
 def _spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Positions moved apart until neighbours are `gap` away, as little as that takes."""
+    """Move positions apart until neighbours are `gap` away, as little as that takes."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     groups: list[list[int]] = []
     centers: list[float] = []
@@ -88,7 +88,7 @@ def _end_labels(ax: Axes, series: Sequence[tuple[str, str, float, float]], point
 
 
 def loss_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve]) -> None:
-    """Loss against seconds, one curve per optimizer, labelled where it ends."""
+    """Draw loss against seconds, one curve per optimizer, labelled where it ends."""
     longest = max(curve.seconds[-1] for curve in curves)
     for curve in curves:
         best, lowest = [], float("inf")
@@ -113,7 +113,7 @@ def loss_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve]) -> Non
 def direction_panel(
     ax: Axes, title: str, below: str, series: Sequence[Series], limit: Series, slow: str, fast: str
 ) -> None:
-    """Seconds against n on logarithmic axes, the memory limit as a line, and how far `slow` is above `fast`."""
+    """Draw seconds against n on logarithmic axes, the memory limit, and how far `slow` is above `fast`."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.plot(limit.n, limit.seconds, color=limit.color, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1.5)
@@ -167,7 +167,7 @@ def save_demo(
     limit: Series,
     footer: str,
 ) -> None:
-    """Loss against time on the left, one panel per model; time of a direction against n on the right. Write a PNG.
+    """Draw loss against time on the left, a panel per model; time of a direction against n on the right. Write a PNG.
 
     The first series is the one to beat, the second ours.
     """
@@ -219,7 +219,7 @@ def _color(row: Row) -> str:
 
 
 def _curves(ax: Axes, rows: Sequence[Row], of: Callable[[Row], float | None]) -> None:
-    """What `of` gives of the rows over the size of their case, a curve a name."""
+    """Draw what `of` gives of the rows over the size of their case, a curve a name."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     for name in dict.fromkeys(row.name for row in rows):
@@ -241,7 +241,7 @@ def _curves(ax: Axes, rows: Sequence[Row], of: Callable[[Row], float | None]) ->
 
 
 def _peers_panel(ax: Axes, lines: Sequence[tuple[str, dict[str, float]]]) -> None:
-    """A line per case, a dot per peer: how many times longer the peer took. Left of 1 we lose."""
+    """Draw a line per case, a dot per peer: how many times longer the peer took. Left of 1 we lose."""
     ax.set_xscale("log")
     for i, (_, found) in enumerate(lines):
         ax.plot([1, *found.values()], [i] * (len(found) + 1), color="#dddddd", linewidth=1.2, zorder=1)

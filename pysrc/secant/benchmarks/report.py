@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
 
 def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
+    """Write three digits and a unit."""
     if seconds is None:
         return "-"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -29,24 +29,24 @@ def duration(seconds: float | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio."""
+    """Write a ratio."""
     return "-" if ratio is None else f"{ratio:.3g}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
 def short(seconds: float | None) -> str:
-    """As `duration`, and nanoseconds."""
+    """Write as `duration`, and nanoseconds."""
     return f"{seconds * 1e9:.3g} ns" if seconds is not None and seconds < 1e-6 else duration(seconds)
 
 
 def limit_of(rows: Sequence[Row], row: Row) -> Row | None:
-    """The limit of the same case, or of one that moves as many bytes of the same input."""
+    """Find the limit of the same case, or of one that moves as many bytes of the same input."""
     own = next((x for x in rows if x.kind == "limit" and x.case == row.case), None)
     key = (row.case.input, row.case.limit_bytes)
     return own or next((x for x in rows if x.kind == "limit" and (x.case.input, x.case.limit_bytes) == key), None)
 
 
 def of_limit(rows: Sequence[Row], row: Row) -> float | None:
-    """Bytes per second over those of the limit in the same run."""
+    """Divide the bytes per second by those of the limit in the same run."""
     limit = limit_of(rows, row)
     if limit is None or row.bytes_per_second is None or limit.bytes_per_second is None:
         return None
@@ -54,7 +54,7 @@ def of_limit(rows: Sequence[Row], row: Row) -> float | None:
 
 
 def rows_table(title: str, rows: Sequence[Row], bandwidth: float | None, bars: Sequence[Bar] = ()) -> Table:
-    """A line per case and backend, but for the reference: time, bandwidth, every peer, and the bars of the case."""
+    """Show a line per case and backend but the reference: time, bandwidth, every peer, and the bars of the case."""
     columns = (
         "case", "by", "a", "median", "min", "spread", "GB/s", "of bandwidth", "of limit", "error", "times longer",
         "bars",
@@ -93,7 +93,7 @@ def rows_table(title: str, rows: Sequence[Row], bandwidth: float | None, bars: S
 
 
 def bars_table(bars: Sequence[Bar], title: str = "Bars") -> Table:
-    """The bars that are not met, and those that are of no case, which no other table has."""
+    """Show the bars that are not met, and those that are of no case, which no other table has."""
     rows = []
     for bar in bars:
         if bar.met and bar.case is not None:
@@ -107,7 +107,7 @@ def bars_table(bars: Sequence[Bar], title: str = "Bars") -> Table:
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
-    """Every comparison that we lose, in words: what `auto` takes against each peer, and any wrong answer of ours."""
+    """List every comparison that we lose, in words: what `auto` takes against each peer; and wrong answers of ours."""
     lost = [
         f"{row.case.label}: {row.name} gives a wrong answer (error {row.error:.1e})"
         for row in rows
@@ -121,7 +121,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 
 def plain_row(rows: Sequence[Row], row: Row, bandwidth: float | None) -> dict[str, Any]:
-    """A row as plain data, with the parameters of its case; times in seconds, of a unit."""
+    """Write a row as plain data, with the parameters of its case; times in seconds, of a unit."""
     rate = row.bytes_per_second
     return row.case.parameters() | {
         "label": row.case.label,
@@ -145,13 +145,13 @@ def plain_row(rows: Sequence[Row], row: Row, bandwidth: float | None) -> dict[st
 
 
 def plain_bar(bar: Bar) -> dict[str, Any]:
-    """A bar as plain data, with the parameters of its case."""
+    """Write a bar as plain data, with the parameters of its case."""
     about = {} if bar.case is None else bar.case.parameters()
     return about | bar._asdict() | {"case": None if bar.case is None else bar.case.label, "met": bar.met}
 
 
 def as_json(rows: Sequence[Row], bars: Sequence[Bar], bandwidth: float | None) -> dict[str, Any]:
-    """What a family measured, as plain data."""
+    """Write what a family measured as plain data."""
     return {
         "bandwidth": bandwidth,
         "rows": [plain_row(rows, row, bandwidth) for row in rows],

@@ -44,12 +44,12 @@ class Point(NamedTuple):
 
 
 def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of all families in what `python -m secant bench --json` wrote."""
+    """Join the rows of all families in what `python -m secant bench --json` wrote."""
     return [row for family in data["families"].values() for row in family["rows"]]
 
 
 def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """The kernels' rows, of backends but for the reference; what gave a wrong answer has no time and is no point."""
+    """Place the kernels' rows, of backends but for the reference; what gave a wrong answer has no time and no point."""
     return [
         Point(
             row["op"], row["by"], row["dtype"] == "float64", row["flops"] / row["bytes"], row["flops"] / row["median"]

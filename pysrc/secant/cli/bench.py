@@ -32,7 +32,7 @@ class Budget:
         self.left_out: list[str] = []
 
     def order(self, cases: Sequence[C], kind: Callable[[C], object]) -> list[C]:
-        """The cases as they are; where time may run out, the first of every kind, then the second of every kind."""
+        """Keep the order; where time may run out, put the first of every kind first, then the second of every kind."""
         if math.isinf(self._end):
             return list(cases)
         seen: Counter[object] = Counter()
@@ -43,7 +43,7 @@ class Budget:
         return [case for _, case in sorted(ranked, key=lambda item: item[0])]
 
     def allows(self, label: str, *, first: bool) -> bool:
-        """Whether to begin a case; the first of a list always, so that there is something to show."""
+        """Say whether to begin a case; the first of a list always, so that there is something to show."""
         if first or time.perf_counter() < self._end:
             return True
         self.left_out.append(label)

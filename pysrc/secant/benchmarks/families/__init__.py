@@ -20,7 +20,7 @@ class Groups(Protocol):
     """Cases of a device, those of a group timed in turns on one input."""
 
     def __call__(self, device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Case]]:
-        """`quick`: small ones that take no time, to see that they run; `full`: all there are."""
+        """List them; `quick`: small ones that take no time, to see that they run; `full`: all there are."""
 
 
 class Family(NamedTuple):
@@ -37,6 +37,6 @@ class Family(NamedTuple):
 
 
 def load(name: str) -> Family:
-    """The family of this name."""
+    """Import the family of this name."""
     family: Family = importlib.import_module(f"secant.benchmarks.families.{name}").FAMILY
     return family

@@ -85,44 +85,44 @@ class Case(Base):
 
     @property
     def title(self) -> str:
-        """Op, assumption and n."""
+        """Name op, assumption and n."""
         kind = self.op if self.assume == "symmetric" else f"{self.op}, {self.assume}"
         return f"{kind}, n = {self.n}"
 
     @property
     def label(self) -> str:
-        """The title, the dtype, and where the batch lies."""
+        """Add the dtype, and where the batch lies."""
         return f"{self.title}, {dtype_name(self.dtype)}" + (f", batch in {self.held}" if self.held else "")
 
     @property
     def series(self) -> tuple[str, int] | None:
-        """Each kind in float32."""
+        """Join each kind in float32."""
         return (self.title.rpartition(",")[0], self.n) if self.dtype is torch.float32 and not self.held else None
 
     @property
     def function(self) -> str:
-        """The function of the contract that computes it."""
+        """Return the function of the contract that computes it."""
         return self.op.removeprefix("block_")
 
     @property
     def units(self) -> int:
-        """The blocks."""
+        """Count the blocks."""
         return self.batch
 
     @property
     def nbytes(self) -> int:
-        """A block and its results once, the code of `info` (int32)."""
+        """Count a block and its results once, the code of `info` (int32)."""
         elements = {"block_inv": 2 * self.n**2, "block_solve": self.n**2 + 2 * self.n}
         return elements.get(self.op, 2 * self.n**2 + self.n) * self.dtype.itemsize + 4
 
     @property
     def limit_bytes(self) -> int:
-        """A block, read and written."""
+        """Count a block, read and written."""
         return 2 * self.n**2 * self.dtype.itemsize
 
     @property
     def flops(self) -> float:
-        """Operations of LAPACK's algorithms for a block, the leading terms; backends may need more or less.
+        """Count LAPACK's algorithms for a block, the leading terms; backends may need more or less.
 
         Cholesky n^3 / 3, LU 2 n^3 / 3, the inverse from them twice as much again, triangular solves 2 n^2; eigenvectors
         9 n^3 (Golub and Van Loan, Matrix Computations, 4th ed., section 8.3).
@@ -133,19 +133,19 @@ class Case(Base):
         return 3 * factor if self.op == "block_inv" else factor + 2 * self.n**2
 
     def serving(self, device: torch.device) -> list[str]:
-        """The backends that can serve it, the one that `auto` takes first."""
+        """List the backends that can serve it, the one that `auto` takes first."""
         return serving("blocks", device, self.dtype, self.function, self.n, large=False)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
-        """Random blocks."""
+        """Make random blocks."""
         return Problem(self, device, seed)
 
     def names(self, device: torch.device) -> list[str]:
-        """Every backend, then what torch and the libraries of CUDA have."""
+        """List every backend, then what torch and the libraries of CUDA have."""
         return [*self.serving(device), *peers(self, device)]
 
     def contender(self, problem: Problem, name: str) -> Contender:
-        """The one of this name; a slow one on a part of the blocks."""
+        """Prepare the one of this name; a slow one on a part of the blocks."""
         names = self.serving(problem.device)
         if name not in names:
             return contender(problem, name, "peer", peers(self, problem.device)[name])
@@ -153,11 +153,11 @@ class Case(Base):
         return contender(problem, name, "backend", compute, name != "reference", around(name, names))
 
     def judge(self, problem: Problem, contender: Contender, answer: Answer) -> Check:
-        """The largest test ratio."""
+        """Take the largest test ratio."""
         return Check(problem.worst_ratio(answer), THRESHOLD)
 
     def limit(self, problem: Problem) -> Callable[[], Tensor]:
-        """A copy of the batch."""
+        """Copy the batch."""
         return functools.partial(torch.empty_like(problem.a).copy_, problem.a)
 
 
@@ -169,7 +169,7 @@ def contender(
     whole: bool = False,
     chosen: Around = contextlib.nullcontext,
 ) -> Contender:
-    """One way to compute a case, on all blocks, however long that takes (`whole`), or on some."""
+    """Make one way to compute a case, on all blocks, however long that takes (`whole`), or on some."""
     batch = problem.case.batch
 
     def on(blocks: int) -> Callable[[], Answer]:
@@ -181,7 +181,7 @@ def contender(
 
 
 def batch_of(n: int, device: torch.device, held: str = "", dtype: torch.dtype = torch.float32) -> int:
-    """Blocks of n rows that have `ELEMENTS` elements together, or as many bytes as `HELD` says."""
+    """Count the blocks of n rows that have `ELEMENTS` elements together, or as many bytes as `HELD` says."""
     elements = int(HELD[held] * machine.last_level_cache() / dtype.itemsize) if held else ELEMENTS[device.type]
     return elements // n**2
 
@@ -202,7 +202,7 @@ class Problem:
         self.case, self.device = case, device
 
     def worst_ratio(self, answer: Answer) -> float:
-        """The largest test ratio of the answer for the first blocks; NaN when anything in it is, or a code is not 0.
+        """Find the largest test ratio of the answer for the first blocks; NaN when it has one, or a code is not 0.
 
         Raises:
             ValueError: the answer has another shape than that of the first blocks.
@@ -232,17 +232,17 @@ def _eye(a: Tensor) -> Tensor:
 
 
 def _inverse_ratio(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """||I - A X||_1 / (n ||A||_1 ||X||_1)."""
+    """Compute ||I - A X||_1 / (n ||A||_1 ||X||_1)."""
     return _norm1(_eye(a) - a @ x) / (a.shape[-1] * _norm1(a) * _norm1(x))
 
 
 def _solution_ratio(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """||b - A x||_1 / (||A||_1 ||x||_1)."""
+    """Compute ||b - A x||_1 / (||A||_1 ||x||_1)."""
     return (b - (a @ x.unsqueeze(-1)).squeeze(-1)).abs().sum(-1) / (_norm1(a) * x.abs().sum(-1))
 
 
 def _eigen_ratio(a: Tensor, b: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """The larger of ||A - V W V^T||_1 / (n ||A||_1) and ||I - V^T V||_1 / n; NaN where w does not ascend."""
+    """Take the larger of ||A - V W V^T||_1 / (n ||A||_1) and ||I - V^T V||_1 / n; NaN where w does not ascend."""
     n = a.shape[-1]
     reconstructed = _norm1(a - (v * w.unsqueeze(-2)) @ v.mT) / (n * _norm1(a))
     ratio = torch.maximum(reconstructed, _norm1(_eye(a) - v.mT @ v) / n)
@@ -281,12 +281,12 @@ def _eigh(a: Tensor, b: Tensor) -> Answer:
 
 
 def _no_codes(a: Tensor) -> Tensor:
-    """Zeros for a peer that raises, or says nothing, instead of returning codes; they take up no memory."""
+    """Make zeros for a peer that raises, or says nothing, instead of returning codes; they take up no memory."""
     return torch.zeros((), dtype=torch.int32, device=a.device).expand(len(a))
 
 
 def _cublas_inverse(a: Tensor, b: Tensor) -> Answer:
-    """matinvBatched of cuBLAS (n up to 32). It is asked for the inverse of the transpose of what lies in memory."""
+    """Call matinvBatched of cuBLAS (n up to 32). It inverts the transpose of what lies in memory."""
     cublas: Any = importlib.import_module("cupy_backends.cuda.libs.cublas")
     handle = importlib.import_module("cupy").cuda.get_cublas_handle()
     x, info = torch.empty_like(a), torch.empty(len(a), dtype=torch.int32, device=a.device)
@@ -306,7 +306,7 @@ def _cupy_inverse(a: Tensor, b: Tensor) -> Answer:
 
 
 def peers(case: Case, device: torch.device) -> dict[str, Compute]:
-    """What computes the same elsewhere, by name."""
+    """List what computes the same elsewhere, by name."""
     if case.op == "block_eigh":
         return {"eigh": _eigh}
     spd, found = case.assume == "spd", dict[str, Compute]()
@@ -326,7 +326,7 @@ def peers(case: Case, device: torch.device) -> dict[str, Compute]:
 
 
 def _ours(case: Case, out: Tensor) -> Compute:
-    """The call as its user makes it in a loop, with the result in a buffer where there is an `out`."""
+    """Make the call as its user does in a loop, with the result in a buffer where there is an `out`."""
     if case.op == "block_inv":
         return lambda a, b: secant.ops.block_inv(a, assume=case.assume, out=out[: len(a)])
     if case.op == "block_solve":
@@ -335,7 +335,7 @@ def _ours(case: Case, out: Tensor) -> Compute:
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Base]]:
-    """What `python -m secant bench` measures, a case after the other: `SIZES`; `DOUBLE` in float64.
+    """List what `python -m secant bench` measures, a case after the other: `SIZES`; `DOUBLE` in float64.
 
     With `full` every n, and on a CPU the inverse of small blocks with the batch inside and outside of its last-level
     cache.
@@ -347,7 +347,7 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
 
 
 def cases(device: torch.device, *, full: bool = False) -> list[Case]:
-    """The cases of `groups` with batches of `ELEMENTS`."""
+    """List the cases of `groups` with batches of `ELEMENTS`."""
     plan: Iterable[tuple[torch.dtype, Sequence[int]]] = (
         (torch.float32, EVERY_SIZE if full else SIZES),
         (torch.float64, DOUBLE),
@@ -358,13 +358,13 @@ def cases(device: torch.device, *, full: bool = False) -> list[Case]:
 
 
 def held_cases() -> list[Case]:
-    """Inverses of SPD blocks, the batch inside and outside of the last-level cache of a CPU."""
+    """List inverses of SPD blocks, the batch inside and outside of the last-level cache of a CPU."""
     cpu = torch.device("cpu")
     return [Case("block_inv", "spd", n, batch_of(n, cpu, held), held=held) for n in SMALL_SIZES for held in HELD]
 
 
 def small_cases() -> list[Case]:
-    """A case of each kind that takes no time, to see that it runs."""
+    """List a case of each kind that takes no time, to see that it runs."""
     return [
         Case(op, assume, n, 100 // n, dtype)
         for dtype, sizes in ((torch.float32, (3, 9)), (torch.float64, (3,)))
@@ -386,7 +386,7 @@ class Goal(NamedTuple):
     factor: float
 
     def target(self, dtype: torch.dtype) -> float:
-        """The factor for a dtype."""
+        """Return the factor for a dtype."""
         half = 2 if self.against == (COPY,) else 1 / 2
         return self.factor * (half if dtype is torch.float64 else 1)
 
@@ -426,7 +426,7 @@ HELD_GOALS = (Goal("block_inv", _SPD, SMALL_SIZES, (COPY,), 2.5),)
 
 
 def goals(case: Case, device: torch.device) -> list[Goal]:
-    """The bars that hold for a case; none for a batch of another size than theirs."""
+    """List the bars that hold for a case; none for a batch of another size than theirs."""
     if case.batch != batch_of(case.n, device, case.held, case.dtype):
         return []
     table = HELD_GOALS if case.held else GPU_GOALS if device.type == "cuda" else CPU_GOALS
@@ -434,7 +434,7 @@ def goals(case: Case, device: torch.device) -> list[Goal]:
 
 
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> list[Bar]:
-    """Every bar that holds for a measured case, against the fastest of its peers or the copy."""
+    """List every bar that holds for a measured case, against the fastest of its peers or the copy."""
     cases = dict.fromkeys(row.case for row in rows)
     of = ((case, goal) for case in cases for goal in goals(case, device))
     return [speed_bar(rows, case, goal.against, goal.target(case.dtype)) for case, goal in of]

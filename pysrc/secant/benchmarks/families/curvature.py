@@ -46,23 +46,23 @@ class Case(Base):
 
     @property
     def title(self) -> str:
-        """Op, rows and vectors."""
+        """Name op, rows and vectors."""
         return f"{self.op} of an MLP, batch {self.n:,}, " + ("a vector" if self.k == 1 else f"{self.k} vectors")
 
     @property
     def label(self) -> str:
-        """The title and the dtype."""
+        """Add the dtype."""
         return f"{self.title}, {dtype_name(self.dtype)}"
 
     @property
     def nbytes(self) -> int:
-        """The data and the parameters once, the vectors and the results."""
+        """Count the data and the parameters once, the vectors and the results."""
         parameters = sum((a + 1) * b for a, b in _pairs())
         return (self.n * LAYERS[0] + (2 * self.k + 1) * parameters) * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
-        """Of the matrix products that each vector needs once the network has been evaluated at the point.
+        """Count the matrix products that each vector needs once the network has been evaluated at the point.
 
         With W weights of a layer 12 N W for the Hessian: 4 N W for the tangent of its output, as much again for the
         tangents of either gradient. 8 N W for the GGN, whose second pass has no tangents but those of the output. The
@@ -73,20 +73,20 @@ class Case(Base):
         return self.n * self.k * (4 * weights + (12 if self.op == "Hessian" else 8) * others)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
-        """The network at a point, data, and vectors."""
+        """Make the network at a point, data, and vectors."""
         return Problem(self, device, seed)
 
     def names(self, device: torch.device) -> list[str]:
-        """Ours, then what one writes in torch."""
+        """List ours, then what one writes in torch."""
         return list(_makers(self))
 
     def contender(self, problem: Problem, name: str) -> Contender:
-        """The one of this name, prepared at the point."""
+        """Prepare the one of this name at the point."""
         call = _makers(self)[name](problem)
         return Contender(self, name, "backend" if name == "secant" else "peer", Timed([call]), call)
 
     def judge(self, problem: Problem, contender: Contender, answer: object) -> Check:
-        """Relative error of the product."""
+        """Compute the relative error of the product."""
         error = (_flat(answer).double() - problem.exact).norm() / problem.exact.norm()
         return Check(float(error), TOLERANCE * torch.finfo(self.dtype).eps)
 
@@ -117,11 +117,11 @@ class Problem:
         self.case, self.device, self.params = case, device, list(self.net.parameters())
 
     def loss(self) -> Tensor:
-        """Mean cross-entropy."""
+        """Compute the mean cross-entropy."""
         return nn.functional.cross_entropy(self.net(self.x), self.y)
 
     def parts(self) -> list[Tensor]:
-        """The vectors as the parameters are, (k, *shape) each."""
+        """Shape the vectors as the parameters are, (k, *shape) each."""
         sizes = [p.numel() for p in self.params]
         return [
             part.mT.reshape(-1, *p.shape).contiguous() for part, p in zip(self.v.split(sizes), self.params, strict=True)
@@ -129,7 +129,7 @@ class Problem:
 
     @functools.cached_property
     def exact(self) -> Tensor:
-        """The products in float64, (P, k)."""
+        """Compute the products in float64, (P, k)."""
         net = _network().to(self.x.device).double()
         net.load_state_dict(self.net.state_dict())
         if self.case.op == "GGN":
@@ -139,7 +139,7 @@ class Problem:
 
 
 def _flat(answer: object) -> Tensor:
-    """(P, k) from a tensor, or from parts with or without a first dimension of the vectors."""
+    """Join to (P, k) a tensor, or parts with or without a first dimension of the vectors."""
     if isinstance(answer, Tensor):
         return answer if answer.dim() == 2 else answer.unsqueeze(1)
     parts = list(answer.values() if isinstance(answer, dict) else answer)  # type: ignore[call-overload]
@@ -157,20 +157,20 @@ def _ours(problem: Problem) -> Call:
 
 
 def _matvecs(problem: Problem) -> Call:
-    """One product after the other with our own operator."""
+    """Make one product after the other with our own operator."""
     H, columns = Hessian(problem.loss, problem.params), list(problem.v.mT.contiguous())
     return lambda: torch.stack([H @ v for v in columns], 1)
 
 
 def _double_backward(problem: Problem) -> Callable[[], Sequence[Tensor]]:
-    """Eager, on a kept graph."""
+    """Multiply in eager mode, on a kept graph."""
     grads = torch.autograd.grad(problem.loss(), problem.params, create_graph=True)
     parts = [part[0] for part in problem.parts()]
     return lambda: torch.autograd.grad(grads, problem.params, parts, retain_graph=True)
 
 
 def _forward_over_reverse(problem: Problem, *, fused: bool = False) -> Callable[[], dict[str, Tensor]]:
-    """jvp(grad), of several vectors by vmap; `fused`: compiled."""
+    """Make jvp(grad), of several vectors by vmap; `fused`: compiled."""
     names = [name for name, _ in problem.net.named_parameters()]
     point = dict(zip(names, (p.detach() for p in problem.params), strict=True))
     tangents = dict(zip(names, problem.parts(), strict=True))
@@ -192,7 +192,7 @@ Make = Callable[[Problem], Callable[[], object]]
 
 
 def _makers(case: Case) -> dict[str, Make]:
-    """What makes the call of each contender, by name."""
+    """List what makes the call of each contender, by name."""
     if case.op == "GGN":
         return {"secant": _ours}
     first: dict[str, Make] = {"matvecs": _matvecs} if case.k > 1 else {"double backward": _double_backward}
@@ -201,13 +201,13 @@ def _makers(case: Case) -> dict[str, Make]:
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Base]]:
-    """What `python -m secant bench` measures, a case after the other."""
+    """List what `python -m secant bench` measures, a case after the other."""
     batches = (32,) if quick else BATCHES[device.type]
     return [[Case(op, n, k)] for n in batches for op, k in (("Hessian", 1), ("Hessian", COLUMNS), ("GGN", 1))]
 
 
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> list[Bar]:
-    """The targets for two cores: as fast as compiled jvp(grad), 1.5 times as fast as double backward."""
+    """Set the targets for two cores: as fast as compiled jvp(grad), 1.5 times as fast as double backward."""
     case = Case("Hessian", 512)
     if device.type != "cpu" or find(rows, case) is None:
         return []

@@ -69,30 +69,30 @@ class Case(Base):
 
     @property
     def title(self) -> str:
-        """Op, shape, vectors or classes."""
+        """Name op, shape, vectors or classes."""
         extra = {"glm_hvp": f", k = {self.k}", "softmax_hvp": f", {self.k} classes"}.get(self.op, "")
         return f"{self.op} {self.n:,} x {self.d:,}{extra}" + (f", {self.entries} entries a row" if self.entries else "")
 
     @property
     def label(self) -> str:
-        """The title and the dtype."""
+        """Add the dtype."""
         return f"{self.title}, {dtype_name(self.dtype)}"
 
     @property
     def compute(self) -> torch.dtype:
-        """The dtype of the arithmetic."""
+        """Return the dtype of the arithmetic."""
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
     @property
     def limit_bytes(self) -> int:
-        """X, or the logits. A sparse row has its entries, their columns and a pointer, int32."""
+        """Count X, or the logits. A sparse row has its entries, their columns and a pointer, int32."""
         if self.entries:
             return self.n * (self.entries * (self.dtype.itemsize + 4) + 4)
         return self.n * self.d * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """X once; logits, u and the result once each."""
+        """Count X once; logits, u and the result once each."""
         if self.op == "cross_entropy_hvp":
             return 3 * self.limit_bytes
         per_row = {"glm_hvp": 1, "glm_value_grad": 2, "softmax_hvp": self.k}[self.op]
@@ -100,7 +100,7 @@ class Case(Base):
 
     @property
     def flops(self) -> int:
-        """Operations of the formula, an exponential counted as one.
+        """Count the formula, an exponential as one.
 
         X V and its transpose 4 N d k, and what a row needs between them: a product with its weight, or the loss and
         its derivatives (about 10), or for each class a product with a probability, a sum, a difference and a product.
@@ -112,20 +112,20 @@ class Case(Base):
         return 4 * self.n * (self.entries or self.d) * self.k + row * self.n
 
     def serving(self, device: torch.device) -> list[str]:
-        """The backends that can serve it, the one that `auto` takes first."""
+        """List the backends that can serve it, the one that `auto` takes first."""
         large = self.n * self.d > REFERENCE_ELEMENTS
         return serving("hvp", device, self.dtype, self.op, self.d, large=large)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
-        """Random rows."""
+        """Make random rows."""
         return Problem(self, device, seed)
 
     def names(self, device: torch.device) -> list[str]:
-        """Every backend, then what one writes in torch, and that compiled."""
+        """List every backend, then what one writes in torch, and that compiled."""
         return [*self.serving(device), "eager", "compiled"]
 
     def contender(self, problem: Problem, name: str) -> Contender:
-        """The one of this name."""
+        """Prepare the one of this name."""
         names = self.serving(problem.device)
         if name in names:
             call = _ours(problem)
@@ -134,14 +134,14 @@ class Case(Base):
         return Contender(self, name, "peer", Timed([call]), call)
 
     def judge(self, problem: Problem, contender: Contender, answer: Answer) -> Check:
-        """The largest error, in units of the arithmetic; of logits also of their dtype."""
+        """Take the largest error, in units of the arithmetic; of logits also of their dtype."""
         bound = TOLERANCE * torch.finfo(self.compute).eps
         if self.op == "cross_entropy_hvp":
             bound = max(bound, 8 * torch.finfo(self.dtype).eps)
         return Check(problem.error(answer), bound)
 
     def limit(self, problem: Problem) -> Callable[[], None] | None:
-        """One read of a dense X by all threads of a CPU."""
+        """Read a dense X once by all threads of a CPU."""
         if problem.device.type != "cpu" or not machine.can_read() or self.op == "cross_entropy_hvp" or self.entries:
             return None
         return functools.partial(machine.read, 1, problem.x)
@@ -181,7 +181,7 @@ class Problem:
 
     @functools.cached_property
     def exact(self) -> Answer:
-        """The reference's answer, in float64."""
+        """Compute the reference's answer, in float64."""
         reference = backends.load("hvp", "reference")
         assert not isinstance(reference, str)
         wide = functools.partial(torch.empty, dtype=torch.float64, device=self.device)
@@ -204,7 +204,7 @@ class Problem:
         return (out,)
 
     def error(self, answer: Answer) -> float:
-        """The largest error of any result, relative to its largest component; NaN when anything is."""
+        """Find the largest error of any result, relative to its largest component; NaN when anything is."""
         found = []
         for result, exact in zip(answer, self.exact, strict=True):
             found.append(float((result.double() - exact).abs().max() / exact.abs().max()))
@@ -255,7 +255,7 @@ def _cross_entropy_hvp(logits: Tensor, u: Tensor) -> Answer:
 
 
 def _peer(problem: Problem, how: Callable[[Callable[..., Answer]], Callable[..., Answer]]) -> Call:
-    """What computes the same with torch, as one writes it; `how`: as it is, or compiled."""
+    """Make what computes the same with torch, as one writes it; `how`: as it is, or compiled."""
     x, v, op = problem.x, problem.v, problem.case.op
     if op == "glm_hvp" and problem.case.k == 1:
         return functools.partial(how(_glm_hvp_single), x, v.squeeze(1), problem.weight)
@@ -270,7 +270,7 @@ def _peer(problem: Problem, how: Callable[[Callable[..., Answer]], Callable[...,
 
 
 def cases(device: torch.device) -> list[Case]:
-    """What `python -m secant bench --family hvp` measures."""
+    """List what `python -m secant bench --family hvp` measures."""
     f32, bf16 = torch.float32, torch.bfloat16
     found = [Case("glm_hvp", n, d, k) for n, d in BAR_SHAPES for k in (1, 8)]
     found += [Case("glm_hvp", 200_000, 784, 1, bf16), Case("glm_hvp", 100_000, 256, 1, torch.float64)]
@@ -285,7 +285,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def small_cases(device: torch.device) -> list[Case]:
-    """A case of each op that takes no time, to see that it runs."""
+    """List a case of each op that takes no time, to see that it runs."""
     sparse = [Case("glm_hvp", 200, 50, 1, entries=5)] if device.type == "cpu" else []
     return [
         Case("glm_hvp", 200, 20),
@@ -298,17 +298,17 @@ def small_cases(device: torch.device) -> list[Case]:
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Base]]:
-    """What `python -m secant bench` measures, a case after the other."""
+    """List what `python -m secant bench` measures, a case after the other."""
     return [[case] for case in (small_cases(device) if quick else cases(device))]
 
 
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float) -> list[Bar]:
-    """The bars of the device, with what this run measured."""
+    """Set the bars of the device, with what this run measured."""
     return gpu_bars(rows, bandwidth) if device.type == "cuda" else cpu_bars(rows)
 
 
 def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
-    """The targets for two cores with AVX2."""
+    """Set the targets for two cores with AVX2."""
     targets = {("glm_hvp", 1): 2.5, ("glm_hvp", 8): 8.0, ("glm_value_grad", 1): 3.0, ("softmax_hvp", 10): 3.0}
     found = []
     for case in dict.fromkeys(row.case for row in rows):
@@ -322,7 +322,7 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def gpu_bars(rows: Sequence[Row], bandwidth: float) -> list[Bar]:
-    """The targets for an H100: shares of the copy bandwidth."""
+    """Set the targets for an H100: shares of the copy bandwidth."""
     found = []
     for case in dict.fromkeys(row.case for row in rows):
         ours = find(rows, case)

@@ -67,34 +67,34 @@ class Case(Base):
 
     @property
     def title(self) -> str:
-        """Op, batch and n; pairs where they are not ten."""
+        """Name op, batch and n; pairs where they are not ten."""
         return f"{self.op} {self.shape}" + (f", {self.m} pairs" if self.m != 10 else "")
 
     @property
     def label(self) -> str:
-        """The title, and the dtypes where they are not float32."""
+        """Add the dtypes where they are not float32."""
         vectors = "" if self.dtype is torch.float32 else f", {dtype_name(self.dtype)}"
         return self.title + vectors + ("" if self.storage is self.dtype else f", {dtype_name(self.storage)} history")
 
     @property
     def series(self) -> tuple[str, int] | None:
-        """Flat problems in float32 by op."""
+        """Join flat problems in float32 by op."""
         plain = not self.batch and self.m == 10 and self.dtype is self.storage is torch.float32
         return (f"{self.op}, {self.m} pairs, float32", self.n) if plain else None
 
     @property
     def function(self) -> str:
-        """The function of the contract that computes it."""
+        """Return the function of the contract that computes it."""
         return "two_loop" if self.op == "two_loop" else "update"
 
     @property
     def history_bytes(self) -> int:
-        """Of s and y together."""
+        """Count s and y together."""
         return 2 * max(self.batch, 1) * self.m * self.n * self.storage.itemsize
 
     @property
     def nbytes(self) -> int:
-        """The history twice, every vector once (g, d; in a step g, g_prev twice, d twice)."""
+        """Count the history twice, every vector once (g, d; in a step g, g_prev twice, d twice)."""
         vectors = max(self.batch, 1) * self.n
         if self.op == "step":  # which also writes a pair
             return 2 * self.history_bytes + vectors * (5 * self.dtype.itemsize + 2 * self.storage.itemsize)
@@ -102,17 +102,17 @@ class Case(Base):
 
     @property
     def limit_bytes(self) -> int:
-        """The history twice."""
+        """Count the history twice."""
         return 2 * self.history_bytes
 
     @property
     def input_bytes(self) -> int:
-        """Of the history."""
+        """Count the history."""
         return self.history_bytes
 
     @property
     def flops(self) -> int:
-        """Operations of the recursion as it is defined, sums and products apart; backends may need more.
+        """Count the recursion as it is defined, sums and products apart; backends may need more.
 
         Of each pair two dot products and two additions of a multiple, 8 n, and n to scale. From pairs alone also s.y of
         each and y.y of one, 2 n each; in a step s, y and three products of the new pair, 8 n.
@@ -122,35 +122,35 @@ class Case(Base):
 
     @property
     def shape(self) -> str:
-        """For tables."""
+        """Write batch and n, for tables."""
         return (f"{self.batch:,} x " if self.batch else "") + f"{self.n:,}"
 
     def memory(self, cases: Sequence[Case], device: torch.device) -> int:
-        """The problem, what an eager history becomes, a ring for each backend of each case, and vectors."""
+        """Add up the problem, what an eager history becomes, a ring for each backend of each case, and vectors."""
         pairs = 3 * self.replace(storage=self.dtype).history_bytes
         rings = sum(len(one.serving(device)) * one.history_bytes for one in cases if one.op != "two_loop")
         return pairs + rings + 40 * max(self.batch, 1) * self.n * self.dtype.itemsize
 
     def serving(self, device: torch.device) -> list[str]:
-        """The backends that can serve it, the one that `auto` takes first."""
+        """List the backends that can serve it, the one that `auto` takes first."""
         large = self.history_bytes // self.storage.itemsize > REFERENCE_ELEMENTS
         return serving("lbfgs", device, self.dtype, self.function, self.n, large=large)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
-        """Random pairs of a quadratic."""
+        """Make random pairs of a quadratic."""
         return Problem(self, device, seed)
 
     def names(self, device: torch.device) -> list[str]:
-        """Every backend, then the loop of torch.optim.LBFGS, its compiled version, and the compact representation."""
+        """List every backend, the loop of torch.optim.LBFGS, its compiled version, the compact representation."""
         return self.serving(device) + peer_names(self)
 
     def contender(self, problem: Problem, name: str) -> Contender:
-        """The one of this name, with pairs of its own where it keeps some."""
+        """Prepare the one of this name, with pairs of its own where it keeps some."""
         names = self.serving(problem.device)
         return _backend(self, problem, name, names) if name in names else _peer(self, problem, name)
 
     def judge(self, problem: Problem, contender: Contender, answer: Tensor) -> Check:
-        """Relative error of a direction against float64, and its bound."""
+        """Compute the relative error of a direction against float64, and its bound."""
         # A peer keeps its pairs in the dtype of the vectors, and sums n products in it: an error of sqrt(n) u with high
         # probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). Backends sum in float64.
         backend = contender.kind == "backend"
@@ -162,7 +162,7 @@ class Case(Base):
         return Check(error, peers.tolerance(self.m, amplification, self.dtype, dots))
 
     def limit(self, problem: Problem) -> Callable[[], None] | None:
-        """Two reads of the history by all threads, of flat problems on a CPU."""
+        """Read the history twice by all threads, of flat problems on a CPU."""
         if self.batch or problem.device.type != "cpu" or not machine.can_read():
             return None
         return functools.partial(machine.read, 2, problem.s, problem.y)
@@ -187,11 +187,11 @@ class Problem:
 
     @functools.cached_property
     def probe(self) -> tuple[Tensor, Tensor]:
-        """(g_prev, d) from which a step with t = 2 to g offers the oldest pair once more."""
+        """Make (g_prev, d) from which a step with t = 2 to g offers the oldest pair once more."""
         return self.g - self.y.select(-2, 0), self.s.select(-2, 0) / 2
 
     def exact(self, storage: torch.dtype, *, stepped: bool) -> peers.Exact:
-        """The direction from pairs rounded to `storage`; `stepped`: after the step of `probe`."""
+        """Compute the direction from pairs rounded to `storage`; `stepped`: after the step of `probe`."""
         key = (storage, stepped)
         if key not in self._exact:
             g, prev_grad = self.g[..., :PERIOD], self.probe[0][..., :PERIOD]
@@ -206,7 +206,7 @@ class Problem:
 
 
 def _repeated(x: Tensor, n: int) -> Tensor:
-    """The last dimension repeated to length n."""
+    """Repeat the last dimension to length n."""
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     for piece in out.split(x.shape[-1], dim=-1):
         piece.copy_(x[..., : piece.shape[-1]])
@@ -253,7 +253,7 @@ def _history_calls(case: Case, problem: Problem) -> tuple[list[Call], Call]:
 
 
 def _step_calls(problem: Problem, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[list[Call], Call]:
-    """Two calls of `step(grad, prev_grad, direction)` (t = 2, returns the next) that can go round for ever; the probe.
+    """Make two calls of `step(grad, prev_grad, direction)` (t = 2) that can go round for ever, and the probe.
 
     Gradients are g, -g, g, ... From g_prev = -g and d.g > 0 come y = 2 g and s = 2 d: the pair is accepted. The next
     direction satisfies H y = s, so it is -H g = -s / 2 = -d, and the next pair is (-s, -y): numbers stay as they are.
@@ -297,19 +297,19 @@ def _stateless_peer(case: Case, problem: Problem, name: str) -> Call:
 
 
 def peer_names(case: Case) -> list[str]:
-    """The loop of torch.optim.LBFGS (by bmm for a batch), its compiled version, and the compact representation."""
+    """List the loop of torch.optim.LBFGS (by bmm for a batch), its compiled version, the compact representation."""
     if case.storage != case.dtype or (case.op == "step" and case.batch):
         return []
     return ["eager bmm" if case.batch else "eager", "compiled", *(["compact"] if case.op != "step" else [])]
 
 
 def published() -> list[Case]:
-    """A step of each problem of `PUBLISHED`, in float64."""
+    """List a step of each problem of `PUBLISHED`, in float64."""
     return [Case("step", n, PUBLISHED_PAIRS, 0, torch.float64, torch.float64) for n in PUBLISHED]
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Base]]:
-    """What `python -m secant bench` measures, cases timed in turns together.
+    """List what `python -m secant bench` measures, cases timed in turns together.
 
     `quick`: the same on small inputs; `full`: every op over the whole range of n. Those of `published` on a GPU: the
     figures to compare with are of one.
@@ -332,7 +332,7 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
 
 
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float) -> list[Bar]:
-    """The bars of the device, with what this run measured."""
+    """Set the bars of the device, with what this run measured."""
     if device.type == "cuda":
         return gpu_bars(rows, bandwidth)
     try:
@@ -343,7 +343,7 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float) -> list[Ba
 
 
 def cpu_bars(rows: Sequence[Row], errors: dict[str, float] | None) -> list[Bar]:
-    """The bars for two cores, with what this run measured; errors: `digits.direction_errors`, None without the data."""
+    """Set the bars for two cores; errors: `digits.direction_errors`, None without the data."""
     found = []
     for n, target in ((10**3, 20.0), (10**4, 6.0), (10**5, 3.0), (10**7, 2.2)):
         found.append(speed_bar(rows, Case("two_loop", n), ("eager",), target))
@@ -362,7 +362,7 @@ def cpu_bars(rows: Sequence[Row], errors: dict[str, float] | None) -> list[Bar]:
 
 
 def gpu_bars(rows: Sequence[Row], bandwidth: float) -> list[Bar]:
-    """The bars for an H100, with what this run measured; only the two reads of the history count as moved."""
+    """Set the bars for an H100; only the two reads of the history count as moved."""
     found = []
     large, batched = Case("step", 10**7), Case("two_loop", 64, batch=10_000)
     for label, case, target in (("step, n = 1e+07", large, 0.8), ("two_loop, 10,000 x 64", batched, 0.6)):
