@@ -309,7 +309,8 @@ def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer
                 _title(ax, name, said)
             else:
                 ax.set_xlabel("n", fontsize=10, color=INK)
-    for panel, text in zip(first, ("time", "bytes that must move, against the limit"), strict=True):
+    unit = next((row.case.UNIT for row in calls if row.case.series is not None), "call")
+    for panel, text in zip(first, (f"time of a {unit}", "bytes that must move, against the limit"), strict=True):
         if panel is not None:
             panel.set_ylabel(text, fontsize=10, color=INK)
     if first[0] is not None and first[1] is not None:
