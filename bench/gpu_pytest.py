@@ -16,7 +16,7 @@ OUT_OF_TIME = "out of time: run STAGE=test again, which finds what was compiled"
 
 
 def number(name: str) -> int:
-    """The same for a name on every machine; neighbours lie far apart."""
+    """Number a name, the same on every machine; neighbours lie far apart."""
     return zlib.crc32(name.encode())
 
 

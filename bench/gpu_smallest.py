@@ -27,14 +27,14 @@ SIZES = (3, 9, 17, 33)
 
 
 def kernels() -> list[str]:
-    """The names of all CUDA kernels, of every family."""
+    """List the names of all CUDA kernels, of every family."""
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
     lbfgs = [f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16")]
     return [*lbfgs, *blocks_plan.kernels(), *hvp_plan.kernels()]
 
 
 def lbfgs(device: torch.device, *, every: bool) -> None:
-    """Flat and batched directions, short and over all multiprocessors, pairs appended and stepped with."""
+    """Call flat and batched directions, short and over all multiprocessors, pairs appended and stepped with."""
     many = torch.cuda.get_device_properties(device).multi_processor_count + 1 if device.type == "cuda" else 200
     for dtype in (F32, F64) if every else (F32,):
         for storage in (F32, F64, BF16) if every else (F32,):
@@ -52,7 +52,7 @@ def lbfgs(device: torch.device, *, every: bool) -> None:
 
 
 def blocks(device: torch.device, *, every: bool) -> None:
-    """Each function of the blocks, of one n for each kernel."""
+    """Call each function of the blocks, of one n for each kernel."""
     sizes = sorted({*SIZES, *range(1, 9), *(w for widths in blocks_plan.WIDTHS.values() for w in widths)})
     for dtype in (F32, F64) if every else (F32,):
         for n in sizes if every else SIZES:
@@ -67,7 +67,7 @@ def blocks(device: torch.device, *, every: bool) -> None:
 
 
 def hvp(device: torch.device, *, every: bool) -> None:
-    """Rows and vectors of each shape of the tile, the losses, rows of logits, and the step of a layer."""
+    """Call rows and vectors of each shape of the tile, the losses, rows of logits, and the step of a layer."""
     widths = [1, 300, 1500, 5000, 17_000] if every else [37]
     for dtype in (F32, F64, BF16, F16) if every else (F32,):
         wide = dtype if dtype is F64 else F32
@@ -92,7 +92,7 @@ FAMILIES = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp}
 
 
 def watch() -> set[str]:
-    """The names of the kernels that the `cuda` backend launches from here on."""
+    """Collect the names of the kernels that the `cuda` backend launches from here on."""
     seen: set[str] = set()
     original: Any = _cuda_driver.AheadOfTime.launch
 
@@ -105,7 +105,7 @@ def watch() -> set[str]:
 
 
 def main(names: list[str]) -> int:
-    """Every family on every backend that is there; 1 when a kernel of `cuda` was not launched."""
+    """Call every family on every backend that is there; 1 when a kernel of `cuda` was not launched."""
     seen, whole = watch(), True
     for name in names:
         for family, calls in FAMILIES.items():

@@ -27,7 +27,7 @@ from secant.kernels.blocks import plan as blocks_plan
 from secant.kernels.hvp import plan as hvp_plan
 from secant.kernels.lbfgs import plan as lbfgs_plan
 
-from secant.benchmarks import blocks, hvp, lbfgs
+from secant.benchmarks.families import blocks, hvp, lbfgs, load
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("lbfgs", "blocks", "hvp")
@@ -73,7 +73,7 @@ def _up(x: int, unit: int) -> int:
 
 
 def occupancy(architecture: Architecture, registers: int, shared: int, threads: int) -> Occupancy:
-    """What a multiprocessor holds of a kernel.
+    """Count what a multiprocessor holds of a kernel.
 
     Args:
         architecture: of `ARCHITECTURES`. registers: of a thread. shared: bytes of a block, static and dynamic.
@@ -105,15 +105,15 @@ class Recorder:
         self._device = device
 
     def device(self, index: int) -> Device:
-        """The device that was given."""
+        """Return the device that was given."""
         return self._device
 
     def stream(self, index: int) -> int:
-        """The default stream."""
+        """Return the default stream."""
         return 0
 
     def capturing(self) -> bool:
-        """Never."""
+        """Say no."""
         return False
 
     def launch(self, item: Launch, index: int, stream: int, parameters: bytes) -> None:
@@ -158,22 +158,13 @@ def _hvp_launches(case: hvp.Case, device: Device) -> list[Launch]:
 
 
 def cases(family: str) -> list[Any]:
-    """What the benchmark of a family measures on a GPU."""
-    cuda = torch.device("cuda")
-    if family == "lbfgs":
-        return [case for group in lbfgs.groups(cuda) for case in group]
-    return blocks.cases(cuda) if family == "blocks" else hvp.cases(cuda)
-
-
-def label(case: Any) -> str:
-    """A case for a table."""
-    if isinstance(case, lbfgs.Case):
-        return f"{case.op} {case.shape}, m = {case.m}"
-    return f"{case.label}, n = {case.n}" if isinstance(case, blocks.Case) else case.label
+    """List what the benchmark of a family measures of its kernels on a GPU."""
+    kind = {"lbfgs": lbfgs.Case, "blocks": blocks.Case, "hvp": hvp.Case}[family]
+    return [case for group in load(family).groups(torch.device("cuda")) for case in group if isinstance(case, kind)]
 
 
 def launches(family: str, device: Device) -> Iterator[tuple[Any, Launch]]:
-    """(case, launch) of every launch of every case of a family."""
+    """Yield (case, launch) of every launch of every case of a family."""
     of = {"lbfgs": _lbfgs_launches, "blocks": _blocks_launches, "hvp": _hvp_launches}[family]
     for case in cases(family):
         for item in of(case, device):
@@ -184,7 +175,7 @@ Resources = dict[str, tuple[int, int]]
 
 
 def recorded(family: str, architecture: str) -> Resources:
-    """Kernel -> registers and static shared memory, of the committed table; of the nearest older architecture there."""
+    """Read kernel -> registers and static shared memory, of the committed table, of the nearest older architecture."""
     kernels = json.loads((ROOT / "kernels" / family / "resources.json").read_text())["kernels"]
     number = int(architecture.removeprefix("sm_"))
     nearest = max((name for name in kernels if int(name[3:]) <= number), key=lambda name: int(name[3:]))
@@ -192,7 +183,7 @@ def recorded(family: str, architecture: str) -> Resources:
 
 
 def parse_cuobjdump(text: str, architecture: str) -> Resources:
-    """Kernel -> registers and static shared memory, from `cuobjdump -res-usage` of a module, for one architecture."""
+    """Read kernel -> registers and static shared memory from `cuobjdump -res-usage`, for one architecture."""
     found: Resources = {}
     for part in re.split(r"(?m)^Fatbin elf code:", text):
         arch = re.search(r"arch = (sm_\d+)", part)
@@ -206,7 +197,7 @@ def parse_cuobjdump(text: str, architecture: str) -> Resources:
 
 
 def compiled(architecture: str) -> Resources:
-    """The same of `secant._cuda` as it was built here; empty without it or without cuobjdump."""
+    """Read the same of `secant._cuda` as it was built here; empty without it or without cuobjdump."""
     places = ["cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
     if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
         places.append(str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"))
@@ -223,13 +214,13 @@ def compiled(architecture: str) -> Resources:
 
 
 def rows(family: str, architecture: str, device: Device, built: Resources, index: int | None) -> list[dict[str, Any]]:
-    """A row for each kernel, block size and shared memory; `index`: of the GPU that the driver is asked about."""
+    """Make a row for each kernel, block size and shared memory; `index`: of the GPU that the driver is asked about."""
     table = recorded(family, architecture) | {name: x for name, x in built.items() if name.startswith(f"{family}_")}
     used: dict[tuple[str, int, int], list[str]] = {}
     for case, item in launches(family, device):
         names = used.setdefault((item.kernel, item.threads, item.shared), [])
-        if label(case) not in names:
-            names.append(label(case))
+        if case.label not in names:
+            names.append(case.label)
     found = []
     for (kernel, threads, shared), names in used.items():
         registers, static = table[kernel]
@@ -253,7 +244,7 @@ def rows(family: str, architecture: str, device: Device, built: Resources, index
 
 
 def _asked(kernel: str, threads: int, shared: int, index: int) -> int | None:
-    """Resident blocks by the driver, None where `secant._cuda` cannot run."""
+    """Ask the driver for resident blocks; None where `secant._cuda` cannot run."""
     try:
         module: Any = importlib.import_module("secant._cuda")
         return int(module.occupancy(module.kernels()[kernel], threads, shared, index))
@@ -262,7 +253,7 @@ def _asked(kernel: str, threads: int, shared: int, index: int) -> int | None:
 
 
 def tables(on_gpu: bool) -> dict[str, Any]:
-    """The rows of every family, and what they are of."""
+    """Return the rows of every family, and what they are of."""
     architecture, device, index, built = H100, H100_DEVICE, None, Resources()
     if on_gpu:
         properties = torch.cuda.get_device_properties(0)
@@ -283,21 +274,16 @@ def run() -> None:
     device = torch.device("cuda", 0)
     properties = torch.cuda.get_device_properties(device)
     limits = Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
-    modules: dict[str, Any] = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp}
     for family in FAMILIES:
         seen: set[str] = set()
         for case, item in launches(family, limits):
             if item.kernel in seen:
                 continue
             seen.update(x.kernel for other, x in launches(family, limits) if other == case)
-            problem = modules[family].Problem(case, device)
+            problem = case.problem(device)
             with secant.use_backend("cuda"):
-                if family == "blocks":
-                    blocks.contenders(problem, lambda case, name: name == "cuda")[0].on(problem, case.batch)()
-                elif family == "lbfgs":
-                    lbfgs.contenders(case, problem, lambda case, name: name == "cuda")[0].timed.calls[0]()
-                else:
-                    next(x for x in hvp.contenders(problem, compiled=False) if x.name == "cuda").call()
+                [one] = case.contenders(problem, lambda case, name: name == "cuda")
+                one.timed.calls[0]()
             del problem
             torch.cuda.empty_cache()
     torch.cuda.synchronize()

@@ -17,9 +17,8 @@ def main(picture: Path, files: list[Path]) -> None:
     results = [json.loads(path.read_text()) for path in files]
     rates: dict[str, float] = {}
     for data in results:
-        bandwidths = [data["machine"].get("bandwidth"), data.get("hvp", {}).get("bandwidth")]
-        measured = [("bandwidth", x) for x in bandwidths if x is not None] + list(data.get("rates", {}).items())
-        for key, value in measured:
+        bandwidths = [("bandwidth", family["bandwidth"]) for family in data["families"].values() if family["bandwidth"]]
+        for key, value in [*bandwidths, *data.get("rates", {}).items()]:
             rates[key] = max(value, rates.get(key, 0.0))
     rows = [row for data in results for row in roofline.rows_of(data)]
     about = machine.summary(results[0]["machine"])

@@ -11,6 +11,8 @@ import torch
 import secant
 from secant import backends
 from secant.__main__ import main
+from secant.benchmarks import machine
+from secant.benchmarks.families import NAMES
 from secant.benchmarks.report import Table
 from secant.cli import console
 
@@ -48,6 +50,7 @@ def test_info_json_has_every_backend_and_the_build(capsys):
     assert all(row["available"] == (row["reason"] is None) for row in about["backends"])
     assert about["version"] == secant.__version__
     assert about["packages"]["torch"] == torch.__version__
+    assert about["choices_in_force"] == machine.table_in_force()
     build = about["build"]["secant._cpu"]
     if importlib.util.find_spec("secant._cpu"):
         assert build["isa"] in build["isas_usable"]
@@ -77,6 +80,7 @@ def test_info_shows_the_reasons_with_and_without_rich(capsys, monkeypatch, rich)
     out = capsys.readouterr().out
     assert "pip install secant[cupy]" in out  # brackets are no markup
     assert torch.__version__ in out
+    assert machine.table_in_force() in out
 
 
 def test_plain_table_is_aligned():
@@ -188,29 +192,33 @@ def test_bench(tmp_path, capsys):
     path, picture = tmp_path / "x.json", tmp_path / "x.png"
     assert main(["bench", "--quick", "--json", str(path), "--plot", str(picture)]) == 0
     data = json.loads(path.read_text())
-    names = {"machine", "rates", "rows", "outside_closure", "bars", "lost", "blocks", "hvp", "left_out"}
-    assert data.keys() == names
+    assert data.keys() == {"machine", "rates", "families", "left_out"}
+    assert tuple(data["families"]) == NAMES
     assert data["left_out"] == []
-    assert data["machine"]["bandwidth"] > 1e8
-    every = [*data["rows"], *data["blocks"]["rows"], *data["hvp"]["rows"]]
+    assert data["machine"]["choices"] == machine.table_in_force()
+    every = [row for family in data["families"].values() for row in family["rows"]]
     assert all(row["flops"] > 0 and row["bytes"] > 0 for row in every)
-    assert {row["op"] for row in data["rows"]} == {"two_loop", "direction", "step"}
-    assert all(row["note"] != "wrong answer" for row in data["rows"])
-    ours = [row for row in data["rows"] if row["kind"] == "backend" and row["speedup_over"]]
+    directions = data["families"]["lbfgs"]
+    assert directions["bandwidth"] > 1e8
+    assert {row["op"] for row in directions["rows"]} == {"two_loop", "direction", "step", "LBFGS"}
+    assert all(row["note"] != "wrong answer" for row in directions["rows"])
+    ours = [row for row in directions["rows"] if row["kind"] == "backend" and row["speedup_over"]]
     assert ours
     for row in ours:
         peers = {
             other["by"]: other["median"]
-            for other in data["rows"]
-            if other["kind"] == "peer" and all(other[key] == row[key] for key in ("op", "n", "batch", "storage"))
+            for other in directions["rows"]
+            if other["kind"] == "peer" and other["label"] == row["label"]
         }
         assert row["speedup_over"] == pytest.approx({name: seconds / row["median"] for name, seconds in peers.items()})
-    assert len(data["bars"]) == 13
-    for drawn in (picture, picture.with_stem("x-blocks"), picture.with_stem("x-hvp"), picture.with_stem("x-roofline")):
+    assert len(directions["bars"]) == 13
+    others = [picture.with_stem(f"x-{name}") for name in (*NAMES[1:], "roofline")]
+    for drawn in (picture, *others):
         assert imread(drawn)[..., :3].std() > 0.02
     out = capsys.readouterr().out
     assert "Bars" in out
     assert "NOT MET" in out or "met" in out
+    assert f"table of choices in force: {machine.table_in_force()}" in out
 
 
 def test_bench_begins_nothing_when_its_time_is_over(tmp_path, capsys):
@@ -219,9 +227,9 @@ def test_bench_begins_nothing_when_its_time_is_over(tmp_path, capsys):
     path, picture = tmp_path / "x.json", tmp_path / "x.png"
     assert main(["bench", "--quick", "--seconds", "0", "--json", str(path), "--plot", str(picture)]) == 0
     data = json.loads(path.read_text())
-    for rows in (data["rows"], data["blocks"]["rows"], data["hvp"]["rows"]):
-        assert len({(row["op"], row["n"], row["dtype"]) for row in rows}) == 1
-    assert data["outside_closure"] == []
+    for family in data["families"].values():
+        assert len({(row["op"], row["n"], row["dtype"]) for row in family["rows"]}) == 1
+    assert "LBFGS outside the closure, n = 1,000, history 10" in data["left_out"]
     assert {"two_loop 10,000", "direction 10,000", "two_loop 100 x 64"} <= set(data["left_out"])
     assert "block_eigh, n = 9, float32" in data["left_out"]
     assert "Left out, for time:" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from secant import defaults
-from secant.benchmarks import lbfgs
+from secant.benchmarks.families import lbfgs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,12 +28,21 @@ def load(name, file):
     return module
 
 
+sys.path.insert(0, str(ROOT / "bench"))  # where the command finds its parts
 gpu = load("gpu_command", "gpu")
+defaults_of, reports, results, runs_of, stages = (
+    sys.modules[f"gpu_{name}"] for name in ("defaults", "report", "results", "run", "stages")
+)
 
 
 def a_run(tmp_path, **changes):
-    run = gpu.Run(tmp_path, gpu.STAGES, gpu.FAMILIES, "cpu", True, {})
+    run = runs_of.Run(tmp_path, runs_of.STAGES, runs_of.FAMILIES, "cpu", True, {})
     return run._replace(**changes)
+
+
+def written(**families):
+    """What `python -m secant bench --json` writes."""
+    return {"families": families, "left_out": []}
 
 
 RESULT = {
@@ -44,28 +53,30 @@ RESULT = {
     "rates": {"bandwidth": 3e12, "matmul_float32": 5e13, "matmul_float64": 3e13},
     "tests": {"passed": 7, "skipped": 1, "failed": ["tests.a::test_b"]},
     "bench": {
-        "lbfgs": {
-            "bars": [{"measure": "two_loop", "target": 0.8, "at_least": True, "measured": 0.9, "met": True}],
-            "rows": [
-                {
-                    "op": "two_loop", "n": 10**7, "m": 10, "batch": 0, "dtype": "float32", "storage": "float32",
-                    "by": "cuda", "kind": "backend", "note": "", "median": 7e-4,
-                }
-            ],
-            "lost": ["two_loop: cuda takes 2x the time of compiled"],
-        },
-        "blocks": {
-            "blocks": {
+        "lbfgs": written(
+            lbfgs={
+                "bars": [{"measure": "two_loop", "target": 0.8, "at_least": True, "measured": 0.9, "met": True}],
+                "rows": [
+                    {
+                        "op": "two_loop", "n": 10**7, "m": 10, "batch": 0, "dtype": "float32", "storage": "float32",
+                        "by": "cuda", "kind": "backend", "note": "", "median": 7e-4, "bytes": 1.68e9, "flops": 1.03e9,
+                    }
+                ],
+                "lost": ["two_loop: cuda takes 2x the time of compiled"],
+            }
+        ),
+        "blocks": written(
+            blocks={
                 "bars": [
                     {
-                        "op": "block_inv", "assume": "spd", "n": 3, "dtype": "float32", "against": ["copy"],
-                        "target": 1.6667, "at_least": False, "measured": None, "met": None,
+                        "measure": "block_inv, spd, n = 3, float32, against copy", "target": 1.6667, "at_least": False,
+                        "measured": None, "met": None,
                     }
                 ],
                 "rows": [],
                 "lost": [],
             }
-        },
+        ),
         "hvp": None,
     },
 }  # fmt: skip
@@ -84,12 +95,12 @@ def test_a_command_that_fails_or_hangs_leaves_the_next_alone(tmp_path, monkeypat
 
 
 def test_the_limits_are_nine_minutes_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.time, "perf_counter", lambda: 100.0)
-    assert sum(gpu.LIMITS.values()) <= 9 * 60
-    assert tuple(gpu.LIMITS) == gpu.STAGES
-    for stages in (gpu.STAGES, ("bench",), ("test", "profile")):
+    monkeypatch.setattr(runs_of.time, "perf_counter", lambda: 100.0)
+    assert sum(runs_of.LIMITS.values()) <= 9 * 60
+    assert tuple(runs_of.LIMITS) == runs_of.STAGES
+    for stages in (runs_of.STAGES, ("bench",), ("test", "profile")):
         run = a_run(tmp_path, stages=stages, deadlines={})
-        assert sum(run.left(stage) for stage in stages) == pytest.approx(sum(gpu.LIMITS.values()))
+        assert sum(run.left(stage) for stage in stages) == pytest.approx(sum(runs_of.LIMITS.values()))
 
 
 def test_stages_and_families_are_chosen(tmp_path, monkeypatch, capsys):
@@ -98,16 +109,16 @@ def test_stages_and_families_are_chosen(tmp_path, monkeypatch, capsys):
     def stage(name, good):
         def work(run):
             done.append((name, run.families))
-            return [gpu.Outcome(name, 0 if good else 1, 0.1)]
+            return [runs_of.Outcome(name, 0 if good else 1, 0.1)]
 
         return work
 
-    for name in gpu.STAGES:
+    for name in runs_of.STAGES:
         monkeypatch.setattr(gpu, name, stage(name, name != "test"))
     assert gpu.main(["--out", str(tmp_path), "--stage", "test,bench", "--family", "hvp"]) == 1
     assert done == [("test", ("hvp",)), ("bench", ("hvp",))]
     assert gpu.main(["--out", str(tmp_path), "--stage", "bench", "--family", ""]) == 0
-    assert done[-1] == ("bench", gpu.FAMILIES)
+    assert done[-1] == ("bench", runs_of.FAMILIES)
     assert json.loads((tmp_path / "result.json").read_text())["stages"]["bench"][0]["status"] == 0
     with pytest.raises(SystemExit):
         gpu.main(["--stage", "paint"])
@@ -115,18 +126,20 @@ def test_stages_and_families_are_chosen(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tests_of_a_family():
-    assert gpu._test_files("tests/kernels/blocks") == [
+    assert stages._test_files("tests/kernels/blocks") == [
         "tests/kernels/blocks/test_blocks_gpu.py", "tests/kernels/blocks/test_blocks_triton.py"
     ]  # fmt: skip
-    everything = gpu._other_files(gpu.FAMILIES)
+    everything = stages._other_files(runs_of.FAMILIES)
     assert "tests/gpu/test_whole_iterations.py" in everything
     assert "tests/glm/test_glm_gpu.py" in everything
     assert not any(path.startswith("tests/kernels") for path in everything)
-    assert [path for path in everything if path not in gpu._other_files(("blocks",))] == ["tests/glm/test_glm_gpu.py"]
+    assert [path for path in everything if path not in stages._other_files(("blocks",))] == [
+        "tests/glm/test_glm_gpu.py"
+    ]
 
 
 def test_junit_files_are_counted(tmp_path):
-    assert gpu.tests_of(tmp_path) is None
+    assert results.tests_of(tmp_path) is None
     (tmp_path / "tests-a.xml").write_text(
         "<testsuites><testsuite><testcase classname='a' name='good'/>"
         "<testcase classname='a' name='bad'><failure/></testcase>"
@@ -138,21 +151,21 @@ def test_junit_files_are_counted(tmp_path):
     )
     (tmp_path / "tests-cut.xml").write_text("<testsuites><testsuite>")
     counted = {"passed": 1, "skipped": 2, "failed": ["a::bad", "a::broken"], "reasons": {"no cupy": 2}}
-    assert gpu.tests_of(tmp_path) == counted
-    assert "| no cupy | 2 |" in gpu.report(RESULT | {"bars": [], "tests": counted})
+    assert results.tests_of(tmp_path) == counted
+    assert "| no cupy | 2 |" in reports.report(RESULT | {"bars": [], "tests": counted})
 
 
 def test_every_test_on_a_gpu_is_in_one_of_the_runs(tmp_path):
-    runs = gpu._pytest_runs(a_run(tmp_path, device="cuda"))
-    for family in (*gpu.FAMILIES, "rest"):
+    runs = stages._pytest_runs(a_run(tmp_path, device="cuda"))
+    for family in (*runs_of.FAMILIES, "rest"):
         for backend in ("cuda", "nvrtc", "triton"):
             parts = [part for name, (_, part) in runs.items() if name.startswith(f"{family}-{backend}")]
-            count = gpu.PARTS.get((family, backend), 1)
+            count = stages.PARTS.get((family, backend), 1)
             assert parts == [f"{i}/{count}" for i in range(count)]
-    every = set(gpu._test_files("tests"))
+    every = set(stages._test_files("tests"))
     assert set(runs["large"][0][4:]) == every
     assert {path for name, (words, _) in runs.items() if name.endswith("-cuda") for path in words[4:]} == every
-    alone = gpu._pytest_runs(a_run(tmp_path, device="cuda", families=("hvp",)))
+    alone = stages._pytest_runs(a_run(tmp_path, device="cuda", families=("hvp",)))
     assert set(alone) == {*(f"{x}-{y}" for x in ("hvp", "rest") for y in ("cuda", "nvrtc", "triton")), "large"}
     assert all("tests/kernels/hvp/" in path for path in alone["hvp-cuda"][0][4:])
 
@@ -166,7 +179,7 @@ def test_the_runs_have_each_test_once(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return [line for line in done.stdout.splitlines() if "::" in line]
 
-    runs = gpu._pytest_runs(a_run(tmp_path, device="cuda", families=("lbfgs",)))
+    runs = stages._pytest_runs(a_run(tmp_path, device="cuda", families=("lbfgs",)))
     files = sorted({path for words, _ in runs.values() for path in words[4:]})
     found = [name for words, _ in runs.values() for name in collected(words)]
     assert len(found) == len(set(found)) > 100
@@ -196,7 +209,7 @@ def test_parts_of_the_tests_and_their_deadline(tmp_path):
     names = [int(name[8:-1]) for name, _ in first]
     assert names != sorted(names)
     assert all(skipped for _, skipped in run("late", SECANT_TEST_PART="0/2", SECANT_TEST_DEADLINE="1"))
-    assert "out of time" in next(iter(gpu.tests_of(tmp_path)["reasons"]))
+    assert "out of time" in next(iter(results.tests_of(tmp_path)["reasons"]))
 
 
 def test_commands_side_by_side(tmp_path):
@@ -237,7 +250,7 @@ def test_the_smallest_calls_launch_every_kernel(monkeypatch):
 
 
 def test_the_report_has_bars_failures_and_losses():
-    text = gpu.report(RESULT | {"bars": gpu.bars_of(RESULT)})
+    text = reports.report(RESULT | {"bars": results.bars_of(RESULT)})
     assert text.startswith("# H100")
     assert "| bandwidth, TB/s | 3 |\n| matmul_float32, Tflop/s | 50 |" in text
     assert "| two_loop | ≥ 0.8 | 0.9 | met |" in text
@@ -253,8 +266,8 @@ def test_the_report_has_bars_failures_and_losses():
     [("9.0\n", "sm_90"), ("8.6\n8.0\n", "sm_80"), ("12.0\n", None), ("", None), ("8.0\n9.0", None)],
 )
 def test_the_build_is_for_the_gpu_that_is_there(monkeypatch, printed, expected):
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0, stdout=printed))
-    assert gpu._only_this_architecture().get("SECANT_CUDA_ARCHITECTURES") == expected
+    monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0, stdout=printed))
+    assert stages._only_this_architecture().get("SECANT_CUDA_ARCHITECTURES") == expected
 
 
 def test_sanitizers_see_every_backend_and_every_allocation(tmp_path, monkeypatch):
@@ -262,19 +275,19 @@ def test_sanitizers_see_every_backend_and_every_allocation(tmp_path, monkeypatch
 
     def together(self, stage, commands, *, env=None, each=None, share=1.0):
         seen.update(commands=commands, each=each, env=env)
-        return [gpu.Outcome("x", 5 if log == "tests-hvp-nvrtc.log" else 0, 1.0) for log in commands]
+        return [runs_of.Outcome("x", 5 if log == "tests-hvp-nvrtc.log" else 0, 1.0) for log in commands]
 
-    monkeypatch.setattr(gpu.Run, "together", together)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
-    found = gpu.test(a_run(tmp_path, device="cuda"))
+    monkeypatch.setattr(runs_of.Run, "together", together)
+    monkeypatch.setattr(stages.shutil, "which", lambda name: f"/bin/{name}")
+    found = stages.test(a_run(tmp_path, device="cuda"))
     assert all(one.good for one in found)
     for tool in ("memcheck", "racecheck"):
         for backend in ("cuda", "triton", "nvrtc"):
             words = seen["commands"][f"{tool}-{backend}.log"]
             assert words[:3] == ("/bin/compute-sanitizer", "--tool", tool)
-            assert words[-2:] == (str(gpu.SMALLEST), backend)
+            assert words[-2:] == (str(stages.SMALLEST), backend)
             assert seen["each"][f"{tool}-{backend}.log"] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert float(seen["env"]["SECANT_TEST_DEADLINE"]) < time.time() + gpu.LIMITS["test"]
+    assert float(seen["env"]["SECANT_TEST_DEADLINE"]) < time.time() + runs_of.LIMITS["test"]
     assert seen["each"]["tests-blocks-triton-3.log"] == {"SECANT_TEST_PART": "3/4"}
 
 
@@ -283,40 +296,40 @@ def test_packages_that_are_missing_cost_the_pictures_alone(tmp_path, monkeypatch
 
     def call(self, stage, *command, log, env=None, share=1.0):
         seen.append(command[3:])
-        return gpu.Outcome("x", 0, 1.0)
+        return runs_of.Outcome("x", 0, 1.0)
 
-    monkeypatch.setattr(gpu.Run, "call", call)
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    found = gpu.bench(a_run(tmp_path))
+    monkeypatch.setattr(runs_of.Run, "call", call)
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
+    found = stages.bench(a_run(tmp_path))
     assert [one.command for one in found[:3]] == [
-        f"{f} --seconds {w[-2]} --quick" for f, w in zip(gpu.FAMILIES, seen, strict=True)
+        f"{f} --seconds {w[-2]} --quick" for f, w in zip(runs_of.FAMILIES, seen, strict=True)
     ]
     assert found[3] == ("no picture: matplotlib, sklearn, rich not installed", 0, 0.0)
     assert [words[0] for words in seen] == ["bench"] * 3
     assert not any("--plot" in word for words in seen for word in words)
     shares = [float(words[-2]) for words in seen]
-    assert shares[0] <= shares[1] <= shares[2] <= 0.75 * gpu.LIMITS["bench"]
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
-    assert [one.command.split()[0] for one in gpu.bench(a_run(tmp_path))] == [*gpu.FAMILIES, "demo"]
+    assert shares[0] <= shares[1] <= shares[2] <= 0.75 * runs_of.LIMITS["bench"]
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: True)
+    assert [one.command.split()[0] for one in stages.bench(a_run(tmp_path))] == [*runs_of.FAMILIES, "demo"]
     assert any("--plot" in word for word in seen[3])
 
 
 def test_published_figures_stand_beside_ours_and_are_never_taken_for_them():
-    [path] = gpu.PUBLISHED.glob("*.json")
+    [path] = reports.PUBLISHED.glob("*.json")
     theirs = json.loads(path.read_text())
     assert theirs["gpu"].startswith("NVIDIA H100")
     assert {x["atoms"] * 3 for table in theirs["tables"] for x in table["milliseconds"]} == set(lbfgs.PUBLISHED)
     assert all(table["source"].startswith("https://github.com/NVIDIA/") for table in theirs["tables"])
-    text = gpu.report(RESULT | {"bars": []})
+    text = reports.report(RESULT | {"bars": []})
     assert "NVIDIA H100 80GB HBM3; ours: H100." in text
     assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | not measured | 3.38 | not measured |" in text
     case = lbfgs.published()[2]
-    row = case._asdict() | {"dtype": "float64", "storage": "float64", "by": "cuda", "kind": "backend"}
+    row = case.parameters() | {"by": "cuda", "kind": "backend"}
     rows = [row | {"note": note, "median": time} for note, time in (("", 9.5e-4), ("graph replay", 9.25e-4))]
-    measured = RESULT | {"bars": [], "bench": {"lbfgs": {"bars": [], "rows": rows, "lost": []}}}
-    assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | 0.95 | 3.38 | 0.925 |" in gpu.report(measured)
-    assert "ours: none." in gpu.report(measured | {"device": "cpu"})
-    assert "| 0.95 |" not in gpu.report(measured | {"device": "cpu"})
+    measured = RESULT | {"bars": [], "bench": {"lbfgs": written(lbfgs={"bars": [], "rows": rows, "lost": []})}}
+    assert "| 1,000,000 | 3,000,000 | [1] | 3.30 | 0.95 | 3.38 | 0.925 |" in reports.report(measured)
+    assert "ours: none." in reports.report(measured | {"device": "cpu"})
+    assert "| 0.95 |" not in reports.report(measured | {"device": "cpu"})
 
 
 def test_the_problems_of_the_published_figures_are_measured_on_a_gpu():
@@ -324,7 +337,7 @@ def test_the_problems_of_the_published_figures_are_measured_on_a_gpu():
         return [case for group in lbfgs.groups(torch.device(device), **changes) for case in group]
 
     for case in lbfgs.published():
-        assert case[:4] == ("step", case.n, 6, 0)
+        assert (case.op, case.m, case.batch) == ("step", 6, 0)
         assert case.dtype == case.storage == torch.float64
         assert case in of("cuda")
         assert case not in of("cuda", quick=True) + of("cpu")
@@ -345,31 +358,31 @@ def test_occupancy_has_a_table_a_family(tmp_path):
         '"1","lbfgs_a(Update)","launch__registers_per_thread","register/thread","80"\n'
         '"2","lbfgs_a","something_else","","n/a"\n'
     )
-    counted = gpu.counters(tmp_path / "ncu.csv")
+    counted = results.counters(tmp_path / "ncu.csv")
     assert counted == {"lbfgs_a": {"achieved": 33.1, "registers": 80.0}}
-    assert gpu.counters(tmp_path / "none.csv") == {}
-    text = gpu.report(RESULT | {"bars": [], "occupancy": data, "ncu": counted})
+    assert results.counters(tmp_path / "none.csv") == {}
+    text = reports.report(RESULT | {"bars": [], "occupancy": data, "ncu": counted})
     assert "| `lbfgs_a` | step 7 and 1 more | 256 | 80 | 0 + 67,184 | 3 | 38% | registers | 3 | 33% |" in text
     assert "### hvp" in text
     assert "| `hvp_b` | step 7 and 1 more | 256 | 80 | 0 + 67,184 | - | - | - | - | - |" in text
-    rehearsed = gpu.report(RESULT | {"bars": [], "occupancy": data, "ncu": {}, "device": "cpu"})
+    rehearsed = reports.report(RESULT | {"bars": [], "occupancy": data, "ncu": {}, "device": "cpu"})
     assert "there is no GPU here" in rehearsed
     assert "| 38% | registers |\n" in rehearsed
-    assert "occupancy" not in gpu.report(RESULT | {"bars": [], "occupancy": None})
+    assert "occupancy" not in reports.report(RESULT | {"bars": [], "occupancy": None})
 
 
 def test_the_roofline(tmp_path):
     pytest.importorskip("matplotlib")
-    assert gpu.draw_roofline(tmp_path / "roofline.png", RESULT)
+    assert reports.draw_roofline(tmp_path / "roofline.png", RESULT)
     assert (tmp_path / "roofline.png").stat().st_size > 5000
-    assert not gpu.draw_roofline(tmp_path / "none.png", RESULT | {"rates": None})
-    assert not gpu.draw_roofline(tmp_path / "none.png", RESULT | {"bench": {"lbfgs": None}})
+    assert not reports.draw_roofline(tmp_path / "none.png", RESULT | {"rates": None})
+    assert not reports.draw_roofline(tmp_path / "none.png", RESULT | {"bench": {"lbfgs": None}})
 
 
 def test_the_table_of_the_readme(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n")
-    gpu.fill_readme(RESULT | {"bars": gpu.bars_of(RESULT)}, readme)
+    readme.write_text(f"before\n{reports.BEGIN}\nold\n{reports.END}\nafter\n")
+    reports.fill_readme(RESULT | {"bars": results.bars_of(RESULT)}, readme)
     text = readme.read_text()
     assert "old" not in text
     assert "| two_loop | ≥ 0.8 | 0.9 | met |" in text
@@ -377,15 +390,15 @@ def test_the_table_of_the_readme(tmp_path):
     assert text.endswith("\nafter\n")
     for rehearsal in ({"device": "cpu"}, {"quick": True}, {"machine": {"gpu": None}}):
         with pytest.raises(ValueError, match="a rehearsal measures nothing"):
-            gpu.fill_readme(RESULT | {"bars": []} | rehearsal, readme)
+            reports.fill_readme(RESULT | {"bars": []} | rehearsal, readme)
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="expected the markers"):
-        gpu.fill_readme(RESULT | {"bars": []}, readme)
+        reports.fill_readme(RESULT | {"bars": []}, readme)
 
 
 def test_the_readme_has_the_markers_once():
     text = (ROOT / "README.md").read_text()
-    assert text.count(gpu.BEGIN) == text.count(gpu.END) == 1
+    assert text.count(reports.BEGIN) == text.count(reports.END) == 1
 
 
 def measured(family, op, size, by, median, **changes):
@@ -393,7 +406,7 @@ def measured(family, op, size, by, median, **changes):
 
 
 def a_result(**rows):
-    bench = {family: {"rows": found, "bars": [], "lost": []} for family, found in rows.items()}
+    bench = {family: written(**{family: {"rows": found, "bars": [], "lost": []}}) for family, found in rows.items()}
     return RESULT | {"bench": bench, "tests": {"passed": 9, "skipped": 0, "failed": []}}
 
 
@@ -408,7 +421,8 @@ def test_defaults_are_proposed_by_size():
     ]
     rows += [measured("lbfgs", "step", 50, "cuda", 2.0), measured("lbfgs", "step", 50, "nvrtc", 1.0)]
     rows += [measured("lbfgs", "step", 50, "triton", None), measured("lbfgs", "step", 50, "reference", 0.1)]
-    found = gpu.propose(a_result(lbfgs=rows), "a run")
+    rows += [measured("lbfgs", "LBFGS", 50, "secant", 0.1)]
+    found = defaults_of.propose(a_result(lbfgs=rows), "a run")
     assert found[0] == defaults.entries("cuda", "lbfgs")[defaults.ANY][0]
     two_loop = [entry[3:5] for entry in found if entry.op == "two_loop"]
     assert two_loop == [(100, "triton"), (10_000, "cuda"), (None, "triton")]
@@ -425,7 +439,7 @@ def test_a_backend_counts_by_the_cases_that_both_have():
         measured("blocks", "block_eigh", 3, "nvrtc", 0.1, dtype="bfloat16"),
         measured("blocks", "block_inv", 3, "triton", 0.5, dtype="float32"),
     ]
-    found = gpu.propose(a_result(blocks=rows), "a run")
+    found = defaults_of.propose(a_result(blocks=rows), "a run")
     of = {entry.op: entry.backend for entry in found[1:]}
     assert of == {"eigh": "cuda", "abs_inv": "cuda", "inv_root": "cuda", "inv": "triton"}
 
@@ -450,10 +464,10 @@ def test_proposed_defaults_are_a_table(tmp_path, capsys, monkeypatch):
 def test_no_defaults_from_a_rehearsal_or_a_run_with_failures():
     for change in ({"quick": True}, {"machine": {"gpu": None}}):
         with pytest.raises(ValueError, match="a rehearsal measures nothing"):
-            gpu.propose(a_result() | change, "a run")
+            defaults_of.propose(a_result() | change, "a run")
     for tests in (None, {"passed": 1, "skipped": 0, "failed": ["tests.a::test_b"]}):
         with pytest.raises(ValueError, match="tests failed or did not run"):
-            gpu.propose(a_result() | {"tests": tests}, "a run")
+            defaults_of.propose(a_result() | {"tests": tests}, "a run")
 
 
 @pytest.mark.parametrize(
@@ -461,7 +475,7 @@ def test_no_defaults_from_a_rehearsal_or_a_run_with_failures():
 )
 def test_recorded_runs_on_a_cpu_propose_what_the_table_has(name, family):
     data = json.loads((ROOT / f"bench/results/cpu-xeon-2core{name}.json").read_text())
-    found = gpu.propose(a_result() | {"device": "cpu", "bench": {family: data}}, "a run")
+    found = defaults_of.propose(a_result() | {"device": "cpu", "bench": {family: data}}, "a run")
     assert len(found) > 1
     assert {entry.backend for entry in found} == {"cpu"}
     assert all(entry.largest is None for entry in found)

@@ -138,7 +138,7 @@ def test_every_kernel_of_the_benchmark_has_its_resources(found):
             assert row["blocks"] >= 1, row
             assert row["driver_blocks"] is None
         measured = {name for row in rows for name in row["cases"]}
-        assert measured == {command.label(case) for case in command.cases(family)}
+        assert measured == {case.label for case in command.cases(family)}
 
 
 def test_the_planners_get_the_blocks_that_they_count_on(found):

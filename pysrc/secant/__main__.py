@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from secant.benchmarks.families import NAMES as FAMILIES
+
 #: What a command imports beyond torch: module -> package, in the order in which it is asked for.
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
@@ -60,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="time the kernels against every peer and check the bars, in a few minutes"
     )
-    bench.add_argument("--family", choices=("lbfgs", "blocks", "hvp"), help="one family of kernels (default: all)")
-    bench.add_argument("--full", action="store_true", help="the blocks of every n from 1 to 64")
+    bench.add_argument("--family", choices=FAMILIES, help="one family of cases (default: all)")
+    bench.add_argument("--full", action="store_true", help="every size, which takes several times as long")
     bench.add_argument(
         "--seconds", type=float, default=float("inf"), metavar="N", help="begin no further case after so long"
     )
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from secant.cli import bench
 
-        families = (args.family,) if args.family else bench.FAMILIES
+        families = (args.family,) if args.family else FAMILIES
         bench.run(
             args.device,
             json_path=args.json,

@@ -8,14 +8,14 @@ import torch
 
 import secant
 from secant import backends
-from secant.benchmarks import lbfgs, machine, report
-from secant.benchmarks.lbfgs import LIMIT, Case, Problem, contenders, measure
+from secant.benchmarks import machine, report
+from secant.benchmarks import measure as measuring
+from secant.benchmarks.case import everything, find, no_compile, ratios
+from secant.benchmarks.families import lbfgs
+from secant.benchmarks.families.lbfgs import LIMIT, Case, Problem
+from secant.benchmarks.measure import copies, fits, measure
 
 CPU = torch.device("cpu")
-
-
-def no_compile(case, name):
-    return name != "compiled"
 
 
 def test_bytes_count_the_history_twice_and_each_vector_once():
@@ -33,8 +33,8 @@ def test_bytes_count_the_history_twice_and_each_vector_once():
 def test_every_contender_is_right(op, batch, storage):
     case = Case(op, 70, m=5, batch=batch, storage=storage)
     problem = Problem(case, CPU)
-    found = list(contenders(case, problem, no_compile))
-    assert [c.name for c in found if c.kind == "backend"] == lbfgs.serving(case, CPU)
+    found = case.contenders(problem, no_compile)
+    assert [c.name for c in found if c.kind == "backend"] == case.serving(CPU)
     for contender in found:
         check = contender.check(problem)
         assert check.error <= check.bound < 1e-3, contender.name
@@ -43,8 +43,8 @@ def test_every_contender_is_right(op, batch, storage):
 def test_check_tells_float32_from_a_lower_precision():
     case = Case("direction", 500, storage=torch.bfloat16)
     problem = Problem(case, CPU)
-    own = contenders(case, problem, lambda case, name: name == "reference")[0]
-    unrounded = case._replace(storage=torch.float32)
+    own = case.contenders(problem, lambda case, name: name == "reference")[0]
+    unrounded = case.replace(storage=torch.float32)
     assert own._replace(case=unrounded).check(problem).excess > 10  # against pairs that were not rounded to bfloat16
 
 
@@ -52,7 +52,7 @@ def test_check_tells_float32_from_a_lower_precision():
 def test_timed_steps_are_accepted_and_go_round(name):
     case = Case("step", 40, m=3)
     problem = Problem(case, CPU)
-    forth, back = contenders(case, problem, lambda case, other: other == name)[0].timed.calls
+    forth, back = case.contenders(problem, lambda case, other: other == name)[0].timed.calls
     first = forth().clone()
     # Accepted: s = y = 2 g, so H g = g. A rejected pair would leave the H of random pairs.
     torch.testing.assert_close(first, -problem.g)
@@ -63,8 +63,8 @@ def test_timed_steps_are_accepted_and_go_round(name):
 
 def test_measure_times_every_contender_once():
     cases = [Case("direction", 60, m=4), Case("direction", 60, m=4, storage=torch.bfloat16)]
-    rows = measure(cases, CPU, seconds=0.0, wanted=no_compile, limit=True)
-    names = lbfgs.serving(cases[0], CPU)
+    rows = measure(cases, CPU, seconds=0.0, wanted=no_compile)
+    names = cases[0].serving(CPU)
     limit = [(cases[0], LIMIT)] if machine.can_read() else []
     expected = (
         [(cases[0], name) for name in [*names, "eager", "compact"]] + [(cases[1], name) for name in names] + limit
@@ -72,7 +72,8 @@ def test_measure_times_every_contender_once():
     assert [(row.case, row.name) for row in rows] == expected
     for row in rows:
         assert 0 < row.best <= row.seconds < 1
-        assert row.bytes_per_second == pytest.approx(row.case.nbytes / row.seconds)
+        moved = 2 * row.case.history_bytes if row.name == LIMIT else row.case.nbytes
+        assert row.bytes_per_second == pytest.approx(moved / row.seconds)
 
 
 def test_measure_rejects_cases_that_share_no_problem():
@@ -83,7 +84,7 @@ def test_measure_rejects_cases_that_share_no_problem():
 @pytest.mark.parametrize("value", [1.01, math.nan])
 def test_a_wrong_answer_has_no_speed(monkeypatch, value):
     case = Case("two_loop", 50)
-    auto = backends.load("lbfgs", lbfgs.serving(case, CPU)[0])
+    auto = backends.load("lbfgs", case.serving(CPU)[0])
     right = auto.two_loop
 
     def wrong(grad, s, y, gamma, out):
@@ -96,14 +97,14 @@ def test_a_wrong_answer_has_no_speed(monkeypatch, value):
     assert (rows[0].seconds, rows[0].best, rows[0].bytes_per_second) == (None, None, None)
     assert rows[0].note == "wrong answer"
     assert not rows[0].correct
-    assert report.ratios(rows, rows[0]) == {}
-    assert any("wrong answer" in line for line in report.losses(rows, []))
-    eager = report.find(rows, case, "eager")
+    assert ratios(rows, rows[0]) == {}
+    assert any("wrong answer" in line for line in report.losses(rows))
+    eager = find(rows, case, "eager")
     assert eager.seconds is not None
 
 
 def test_a_peer_that_cannot_run_here_fails_alone(monkeypatch):
-    def broken():
+    def broken(function):
         def call(*args):
             raise RuntimeError("no compiler")
 
@@ -112,46 +113,46 @@ def test_a_peer_that_cannot_run_here_fails_alone(monkeypatch):
     monkeypatch.setattr(lbfgs.peers, "compiled", broken)
     case = Case("two_loop", 50)
     rows = measure([case], CPU, seconds=0.0)
-    failed = report.find(rows, case, "compiled")
+    failed = find(rows, case, "compiled")
     assert (failed.seconds, failed.note) == (None, "failed: RuntimeError")
-    assert "compiled" not in report.ratios(rows, rows[0])
-    assert {"eager", "compact"} == set(report.ratios(rows, rows[0]))
-    assert not any("wrong answer" in line for line in report.losses(rows, []))
+    assert "compiled" not in ratios(rows, rows[0])
+    assert {"eager", "compact"} == set(ratios(rows, rows[0]))
+    assert not any("wrong answer" in line for line in report.losses(rows))
 
 
 def test_auto_is_timed_as_a_user_calls_it_and_the_rest_by_choice(monkeypatch):
     case = Case("two_loop", 30)
     seen = []
     problem = Problem(case, CPU)
-    for contender in contenders(case, problem, lambda case, name: name in backends.ORDER):
+    for contender in case.contenders(problem, lambda case, name: name in backends.ORDER):
         with contender.timed.around():
             seen.append((contender.name, secant.current_backend()))
-    first, *rest = lbfgs.serving(case, CPU)
+    first, *rest = case.serving(CPU)
     assert seen == [(first, "auto"), *((name, name) for name in rest)]
 
 
 def test_the_reference_is_spared_long_vectors():
     long = Case("two_loop", 10**7)
-    assert "reference" not in lbfgs.serving(long, CPU)
-    assert "reference" in lbfgs.serving(Case("two_loop", 10**6), CPU)
+    assert "reference" not in long.serving(CPU)
+    assert "reference" in Case("two_loop", 10**6).serving(CPU)
 
 
 def test_copies_outgrow_a_cache(monkeypatch):
     case = Case("two_loop", 10**5)  # 8 MB of history
-    assert lbfgs._copies(case, CPU) == 1
+    assert copies(case, CPU) == 1
     monkeypatch.setattr(machine, "cache_bytes", lambda device: 50 * 10**6)
-    assert lbfgs._copies(case, CPU) == 13
-    assert lbfgs._copies(Case("two_loop", 1000), CPU) == lbfgs.MAX_COPIES
-    assert lbfgs._copies(Case("two_loop", 10**8), CPU) == 1
+    assert copies(case, CPU) == 13
+    assert copies(Case("two_loop", 1000), CPU) == Case.MAX_COPIES
+    assert copies(Case("two_loop", 10**8), CPU) == 1
 
 
 def test_cases_fit_into_the_memory_that_they_need(monkeypatch):
     cases = [Case("step", 10**6), Case("step", 10**6, storage=torch.bfloat16)]
     # Of its own each backend has 80 MB and 40 MB of history, and the problem alone 80 MB.
-    needed = 80e6 + 120e6 * len(lbfgs.serving(cases[0], CPU))
-    for free, fits in ((needed, False), (4 * needed, True), (None, True)):
+    needed = 80e6 + 120e6 * len(cases[0].serving(CPU))
+    for free, expected in ((needed, False), (4 * needed, True), (None, True)):
         monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
-        assert lbfgs.fits(cases, CPU) is fits
+        assert fits(cases, CPU) is expected
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is free")
@@ -175,7 +176,45 @@ def test_bandwidth_without_the_extension(monkeypatch):
 
 def test_what_cannot_be_captured_fails_alone(monkeypatch):
     case = Case("two_loop", 50)
-    monkeypatch.setattr(lbfgs, "captured", lambda timed, device: "not captured: RuntimeError")
-    rows = measure([case], CPU, seconds=0.0, wanted=lambda case, name: name in ("cpu", "eager"), graph=True)
-    assert [(row.name, row.note) for row in rows] == [("cpu", "not captured: RuntimeError"), ("eager", "")]
-    assert report.losses(rows, []) == []
+    monkeypatch.setattr(measuring, "has_graphs", lambda device: True)
+    monkeypatch.setattr(measuring, "captured", lambda timed, device: "not captured: RuntimeError")
+    rows = measure([case], CPU, seconds=0.0, wanted=lambda case, name: name in ("cpu", "eager"))
+    assert [(row.name, row.note) for row in rows] == [("cpu", ""), ("eager", ""), ("cpu", "not captured: RuntimeError")]
+    assert rows[2].seconds is None
+    assert report.losses(rows) == []
+
+
+def test_short_problems_and_those_of_the_published_figures_are_replayed():
+    def captured(case):
+        return {one.name for one in case.contenders(Problem(case, CPU), everything) if one.capturable}
+
+    case = Case("two_loop", 50)
+    assert captured(case) == {*case.serving(CPU), "compiled", "compact"}  # the eager loop goes through the host
+    assert captured(Case("step", 50)) == set(case.serving(CPU))
+    assert captured(Case("direction", lbfgs.GRAPH_N + 1, m=2)) == set()
+    published = lbfgs.published()[1].replace(n=lbfgs.PUBLISHED[1])
+    assert captured(published) == set(published.serving(CPU))
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_those_of_torch():
+    """The same pairs and, but for the rounding of dot products, the same directions, call after call."""
+    case = Case("step", 500, m=4)
+    problem = Problem(case, CPU)
+    compiled = next(one for one in case.contenders(problem, everything) if one.name == "compiled")
+    check = compiled.check(problem)
+    assert check.error <= check.bound < 1e-3
+    forth, back = compiled.timed.calls
+    forth()
+    for _ in range(6):
+        torch.testing.assert_close(back(), problem.g)
+        torch.testing.assert_close(forth(), -problem.g)
+
+
+def test_full_runs_have_every_op_over_the_whole_range():
+    every = [case for group in lbfgs.groups(CPU, full=True) for case in group]
+    for op in ("two_loop", "direction", "step"):
+        flat = {case.n for case in every if case.series and case.op == op}
+        assert flat == {10**2, 10**3, 10**4, 10**5, 10**6, 3 * 10**6, 10**7}
+    assert {case for group in lbfgs.groups(CPU) for case in group} < set(every)
+    assert len(every) == len(set(every))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from secant.kernels.lbfgs import reference
 
-from secant.benchmarks import lbfgs, peers
-from secant.benchmarks.lbfgs import Case, Problem
+from secant.benchmarks import peers
+from secant.benchmarks.families import lbfgs
+from secant.benchmarks.families.lbfgs import Case, Problem
 
 CPU = torch.device("cpu")
 FLAT, BATCH = Case("two_loop", 300, m=7, dtype=torch.float64), Case("two_loop", 20, m=7, batch=5, dtype=torch.float64)

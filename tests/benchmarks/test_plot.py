@@ -11,7 +11,10 @@ import itertools
 from matplotlib.image import imread
 
 from secant.benchmarks import plot
+from secant.benchmarks.case import Row
+from secant.benchmarks.families.lbfgs import Case
 from secant.benchmarks.plot import Curve, Panel, Series
+from secant.benchmarks.timing import Timing
 
 LINES = [
     Series("slow", plot.TORCH, [1000, 10_000, 100_000], [3e-4, 5e-4, 2e-3]),
@@ -60,9 +63,25 @@ def test_demo_picture(tmp_path):
         assert colours(pixels[:, half:], colour) > 200
 
 
-def test_bench_picture(tmp_path):
-    ratios = [("one", {"eager": 3.0, "compact": 0.7}), ("two", {"eager bmm": 5.0})]
-    plot.save_bench(tmp_path / "x.png", Panel("a", "b"), LINES, LIMIT, Panel("c", "d"), ratios, "footer")
+def test_family_picture(tmp_path):
+    """A column for cases that differ in size, with a curve for each name; a dot for each peer of the others."""
+
+    def rows(case, kind="peer", **seconds):
+        return [Row(case, name, kind, Timing((x,)), 0.0, 1.0) for name, x in seconds.items()]
+
+    found = []
+    for n, slow in ((1000, 3.0), (10_000, 5.0)):
+        found += rows(Case("two_loop", n), "backend", cpu=slow * 1e-5)
+        found += rows(Case("two_loop", n), eager=slow * 1e-4, compact=slow * 2e-4)
+    for op, seconds in (("direction", {"compiled": 3e-3, "compact": 7e-4}), ("step", {"eager bmm": 5e-3})):
+        case = Case(op, 64, batch=100)
+        found += rows(case, "backend", cpu=1e-3) + rows(case, **seconds)
+    plot.save_family(tmp_path / "x.png", found, 1e10, "footer")
     pixels = check_picture(tmp_path / "x.png")
-    for name in ("eager", "compact", "eager bmm"):
-        assert colours(pixels[:, pixels.shape[1] // 2 :], plot.PEERS[name]) > 50
+    half = pixels.shape[1] // 2
+    upper = pixels[: pixels.shape[0] * 4 // 5]  # above the legend
+    for name in ("cpu", "eager", "compact"):
+        assert colours(upper[:, :half], plot.COLORS[name][0]) > 50
+    for name in ("compiled", "compact", "eager bmm"):
+        assert colours(upper[:, half:], plot.COLORS[name][0]) > 50
+    assert colours(upper[:, half:], plot.COLORS["cpu"][0]) == 0

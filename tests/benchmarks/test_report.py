@@ -6,21 +6,23 @@ import math
 import pytest
 import torch
 
-from secant.benchmarks import report
-from secant.benchmarks.lbfgs import LIMIT, REPLAY, Case, Row
-from secant.benchmarks.report import Bar, Overhead, cpu_bars, gpu_bars, losses, ratios
-from secant.benchmarks.timing import Timing
+from secant.benchmarks import families, report
+from secant.benchmarks.case import Bar, Row, no_compile, ratios
+from secant.benchmarks.families.lbfgs import LIMIT, Case, cpu_bars, gpu_bars
+from secant.benchmarks.optimizers import OutsideClosure
+from secant.benchmarks.report import losses
+from secant.benchmarks.timing import REPLAY, Timing
 
 SMALL, LARGE = Case("two_loop", 10**3), Case("two_loop", 10**7)
 
 
 def row(case, name, seconds, kind="backend", error=0.0, note=""):
-    return Row(case, name, kind, seconds, seconds, error, 1e-6, note)
+    return Row(case, name, kind, None if seconds is None else Timing((seconds,)), error, 1e-6, note)
 
 
 def overhead(n, history, torch_seconds, secant_seconds):
-    timings = {"torch": Timing((torch_seconds,)), "secant": Timing((secant_seconds,))}
-    return Overhead(n, history, None, timings)
+    case = OutsideClosure("LBFGS", n, history)
+    return [row(case, "secant", secant_seconds), row(case, "torch", torch_seconds, "peer")]
 
 
 ROWS = [
@@ -47,8 +49,8 @@ def test_ratios_compare_replays_with_replays():
 
 
 def test_cpu_bars():
-    overheads = [overhead(10**3, 10, 500e-6, 100e-6), overhead(10**6, 10, 3e-3, 2e-3)]
-    bars = {bar.measure: bar for bar in cpu_bars(ROWS, overheads, {"secant": 2e-7, "eager": 6e-7})}
+    overheads = [*overhead(10**3, 10, 500e-6, 100e-6), *overhead(10**6, 10, 3e-3, 2e-3)]
+    bars = {bar.measure: bar for bar in cpu_bars([*ROWS, *overheads], {"secant": 2e-7, "eager": 6e-7})}
     found = {bar.measured and round(bar.measured, 9): bar.met for bar in bars.values()}
     assert found[25.0] is True  # at least 20
     assert found[1.5] is False  # at least 2.2, and the optimizer: at least 2
@@ -57,12 +59,12 @@ def test_cpu_bars():
     assert found[2e-7] is True
     assert sum(bar.met is None for bar in bars.values()) == 7
     assert len(bars) == 13
-    assert all(bar.measured is None for bar in cpu_bars([], [], None))
+    assert all(bar.measured is None for bar in cpu_bars([], None))
 
 
 def test_cpu_bars_of_bf16():
     wide, narrow = (Case("direction", 10**7, storage=x) for x in (torch.float32, torch.bfloat16))
-    bars = cpu_bars([row(wide, "cpu", 0.1), row(narrow, "cpu", 0.05)], [], None)
+    bars = cpu_bars([row(wide, "cpu", 0.1), row(narrow, "cpu", 0.05)], None)
     assert [(bar.measured, bar.met) for bar in bars if bar.measured is not None] == [(2.0, True)]
 
 
@@ -88,30 +90,71 @@ def test_bars_table_says_met_not_met_or_why_not():
 
 def test_losses_name_what_auto_loses_and_what_is_wrong():
     rows = [*ROWS, row(Case("step", 10), "cpu", None, error=math.nan)]
-    lost = losses(rows, [overhead(10**3, 100, 1.0, 2.0)])
+    lost = losses([*rows, *overhead(10**3, 100, 1.0, 2.0)])
     assert len(lost) == 3
     assert "wrong answer" in lost[0]
     assert "cpu takes 2x the time of compact" in lost[1]
-    assert "history 100: 2x the time" in lost[2]
+    assert "history 100: secant takes 2x the time of torch" in lost[2]
 
 
-def test_rows_table_shows_speed_against_the_bandwidth():
-    table = report.rows_table(ROWS, LARGE.nbytes / 0.056)
-    line = dict(zip(table.columns, table.rows[4], strict=True))
-    assert (line["of bandwidth"], line["median"], line["speed-up over"]) == ("80%", "70 ms", "eager 1.5x")
-    assert table.rows[6][5] == LIMIT
+def test_rows_table_shows_speed_against_the_bandwidth_the_limit_and_every_peer():
+    table = report.rows_table("Directions", ROWS, LARGE.nbytes / 0.056, cpu_bars(ROWS, None))
+    small, large = (dict(zip(table.columns, line, strict=True)) for line in table.rows)
+    assert (large["of bandwidth"], large["median"], large["times longer"]) == ("80%", "70 ms", "eager 1.5x")
+    assert large["of limit"] == f"{LARGE.nbytes / 0.070 / (2 * LARGE.history_bytes / 0.056):.0%}"
+    assert large["bars"] == "2.2x: NOT MET, 1.3 times two reads: met"
+    assert (small["of limit"], small["times longer"]) == ("-", "eager 25x, compact 0.5x")
+    assert LIMIT in table.notes[1]
+
+
+def test_rows_table_says_what_a_peer_could_not_do():
+    rows = [*ROWS[:3], row(SMALL, "compiled", None, "peer", math.nan, "failed: RuntimeError")]
+    assert report.rows_table("", rows, None).rows[0][-2] == "eager 25x, compiled: failed: RuntimeError"
+
+
+def test_the_limit_is_that_of_the_case_or_of_as_many_bytes_of_its_input():
+    step, narrow = Case("step", 10**7), Case("step", 10**7, storage=torch.bfloat16)
+    rows = [*ROWS, row(step, "cpu", 0.1), row(narrow, "cpu", 0.1)]
+    assert report.limit_of(rows, rows[-2]) is ROWS[6]
+    assert report.limit_of(rows, rows[-1]) is None
+    own = row(step, LIMIT, 0.2, "limit")
+    assert report.limit_of([*rows, own], rows[-2]) is own
 
 
 def test_json_is_plain_data():
-    about = {"cpu": "x"}
-    bars = cpu_bars(ROWS, [], None)
-    data = json.loads(json.dumps(report.as_json(about, ROWS, [overhead(10, 5, 2.0, 1.0)], bars, 1e10)))
-    assert data["machine"] == about
+    rows = [*ROWS, *overhead(10, 5, 2.0, 1.0)]
+    bars = cpu_bars(ROWS, None)
+    data = json.loads(json.dumps(report.as_json(rows, bars, 1e10)))
+    assert data["bandwidth"] == 1e10
     assert data["rows"][0]["speedup_over"] == pytest.approx({"eager": 25.0, "compact": 0.5})
     assert data["rows"][0]["bandwidth_fraction"] == pytest.approx(SMALL.nbytes / 10e-6 / 1e10)
-    assert data["outside_closure"][0]["ratio"] == 2.0
+    assert data["rows"][-2]["speedup_over"] == {"torch": 2.0}
+    assert SMALL.parameters().items() <= data["rows"][0].items()
     assert [bar["met"] for bar in data["bars"]] == [bar.met for bar in bars]
     assert len(data["lost"]) == 1
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_names_are_those_of_the_contenders(name):
+    device = torch.device("cpu")
+    for [case, *_] in families.load(name).groups(device, quick=True):
+        found = case.contenders(case.problem(device), no_compile)
+        assert [one.name for one in found] == [x for x in case.names(device) if no_compile(case, x)]
+        assert {one.case for one in found} == {case}
+
+
+def test_every_family_has_rows_of_one_shape():
+    """The keys of all families are the same but for the parameters of their cases."""
+    keys = set()
+    for name in families.NAMES:
+        family = families.load(name)
+        for [case, *_] in family.groups(torch.device("cpu"), quick=True):
+            data = report.plain_row([], row(case, "cpu", 1e-3), 1e10)
+            assert data["bytes"] > 0
+            assert data["flops"] > 0
+            assert data.keys() >= case.parameters().keys()
+            keys.add(frozenset(data.keys() - case.parameters().keys()))
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize(

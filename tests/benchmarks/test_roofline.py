@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from secant.benchmarks import blocks, hvp, lbfgs, machine, roofline
+from secant.benchmarks import machine, report, roofline
+from secant.benchmarks.case import Row
+from secant.benchmarks.families import blocks, hvp, lbfgs
+from secant.benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 F32, F64 = torch.float32, torch.float64
@@ -107,29 +110,28 @@ def test_operations_of_blocks():
 
     for assume, only_lower in (("spd", True), ("general", False)):
         factor = counted(lambda only_lower=only_lower: lu(only_lower))
-        solve = blocks.Case("block_solve", assume, n, 1).block_flops
+        solve = blocks.Case("block_solve", assume, n, 1).flops
         assert solve - 2 * n**2 == pytest.approx(factor, rel=2 / n)
-        assert blocks.Case("block_inv", assume, n, 1).block_flops == pytest.approx(3 * (solve - 2 * n**2))
-    assert blocks.Case("block_eigh", "symmetric", n, 1).block_flops == 9 * n**3
+        assert blocks.Case("block_inv", assume, n, 1).flops == pytest.approx(3 * (solve - 2 * n**2))
+    assert blocks.Case("block_eigh", "symmetric", n, 1).flops == 9 * n**3
 
 
-def test_a_row_without_counts_has_those_of_its_case():
+def test_a_row_has_the_counts_of_its_case():
     cases = (lbfgs.Case("step", 30, 4, 2, F64, F64), blocks.Case("block_inv", "spd", 6, 9, F32))
     for case in (*cases, hvp.Case("softmax_hvp", 20, 5, 3, torch.bfloat16)):
-        row = case._asdict() | {
-            key: str(value).removeprefix("torch.")
-            for key, value in case._asdict().items()
-            if key in ("dtype", "storage")
-        }
-        flops = case.block_flops if isinstance(case, blocks.Case) else case.flops
-        moved = {blocks.Case: "block_bytes", hvp.Case: "bytes", lbfgs.Case: "nbytes"}[type(case)]
-        assert roofline.counts(row) == (flops, getattr(case, moved))
-        assert roofline.counts(row | {"flops": 7, "bytes": 2}) == (7, 2)
+        row = json.loads(json.dumps(report.plain_row([], Row(case, "cpu", "backend", Timing((2.0,)), 0.0, 1.0), None)))
+        assert (row["flops"], row["bytes"]) == (case.flops, case.nbytes)
+        [point] = roofline.points([row])
+        assert point[3:] == (case.flops / case.nbytes, case.flops / 2.0)
+        names = {"dtype", "storage"} & row.keys()
+        dtypes = {name: getattr(torch, row[name]) for name in names}
+        again = {name: row[name] for name in case.parameters()} | dtypes
+        assert type(case)(**again) == case
 
 
 def test_points_are_what_backends_measured():
     row = {"op": "two_loop", "by": "cpu", "kind": "backend", "dtype": "float64", "flops": 12, "bytes": 4, "median": 2.0}
-    others = ({"by": "reference"}, {"kind": "peer"}, {"median": None})
+    others = ({"by": "reference"}, {"by": "secant"}, {"kind": "peer"}, {"median": None})
     assert roofline.points([row, *(row | other for other in others)]) == [roofline.Point("two_loop", "cpu", True, 3, 6)]
 
 
@@ -171,7 +173,7 @@ def test_rates_of_this_machine():
 
 def test_recorded_results_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    files = sorted((ROOT / "bench/results").glob("cpu-*.json"))
+    files = sorted((ROOT / "bench/results").glob("cpu-xeon-*.json"))
     assert files
     picture = tmp_path / "roofline.png"
     monkeypatch.setattr(sys, "argv", ["roofline.py", str(picture), *map(str, files)])
@@ -181,5 +183,5 @@ def test_recorded_results_are_drawn(tmp_path, monkeypatch):
     [(path, found, rates, words)] = seen
     assert path == picture
     assert {point.op for point in found} == set(roofline.COLORS)
-    assert rates["bandwidth"] >= json.loads(files[0].read_text())["machine"].get("bandwidth", 0)
+    assert rates["bandwidth"] >= json.loads(files[-1].read_text())["families"]["lbfgs"]["bandwidth"]
     assert "Xeon" in words[1]

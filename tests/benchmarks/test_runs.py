@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secant.benchmarks import optimizers
-from secant.benchmarks.optimizers import OPTIMIZERS, Stopwatch, counts, outside_per_iteration, timed_step
+from secant.benchmarks import optimizers, timing
+from secant.benchmarks.measure import measure
+from secant.benchmarks.optimizers import OPTIMIZERS, OutsideClosure, Running, Stopwatch, counts, timed_step
 from secant.benchmarks.timing import HostClock
 
 CPU = torch.device("cpu")
@@ -72,17 +73,37 @@ def test_quadratic_has_its_gradient():
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_outside_per_iteration_of_both(search):
-    found = outside_per_iteration(50, 5, CPU, seconds=0.0, line_search_fn=search)
-    assert found.keys() == OPTIMIZERS.keys()
-    for timing in found.values():
-        assert len(timing.samples) == optimizers.MIN_ROUNDS
-        assert 0 < timing.best < 1
+    rows = measure([OutsideClosure("LBFGS", 50, 5, search)], CPU, seconds=0.0)
+    assert {row.name for row in rows} == OPTIMIZERS.keys()
+    for row in rows:
+        assert len(row.timing.samples) == timing.MIN_ROUNDS
+        assert 0 < row.best < 1
+        assert row.correct
 
 
-def test_a_run_that_ends_early_is_no_measurement(monkeypatch):
+def test_what_the_closure_takes_is_not_counted_and_the_rest_is_per_iteration(monkeypatch):
+    clock, running = VirtualClock(), Running("torch", OutsideClosure("LBFGS", 50, 5), CPU)
+
+    def closure():
+        clock.now += 10.0
+        return running.f.closure()
+
+    def slow(watch, step=running.optimizer.step):
+        clock.now += 7.0
+        return step(watch)
+
+    running.watch = Stopwatch(closure, clock)
+    monkeypatch.setattr(running.optimizer, "step", slow)
+    timed = timing.Timed([running.advance], inside=running.inside)
+    found = timing.interleaved({"x": timed}, clock, seconds=0.0)["x"].per(optimizers.ITERATIONS)
+    assert found.samples == (7.0 / optimizers.ITERATIONS,) * timing.MIN_ROUNDS
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_that_ends_early_is_no_measurement(monkeypatch, name):
     monkeypatch.setattr(optimizers.Quadratic, "closure", lambda self: self.x.grad.zero_().sum())
-    with pytest.raises(RuntimeError, match="torch: stopped after"):
-        outside_per_iteration(50, 5, CPU)
+    with pytest.raises(RuntimeError, match=f"{name}: stopped after"):
+        Running(name, OutsideClosure("LBFGS", 50, 5), CPU)
 
 
 @pytest.fixture(scope="module")

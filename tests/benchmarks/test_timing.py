@@ -70,6 +70,9 @@ def test_context_is_entered_around_samples_and_not_timed():
 def test_timing_summary():
     times = Timing((3.0, 1.0, 2.0, 10.0))
     assert (times.median, times.best) == (2.5, 1.0)
+    assert times.spread == pytest.approx((4.75 - 1.75) / 2.5)  # quartiles between the samples 1 2 3 10
+    assert Timing((3.0,)).spread == 0.0
+    assert times.per(2).samples == (1.5, 0.5, 1.0, 5.0)
 
 
 def test_clock_of_a_device(monkeypatch):

@@ -16,7 +16,9 @@ import torch
 
 import secant
 from secant import backends, ops
-from secant.benchmarks import blocks, hvp, lbfgs, peers
+from secant.benchmarks import peers
+from secant.benchmarks.case import no_compile
+from secant.benchmarks.families import blocks, hvp, lbfgs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -74,7 +76,7 @@ def test_directions_of_fresh_inputs(name, device, trial, poisoned):
         error = float((norm(got.double() - want) / norm(want)).max())
         assert error <= peers.tolerance(case.m, amplification, dtype, 0.0), (SEED, case)
         for op in ("direction", "step"):
-            found = lbfgs.contenders(case._replace(op=op), problem, lambda case, other: other == name)
+            found = case.replace(op=op).contenders(problem, lambda case, other: other == name)
             assert found[0].check(problem).excess <= 1, (SEED, case, op)
 
 
@@ -97,7 +99,7 @@ def test_blocks_of_fresh_inputs(name, device, op, assume, dtype, poisoned):
                 answer = ops.block_eigh(a)
             assert problem.worst_ratio(answer) < blocks.THRESHOLD, (SEED, case)
             if op == "block_eigh":  # whose functions are bounded as in test_blocks_gpu.py
-                positive = blocks.Problem(case._replace(op="block_inv", assume="spd"), device, draw.getrandbits(31)).a
+                positive = blocks.Problem(case.replace(op="block_inv", assume="spd"), device, draw.getrandbits(31)).a
                 for f, x in (
                     (lambda x: ops.block_abs_inv(x, floor=0.5), a),
                     (lambda x: ops.block_inv_root(x, 2), positive),
@@ -126,7 +128,7 @@ def test_products_of_fresh_inputs(name, device, op, dtype, poisoned):
             limit = hvp.TOLERANCE * torch.finfo(case.compute).eps
             if op == "cross_entropy_hvp":
                 limit = max(limit, 8 * torch.finfo(dtype).eps)
-            call = next(x for x in hvp.contenders(problem, compiled=False, reference=True) if x.name == name).call
+            call = next(x for x in case.contenders(problem, no_compile) if x.name == name).probe
             assert problem.error(call()) < limit, (SEED, case)
 
 

@@ -1,6 +1,6 @@
 """Measurements of the kernels against the best that a user could have without them; used by the demo, bench and CI.
 
-`timing` takes the times, `machine` says on what, `peers` are the alternatives, `lbfgs` the cases and their checks,
-`optimizers` and `digits` whole runs, `report` the tables and bars, `plot` the pictures. `blocks` and `blocks_report`
-are the cases, peers, tables and bars of the small blocks.
+`case` has the shapes: Case, Contender, Row, Bar. `families` are the cases, a file each, with their peers and bars.
+`measure` checks and times them in turns (`timing`), `report` makes tables and JSON of the rows, `plot` and `roofline`
+pictures; `machine` says on what. `peers` are directions without this library, `optimizers` and `digits` whole runs.
 """

@@ -47,12 +47,12 @@ def load(device: torch.device, dtype: torch.dtype = torch.float32) -> Digits:
 
 
 def logistic_regression() -> nn.Module:
-    """Multinomial, 650 parameters."""
+    """Make a multinomial model, 650 parameters."""
     return nn.Linear(64, 10)
 
 
 def mlp() -> nn.Module:
-    """64-128-64-10 with tanh, 17,226 parameters."""
+    """Make 64-128-64-10 with tanh, 17,226 parameters."""
     return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 10))
 
 
@@ -78,17 +78,17 @@ class Task:
         self.weights = [p for p in self.params if p.dim() > 1]
 
     def loss(self) -> Tensor:
-        """The objective on the training images."""
+        """Compute the objective on the training images."""
         penalty = sum(w.square().sum() for w in self.weights)
         return nn.functional.cross_entropy(self.net(self.data.train_x), self.data.train_y) + 0.5 * L2 * penalty
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """Share of the test images that are classified correctly."""
+        """Return the share of the test images that are classified correctly."""
         return float((self.net(self.data.test_x).argmax(1) == self.data.test_y).float().mean())
 
     def closure(self, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
-        """What both optimizers are given."""
+        """Make what both optimizers are given."""
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -127,7 +127,7 @@ def train(name: str, model: Model, data: Digits, clock: Clock, iterations: int |
 
 
 def recorded_pairs(data: Digits, *, every: int = 10, calls: int = 8) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(g, s, y), oldest pair first, from a run of the MLP: after each `every` iterations."""
+    """Yield (g, s, y), oldest pair first, from a run of the MLP: after each `every` iterations."""
     task = Task(MODELS[-1], data)
     optimizer = _optimizer("secant", task, every)
     closure = task.closure(optimizer)
@@ -140,7 +140,7 @@ def recorded_pairs(data: Digits, *, every: int = 10, calls: int = 8) -> Iterator
 
 
 def direction_errors(data: Digits) -> dict[str, float]:
-    """Largest relative error of float32 directions on `recorded_pairs`, against float64 on the same pairs."""
+    """Find the largest relative error of float32 directions on `recorded_pairs`, against float64 on the same pairs."""
     errors = {"secant": 0.0, "eager": 0.0}
     for g, s, y in recorded_pairs(data):
         want = peers.exact(g, s.unbind(), y.unbind()).d

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -17,6 +18,8 @@ from secant.kernels._cpu_support import extension as _cpu
 
 #: Far larger than any cache, so that memory is what is measured.
 CPU_BYTES, GPU_BYTES = 1 << 28, 1 << 30
+#: Level and bytes of a cache that is below every real one but for its size.
+CPU_CACHE = (0, 32 << 20)
 
 
 class Bandwidth(NamedTuple):
@@ -51,7 +54,7 @@ def _copy_bandwidth(device: torch.device, nbytes: int) -> Bandwidth:
 
 
 def rates(device: torch.device, *, small: bool = False) -> dict[str, float]:
-    """What bounds a kernel here: bytes per second of the memory, operations per second of matrix products by dtype.
+    """Measure what bounds a kernel here: bytes per second of the memory, operations of matrix products by dtype.
 
     Args:
         device: where. small: products that take no time, to see that it runs.
@@ -77,12 +80,12 @@ def read(times: int, *tensors: torch.Tensor) -> None:
 
 
 def can_read() -> bool:
-    """Whether `read` works here."""
+    """Say whether `read` works here."""
     return _cpu is not None
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be allocated, or None when the system does not say."""
+    """Return the memory that can be allocated, or None when the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -92,8 +95,23 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache of a GPU; 0 for a CPU, where inputs are left in cache for everyone alike."""
+    """Return the size of the last-level cache of a GPU; 0 for a CPU, where all find inputs in cache alike."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def last_level_cache() -> int:
+    """Return the bytes of the last-level cache of the CPU, 32 MB where the system does not say."""
+    found = [CPU_CACHE]
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            level, size = ((folder / name).read_text().strip() for name in ("level", "size"))
+            found.append((int(level), int(size.removesuffix("K")) << 10))
+    return max(found)[1]
+
+
+def table_in_force() -> str:
+    """Name the processor whose table of choices is in force: the one at hand, as no table differs by processor yet."""
+    return _cpu_name()
 
 
 def _cpu_name() -> str:
@@ -104,11 +122,12 @@ def _cpu_name() -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, versions and, for a GPU, its name and size, as plain data."""
+    """Return processor, threads, versions and, for a GPU, its name and size, as plain data."""
     about: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "choices": table_in_force(),
         "instruction_set": _cpu.build_config()["isa"] if _cpu is not None else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -129,6 +148,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def summary(about: dict[str, Any]) -> str:
-    """The processor, threads and versions of `describe` in one line."""
+    """Return the processor, threads and versions of `describe` in one line."""
     threads = "" if "gpu" in about else f"{about['threads']} threads, "
     return f"{about.get('gpu', about['cpu'])}, {threads}torch {about['torch']}, secant {about['secant']}"

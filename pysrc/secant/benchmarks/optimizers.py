@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import secant
-from secant.benchmarks.timing import Clock, Timing, clock_for
+from secant.benchmarks.case import Case, Check, Contender
+from secant.benchmarks.timing import Clock, Timed, clock_for
 
 #: What is compared, by the name that the tables show.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -36,7 +37,7 @@ class Stopwatch:
         return loss
 
     def inside(self) -> float:
-        """Seconds in the closure; after `clock.wait`."""
+        """Add up the seconds in the closure; after `clock.wait`."""
         return sum(self.clock.seconds(start, end) for start, end in self.spans)
 
 
@@ -52,12 +53,12 @@ class Steps(NamedTuple):
 
     @property
     def outside(self) -> float:
-        """Seconds in the optimizer itself."""
+        """Return the seconds in the optimizer itself."""
         return self.total - self.inside
 
 
 def counts(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Iterations and evaluations so far; both optimizers file them under the first parameter."""
+    """Count iterations and evaluations so far; both optimizers file them under the first parameter."""
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     return state.get("n_iter", 0), state.get("func_evals", 0)
 
@@ -93,56 +94,110 @@ class Quadratic:
 
     @torch.no_grad()
     def closure(self) -> Tensor:
-        """Loss; the gradient is written where `x.grad` lies."""
+        """Compute the loss; the gradient is written where `x.grad` lies."""
         grad = self.x.grad
         assert grad is not None
         torch.mul(self.h, self.x, out=grad)
         return torch.dot(self.x, grad) / 2
 
 
-#: Iterations of a timed call, and how many such calls there are at least and at most.
-ITERATIONS, MIN_ROUNDS, MAX_ROUNDS = 5, 3, 30
+#: Iterations of a timed call.
+ITERATIONS = 5
 
 
-def outside_per_iteration(
-    n: int, history: int, device: torch.device, *, seconds: float = 2.0, line_search_fn: str | None = None
-) -> dict[str, Timing]:
-    """Seconds per iteration outside the closure, once the history is full, both optimizers in turn.
-
-    Args:
-        n: parameters, in one tensor (more tensors would cost `torch.optim.LBFGS` a longer concatenation).
-        history: pairs. device: where.
-        seconds: to spend once the histories are full, roughly.
-        line_search_fn: as the optimizers have it.
+class Running:
+    """An optimizer on `Quadratic` with its history full, to be advanced by `ITERATIONS` at a time.
 
     Raises:
-        RuntimeError: an optimizer stopped early, so that there is nothing to compare.
+        RuntimeError: it stopped early, so that there is nothing to compare; from `advance` when its time is taken.
     """
-    clock = clock_for(device)
-    runs = {}
-    for name, make in OPTIMIZERS.items():
-        f = Quadratic(n, device)
-        options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, "line_search_fn": line_search_fn}
-        optimizer = make([f.x], max_iter=ITERATIONS, max_eval=100 * ITERATIONS, history_size=history, **options)
-        while counts(optimizer)[0] <= history:
-            _advance(name, optimizer, f, clock)
-        runs[name] = (optimizer, f)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    order, deadline = list(runs), time.perf_counter() + seconds
-    for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() > deadline:
-            break
-        for name in order:
-            steps = _advance(name, *runs[name], clock)
-            samples[name].append(steps.outside / steps.iterations)
-        order.reverse()
-    return {name: Timing(tuple(x)) for name, x in samples.items()}
 
-
-def _advance(name: str, optimizer: torch.optim.Optimizer, f: Quadratic, clock: Clock) -> Steps:
-    steps = timed_step(optimizer, f.closure, clock)
-    if steps.iterations != ITERATIONS:
-        raise RuntimeError(
-            f"{name}: stopped after {steps.iterations} of {ITERATIONS} iterations, loss {steps.losses[-1]}"
+    def __init__(self, name: str, case: OutsideClosure, device: torch.device) -> None:
+        self.name, self.f = name, Quadratic(case.n, device)
+        self.watch = Stopwatch(self.f.closure, clock_for(device))
+        options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, "line_search_fn": case.line_search}
+        self.optimizer = OPTIMIZERS[name](
+            [self.f.x], max_iter=ITERATIONS, max_eval=100 * ITERATIONS, history_size=case.history, **options
         )
-    return steps
+        self.expected = 0
+        self.first: float | None = None
+        while counts(self.optimizer)[0] <= case.history:
+            self.advance()
+            self.inside(self.watch.clock)
+
+    def advance(self) -> None:
+        """Make one call of `step`."""
+        self.expected += ITERATIONS
+        self.optimizer.step(self.watch)  # type: ignore[arg-type]  # torch's annotation says float
+
+    def inside(self, clock: Clock) -> float:
+        """Add up the seconds in the closure; after `clock.wait`."""
+        clock.wait()
+        seconds, last = self.watch.inside(), float(self.watch.losses[-1])
+        self.first = float(self.watch.losses[0]) if self.first is None else self.first
+        self.watch.spans.clear()
+        self.watch.losses.clear()
+        done = counts(self.optimizer)[0]
+        if done != self.expected:
+            made = ITERATIONS - self.expected + done
+            raise RuntimeError(f"{self.name}: stopped after {made} of {ITERATIONS} iterations, loss {last}")
+        return seconds
+
+    def progress(self) -> float:
+        """Advance once; the loss over that at the start."""
+        self.advance()
+        last = float(self.watch.losses[-1])
+        self.inside(self.watch.clock)
+        assert self.first is not None
+        return last / self.first
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsideClosure(Case):
+    """Seconds per iteration outside the closure on `Quadratic`: ours against that of torch.
+
+    op: the optimizer. n: parameters, in one tensor (more would cost `torch.optim.LBFGS` a longer concatenation).
+    history: pairs; it is full. line_search: as the optimizers have it.
+    """
+
+    n: int
+    history: int
+    line_search: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    UNIT = "iteration"
+
+    @property
+    def title(self) -> str:
+        """Name optimizer, parameters, history and line search."""
+        search = f", {self.line_search}" if self.line_search else ""
+        return f"{self.op} outside the closure, n = {self.n:,}, history {self.history}{search}"
+
+    @property
+    def nbytes(self) -> int:
+        """Count the history twice, and of n each: g, g_prev twice, d four times, x twice, a pair."""
+        return (4 * self.history + 11) * self.n * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Count the recursion, the new pair with its products, and x + t d."""
+        return self.n * (8 * self.history + 1 + 8 + 2)
+
+    def problem(self, device: torch.device, seed: int = 0) -> Tensor:
+        """Return nothing, where it runs: every contender has a `Quadratic` of its own."""
+        return torch.empty(0, device=device)
+
+    def names(self, device: torch.device) -> list[str]:
+        """List ours, then that of torch."""
+        return ["secant", "torch"]
+
+    def contender(self, problem: Tensor, name: str) -> Contender:
+        """Prepare the one of this name, with a full history."""
+        running = Running(name, self, problem.device)
+        timed = Timed([running.advance], inside=running.inside)
+        kind = "backend" if name == "secant" else "peer"
+        return Contender(self, name, kind, timed, running.progress, units=ITERATIONS)
+
+    def judge(self, problem: Tensor, contender: Contender, answer: float) -> Check:
+        """Say whether the loss is below that at the start."""
+        return Check(answer, 1.0)

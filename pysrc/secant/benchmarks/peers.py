@@ -13,15 +13,16 @@ References:
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 def two_loop(g: Tensor, s: Sequence[Tensor], y: Sequence[Tensor], rho: Sequence[Tensor], gamma: Tensor) -> Tensor:
-    """d = -H g from lists of pairs, oldest first, as torch.optim.LBFGS computes it; flat vectors."""
+    """Compute d = -H g from lists of pairs, oldest first, as torch.optim.LBFGS computes it; flat vectors."""
     # A tensor as `alpha` is read back to the host inside add_; the annotation of torch does not know of it.
     q = g.neg()
     alpha: list[Tensor] = []
@@ -45,7 +46,7 @@ class EagerHistory:
         self.gamma = curvature[-1] / self.y[-1].dot(self.y[-1])
 
     def direction(self, g: Tensor) -> Tensor:
-        """d = -H g."""
+        """Compute d = -H g."""
         return two_loop(g, self.s, self.y, self.rho, self.gamma)
 
     def step(self, grad: Tensor, prev_grad: Tensor, direction: Tensor, t: float) -> Tensor:
@@ -65,22 +66,26 @@ class EagerHistory:
 
 
 def two_loop_rows(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> Tensor:
-    """d = -H g without a trip to the host: g (..., n); s, y (..., m, n); rho (..., m); gamma (...)."""
-    m = s.shape[-2]
+    """Compute d = -H g without a trip to the host: g (..., n); s, y (..., m, n); rho (..., m); gamma (...)."""
+    return _rows(g, s.unbind(-2), y.unbind(-2), rho.unbind(-1), gamma)
+
+
+def _rows(g: Tensor, s: Sequence[Tensor], y: Sequence[Tensor], rho: Sequence[Tensor], gamma: Tensor) -> Tensor:
+    pairs = list(zip(s, y, rho, strict=True))
     q = -g
     alpha: list[Tensor] = []
-    for i in reversed(range(m)):
-        alpha.append((s[..., i, :] * q).sum(-1) * rho[..., i])
-        q = q - alpha[-1].unsqueeze(-1) * y[..., i, :]
-    r = q * gamma.unsqueeze(-1)
-    for i in range(m):
-        beta = (y[..., i, :] * r).sum(-1) * rho[..., i]
-        r = r + (alpha[m - 1 - i] - beta).unsqueeze(-1) * s[..., i, :]
-    return r
+    for a, b, r in reversed(pairs):
+        alpha.append((a * q).sum(-1) * r)
+        q = q - alpha[-1].unsqueeze(-1) * b
+    d = q * gamma.unsqueeze(-1)
+    for a, b, r in pairs:
+        beta = (b * d).sum(-1) * r
+        d = d + (alpha.pop() - beta).unsqueeze(-1) * a
+    return d
 
 
 def two_loop_bmm(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) -> Tensor:
-    """`two_loop_rows` for a batch in eager mode, dot products by torch.bmm: g (B, n); s, y (B, m, n)."""
+    """Compute `two_loop_rows` for a batch in eager mode, dot products by torch.bmm: g (B, n); s, y (B, m, n)."""
     m = s.shape[1]
     q = g.neg().unsqueeze(2)
     alpha: list[Tensor] = []
@@ -95,12 +100,12 @@ def two_loop_bmm(g: Tensor, s: Tensor, y: Tensor, rho: Tensor, gamma: Tensor) ->
 
 
 def gram(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """S Y^T and Y Y^T, (..., m, m)."""
+    """Compute S Y^T and Y Y^T, (..., m, m)."""
     return s @ y.mT, y @ y.mT
 
 
 def compact(g: Tensor, s: Tensor, y: Tensor, sy: Tensor, yy: Tensor) -> Tensor:
-    """d = -H g by the compact representation: g (..., n); s, y (..., m, n) oldest first; `gram(s, y)`.
+    """Compute d = -H g by the compact representation: g (..., n); s, y (..., m, n) oldest first; `gram(s, y)`.
 
     With R the upper triangle of S Y^T, D its diagonal, gamma = s.y / y.y of the newest pair and u = R^-1 S g,
     H g = gamma g + S^T R^-T ((D + gamma Y Y^T) u - gamma Y g) - gamma Y^T u.
@@ -115,14 +120,48 @@ def compact(g: Tensor, s: Tensor, y: Tensor, sy: Tensor, yy: Tensor) -> Tensor:
 
 
 def compact_from_pairs(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """`compact` from the pairs alone."""
+    """Compute `compact` from the pairs alone."""
     return compact(g, s, y, *gram(s, y))
 
 
+class CompiledHistory:
+    """As `EagerHistory`, for `step`, as torch.compile fuses it best: no trip to the host, every pair taken."""
+
+    def __init__(self, s: Tensor, y: Tensor) -> None:
+        self.s, self.y = list(s.unbind()), list(y.unbind())
+        self.rho = [1.0 / a.dot(b) for a, b in zip(self.s, self.y, strict=True)]
+
+    def step(self, grad: Tensor, prev_grad: Tensor, direction: Tensor, t: float) -> Tensor:
+        """Add the pair (t d, g - g_prev), return the new direction, and set `prev_grad` to `grad`."""
+        call = compiled(step_rows)
+        d, s, y, rho = call(grad, prev_grad, direction, t, self.s[1:], self.y[1:], self.rho[1:])
+        self.s, self.y, self.rho = [*self.s[1:], s], [*self.y[1:], y], [*self.rho[1:], rho]
+        prev_grad.copy_(grad)
+        return d
+
+
+def step_rows(
+    g: Tensor, prev: Tensor, d: Tensor, t: float, s: list[Tensor], y: list[Tensor], rho: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the direction after the pair (t d, g - prev), and that with its rho, from those before; flat vectors."""
+    new_s, new_y = t * d, g - prev
+    curvature = (new_s * new_y).sum()
+    new_rho = 1.0 / curvature
+    gamma = curvature / (new_y * new_y).sum()
+    return _rows(g, [*s, new_s], [*y, new_y], [*rho, new_rho], gamma), new_s, new_y, new_rho
+
+
+#: Shapes of one function that torch.compile may meet: beyond its own limit it goes on in eager mode, without a word.
+SHAPES = 64
+
+
 @functools.cache
-def compiled() -> Callable[..., Tensor]:
-    """`two_loop_rows` by torch.compile, one version per shape."""
-    return torch.compile(two_loop_rows, dynamic=False)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile the function by torch.compile, one version per shape."""
+    config: Any = importlib.import_module("torch._dynamo.config")
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(SHAPES, getattr(config, name)))
+    return torch.compile(function, dynamic=False)
 
 
 class Exact(NamedTuple):
@@ -140,7 +179,7 @@ def exact(
     storage: torch.dtype | None = None,
     weight: Tensor | None = None,
 ) -> Exact:
-    """d = -H g in float64 from pairs of any dtype, oldest first, one of them widened at a time.
+    """Compute d = -H g in float64 from pairs of any dtype, oldest first, one of them widened at a time.
 
     The recursion applies each of I - rho s y^T and its transpose once, both of norm c = |s| |y| / s.y. So an error
     grows by at most prod c^2 from where it was made to d, times gamma or max |s|^2 / s.y, whichever is larger, for the
@@ -177,7 +216,7 @@ def exact(
 
 
 def tolerance(m: int, amplification: float, dtype: torch.dtype, dots: float) -> float:
-    """Bound on the relative error of a direction computed in `dtype`.
+    """Bound the relative error of a direction computed in `dtype`.
 
     Each of the 2m steps q - alpha y makes an error of at most c (4 u + dots) |q| with u the unit roundoff: two
     roundings of either term, and `dots`, the error of a dot product relative to |s| |q|. `Exact.amplification` has the

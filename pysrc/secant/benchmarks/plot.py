@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from secant.benchmarks.report import duration
+from secant.benchmarks.case import Row, fastest, find, ratio, ratios
+from secant.benchmarks.report import duration, of_limit, short
+from secant.benchmarks.timing import REPLAY
 
 #: Okabe and Ito's colours, told apart with every kind of colour vision.
 TORCH, SECANT, STEP, BF16, INK, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#222222", "#8a8a8a"
@@ -55,7 +57,7 @@ def _title(ax: Axes, text: str, below: str) -> None:
 
 
 def _spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Positions moved apart until neighbours are `gap` away, as little as that takes."""
+    """Move positions apart until neighbours are `gap` away, as little as that takes."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     groups: list[list[int]] = []
     centers: list[float] = []
@@ -86,7 +88,7 @@ def _end_labels(ax: Axes, series: Sequence[tuple[str, str, float, float]], point
 
 
 def loss_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve]) -> None:
-    """Loss against seconds, one curve per optimizer, labelled where it ends."""
+    """Draw loss against seconds, one curve per optimizer, labelled where it ends."""
     longest = max(curve.seconds[-1] for curve in curves)
     for curve in curves:
         best, lowest = [], float("inf")
@@ -111,7 +113,7 @@ def loss_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve]) -> Non
 def direction_panel(
     ax: Axes, title: str, below: str, series: Sequence[Series], limit: Series, slow: str, fast: str
 ) -> None:
-    """Seconds against n on logarithmic axes, the memory limit as a line, and how far `slow` is above `fast`."""
+    """Draw seconds against n on logarithmic axes, the memory limit, and how far `slow` is above `fast`."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.plot(limit.n, limit.seconds, color=limit.color, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1.5)
@@ -165,7 +167,7 @@ def save_demo(
     limit: Series,
     footer: str,
 ) -> None:
-    """Loss against time on the left, one panel per model; time of a direction against n on the right. Write a PNG.
+    """Draw loss against time on the left, a panel per model; time of a direction against n on the right. Write a PNG.
 
     The first series is the one to beat, the second ours.
     """
@@ -184,158 +186,149 @@ def save_demo(
     figure.savefig(path)
 
 
-def save_bench(
-    path: Path,
-    directions: Panel,
-    series: Sequence[Series],
-    limit: Series,
-    speedups: Panel,
-    ratios: Sequence[tuple[str, dict[str, float]]],
-    footer: str,
-) -> None:
-    """Time of a direction against n on the left, speed-up over every peer and case on the right. Write a PNG."""
-    figure = _figure()
-    left, right = (figure.add_axes(box) for box in ((0.055, 0.12, 0.33, 0.74), (0.66, 0.12, 0.31, 0.74)))
-    direction_panel(left, *directions, series, limit, series[0].label, series[1].label)
-    speedup_panel(right, *speedups, ratios)
-    figure.text(0.055, 0.02, footer, fontsize=8.5, color="#7a7a7a")
-    figure.savefig(path)
-
-
-#: Colour of each peer, here and in the tables of the documentation.
-PEERS = {"eager": TORCH, "eager bmm": "#B22222", "compiled": "#CC79A7", "compact": "#E69F00"}
-
-
-def speedup_panel(ax: Axes, title: str, below: str, ratios: Sequence[tuple[str, dict[str, float]]]) -> None:
-    """A line per case, a dot per peer: how many times longer the peer took. Left of 1 we lose."""
-    ax.set_xscale("log")
-    for i, (_, found) in enumerate(ratios):
-        ax.plot([1, *found.values()], [i] * (len(found) + 1), color="#dddddd", linewidth=1.2, zorder=1)
-        for name, ratio in found.items():
-            ax.plot(ratio, i, "o", color=PEERS[name], markersize=7)
-    ax.axvline(1, color=INK, linewidth=1)
-    ax.set_yticks(range(len(ratios)), [label for label, _ in ratios])
-    ax.invert_yaxis()
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    _bare(ax)
-    _title(ax, title, below)
-    seen = [name for name in PEERS if any(name in found for _, found in ratios)]
-    dots = [Line2D([], [], color=PEERS[name], marker="o", linestyle="", markersize=7) for name in seen]
-    ax.legend(
-        dots,
-        seen,
-        loc="upper left",
-        bbox_to_anchor=(-0.02, -0.05),
-        ncols=len(seen),
-        frameon=False,
-        fontsize=9.5,
-        handletextpad=0.1,
-        columnspacing=1.2,
-    )
-
-
 _LINALG = "torch.linalg: inv_ex, solve_ex, eigh"
-#: Colour of each backend and peer of the blocks, and its name in the legend.
-BLOCKS = {
+#: Colour of each backend, peer and limit, and its name in a legend where that is another.
+COLORS = {
     "cpu": (SECANT, "secant, cpu"),
     "cuda": (SECANT, "secant, cuda"),
     "triton": (STEP, "secant, triton"),
     "nvrtc": (BF16, "secant, nvrtc"),
     "reference": ("#b9b9b9", "secant, reference"),
+    "secant": (SECANT, "secant"),
+    "torch": (TORCH, "torch.optim"),
+    "eager": (TORCH, "eager"),
+    "eager bmm": ("#B22222", "eager bmm"),
+    "compiled": ("#CC79A7", "compiled"),
+    "compact": ("#E69F00", "compact"),
     "inv_ex": (TORCH, _LINALG),
     "solve_ex": (TORCH, _LINALG),
     "eigh": (TORCH, _LINALG),
     "cholesky": ("#E69F00", "torch: cholesky_ex, then inverse or solve"),
     "matinvBatched": ("#CC79A7", "cuBLAS matinvBatched"),
     "cupy": ("#B22222", "cupy.linalg.inv"),
-    "copy": (INK, "copy of the batch"),
+    "double backward": ("#B22222", "double backward"),
+    "jvp(grad)": ("#E69F00", "jvp(grad)"),
+    "matvecs": (STEP, "one product after the other"),
 }
-_BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
+#: Inches: of a column, of a line of the other cases, of their part; left of the columns, below and above everything.
+COLUMN, LINE, OTHERS, LEFT, BELOW, ABOVE = 4.1, 0.3, 4.6, 1.1, 1.4, 0.9
 
 
-class BlockPanels(NamedTuple):
-    """What is computed, in words; over n, by name as in `BLOCKS`: seconds a block, and share of the copy bandwidth."""
-
-    panel: Panel
-    seconds: dict[str, dict[int, float]]
-    shares: dict[str, dict[int, float]]
+def _color(row: Row) -> str:
+    return INK if row.kind == "limit" else COLORS.get(row.name, (GREY, row.name))[0]
 
 
-def _small_duration(seconds: float) -> str:
-    return f"{seconds * 1e9:.3g} ns" if seconds < 1e-6 else duration(seconds)
-
-
-def _block_curves(ax: Axes, curves: dict[str, dict[int, float]]) -> None:
+def _curves(ax: Axes, rows: Sequence[Row], of: Callable[[Row], float | None]) -> None:
+    """Draw what `of` gives of the rows over the size of their case, a curve a name."""
     ax.set_xscale("log")
     ax.set_yscale("log")
-    for name, points in curves.items():
-        ours, copy = name in ("cpu", "cuda"), name == "copy"
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        points = sorted((row.case.series[1], y) for row in own if (y := of(row)) is not None)
+        limit, ours = own[0].kind == "limit", own[0].kind == "backend" and name != "reference"
         ax.plot(
-            list(points), list(points.values()), color=BLOCKS[name][0], linewidth=2.4 if ours else 1.5, zorder=3 - copy,
-            marker="" if copy else "o", markersize=4 if ours else 3, linestyle=(0, (5, 3)) if copy else "-",
+            [x for x, _ in points], [y for _, y in points], color=_color(own[0]), linewidth=2.4 if ours else 1.5,
+            zorder=3 - limit, marker="" if limit else "o", markersize=4 if ours else 3,
+            linestyle=(0, (5, 3)) if limit else "-",
         )  # fmt: skip
-    ax.xaxis.set_major_locator(FixedLocator(_BLOCK_SIZES))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))
+    sizes = sorted({row.case.series[1] for row in rows})
+    powers = [n for n in sizes if sizes[-1] > 1000 or n & (n - 1) == 0] or sizes  # ticks of small sizes: powers of two
+    ax.xaxis.set_major_locator(FixedLocator(powers))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}" if n < 1e4 else f"{n:.0e}".replace("e+0", "e")))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_minor_locator(NullLocator())
     _bare(ax)
 
 
-def save_blocks(path: Path, columns: Sequence[BlockPanels], footer: str) -> None:
-    """A column per kind of block: time a block against n above, share of the copy bandwidth below. Write a PNG."""
-    figure = Figure(figsize=(4.1 * len(columns) + 1.2, 9.6), dpi=120, facecolor="white")
+def _peers_panel(ax: Axes, lines: Sequence[tuple[str, dict[str, float]]]) -> None:
+    """Draw a line per case, a dot per peer: how many times longer the peer took. Left of 1 we lose."""
+    ax.set_xscale("log")
+    for i, (_, found) in enumerate(lines):
+        ax.plot([1, *found.values()], [i] * (len(found) + 1), color="#dddddd", linewidth=1.2, zorder=1)
+        for name, x in found.items():
+            ax.plot(x, i, "o", color=COLORS.get(name, (GREY,))[0], markersize=7)
+    ax.axvline(1, color=INK, linewidth=1)
+    ax.set_yticks(range(len(lines)), [label for label, _ in lines])
+    ax.set_ylim(len(lines) - 0.4, -0.6)
+    ax.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(-5, 12)]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    _bare(ax)
+    every = [x for _, values in lines for x in values.values()]
+    title = f"Faster than the peer in {sum(x >= 1 for x in every)} of {len(every)}"
+    _title(ax, title, "how many times longer each peer takes; left of 1 we lose")
+
+
+def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer: str) -> None:
+    """Draw what a family measured; write a PNG.
+
+    A column for each series of cases that differ in size: time of a unit above, share of the limit (of the bandwidth,
+    where there is none) below. The other cases have a line each, with a dot for each peer.
+
+    Args:
+        path: where. rows: at least one. bandwidth: of the run, bytes per second. footer: below everything.
+    """
+    calls = [row for row in rows if row.note != REPLAY]
+    sizes: dict[str, set[int]] = {}
+    for row in calls:
+        if row.case.series is not None:
+            sizes.setdefault(row.case.series[0], set()).add(row.case.series[1])
+    columns = [name for name, found in sizes.items() if len(found) > 1]
+    alone = dict.fromkeys(x.case for x in calls if x.case.series is None or x.case.series[0] not in columns)
+    lines = [(case.label, ratios(calls, ours)) for case in alone if (ours := find(calls, case)) is not None]
+    lines = [(label, found) for label, found in lines if found]
+    names = max((len(label) for label, _ in lines), default=0) * 0.076  # inches of the labels
+    edge = LEFT + COLUMN * len(columns)
+    width = max(8.0, edge * bool(columns) + (names + 0.4 + OTHERS) * bool(lines) + 0.3)
+    height = max(9.6 if columns else 7.0, BELOW + ABOVE + LINE * len(lines))
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
-    figure.subplots_adjust(left=0.09 - 0.008 * len(columns), right=0.985, top=0.91, bottom=0.15, wspace=0.1, hspace=0.2)
-    for i, (column, above, below) in enumerate(zip(columns, *grid, strict=True)):
-        _block_curves(above, column.seconds)
-        _block_curves(below, column.shares)
-        _title(above, *column.panel)
-        below.set_xlabel("n, rows of a block", fontsize=10, color=INK)
-        if i == 0:
-            above.set_ylabel("time a block", fontsize=10, color=INK)
-            below.set_ylabel("bytes that must move, against the copy", fontsize=10, color=INK)
-    grid[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda t, _: _small_duration(t)))
-    grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3%}".rstrip("0%").rstrip(".") + "%"))
-    seen = dict.fromkeys(BLOCKS[name] for name in BLOCKS if any(name in column.seconds for column in columns))
-    lines = [
-        Line2D([], [], color=color, linewidth=2.4, linestyle=(0, (3, 2)) if color == INK else "-") for color, _ in seen
-    ]
+    tall = (height - BELOW - ABOVE) / (2.0 + 0.25)
+
+    def share(row: Row) -> float | None:
+        found = of_limit(calls, row)
+        if found is not None or row.bytes_per_second is None or bandwidth is None:
+            return found
+        return row.bytes_per_second / bandwidth
+
+    first: list[Axes | None] = [None, None]
+    for i, name in enumerate(columns):
+        own = [row for row in calls if row.case.series is not None and row.case.series[0] == name]
+        for k, of in enumerate((lambda row: row.seconds, share)):
+            bottom = BELOW + (1 - k) * 1.25 * tall
+            box = ((LEFT + COLUMN * i) / width, bottom / height, (COLUMN - 0.5) / width, tall / height)
+            ax = figure.add_axes(box, sharey=first[k])
+            first[k] = first[k] or ax
+            _curves(ax, [row for row in own if k == 0 or row.name != "reference"], of)
+            if i:
+                ax.tick_params(labelleft=False)
+            if k == 0:
+                slower = [ratio(fastest(own, row.case), row) for row in own if row is find(own, row.case)]
+                known = [x for x in slower if x is not None]
+                said = f"the fastest peer takes {min(known):.2g} to {max(known):.2g} times as long" if known else ""
+                _title(ax, name, said)
+            else:
+                ax.set_xlabel("n", fontsize=10, color=INK)
+    unit = next((row.case.UNIT for row in calls if row.case.series is not None), "call")
+    for panel, text in zip(first, (f"time of a {unit}", "bytes that must move, against the limit"), strict=True):
+        if panel is not None:
+            panel.set_ylabel(text, fontsize=10, color=INK)
+    if first[0] is not None and first[1] is not None:
+        first[0].yaxis.set_major_formatter(FuncFormatter(lambda t, _: short(t)))
+        first[1].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3%}".rstrip("0%").rstrip(".") + "%"))
+    if lines:
+        left = edge * bool(columns) + names + 0.2
+        high = min(height - BELOW - ABOVE, 0.5 * len(lines) + 0.5)
+        box = (left / width, (height - ABOVE - high) / height, (width - left - 0.3) / width, high / height)
+        _peers_panel(figure.add_axes(box), lines)
+    shown = [row for row in calls if row.case.series is not None and row.case.series[0] in columns]
+    limits = dict.fromkeys((INK, row.name) for row in shown if row.kind == "limit")
+    used = {row.name for row in shown} | {name for _, found in lines for name in found}
+    entries = dict.fromkeys([*(x for name, x in COLORS.items() if name in used), *limits])
+    handles = [Line2D([], [], color=x, linewidth=2.4, linestyle=(0, (3, 2)) if x == INK else "-") for x, _ in entries]
     figure.legend(
-        lines, [label for _, label in seen], loc="lower left", bbox_to_anchor=(0.04, 0.035), frameon=False,
-        ncols=len(seen), fontsize=9.5,
+        handles, [label for _, label in entries], loc="lower left", bbox_to_anchor=(0.3 / width, 0.28 / height),
+        frameon=False, ncols=max(1, int(width / 3.2)), fontsize=9.5,
     )  # fmt: skip
-    figure.text(0.045, 0.015, footer, fontsize=8.5, color="#7a7a7a")
-    figure.savefig(path)
-
-
-def save_products(
-    path: Path,
-    shares: Sequence[tuple[str, float]],
-    share_panel: Panel,
-    speedups: Panel,
-    ratios: Sequence[tuple[str, dict[str, float]]],
-    footer: str,
-) -> None:
-    """Share of the bandwidth of each case on the left, speed-up over every peer on the right. Write a PNG."""
-    figure = _figure()
-    left, right = (figure.add_axes(box) for box in ((0.27, 0.14, 0.29, 0.72), (0.62, 0.14, 0.34, 0.72)))
-    left.barh(range(len(shares)), [share for _, share in shares], color=SECANT, height=0.55)
-    for i, (_, share) in enumerate(shares):
-        left.text(share, i, f"  {share:.0%}", va="center", fontsize=9, color=INK)
-    left.axvline(1, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-    left.set_yticks(range(len(shares)), [label for label, _ in shares])
-    left.invert_yaxis()
-    left.set_xlim(0, 1.15 * max([1.0, *(share for _, share in shares)]))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    _bare(left)
-    _title(left, *share_panel)
-    speedup_panel(right, *speedups, ratios)
-    right.set_yticks(range(len(ratios)), [""] * len(ratios))
-    right.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
-    right.xaxis.set_minor_locator(NullLocator())
-    for ax in (left, right):
-        ax.set_ylim(len(shares) - 0.4, -0.6)
-    figure.text(0.02, 0.02, footer, fontsize=8.5, color="#7a7a7a")
+    figure.text(0.35 / width, 0.14 / height, footer, fontsize=8.5, color="#7a7a7a")
     figure.savefig(path)

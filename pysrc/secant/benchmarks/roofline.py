@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from secant.benchmarks import blocks, hvp, lbfgs
+from secant import backends
 
 #: Okabe and Ito's colours and two greys, an op each.
 COLORS = {
@@ -28,7 +26,9 @@ COLORS = {
     "softmax_hvp": "#CC79A7",
     "cross_entropy_hvp": "#8a8a8a",
 }
-MARKERS = {"cpu": "o", "cuda": "o", "triton": "^", "nvrtc": "s", "reference": "x"}
+MARKERS = {"cpu": "o", "cuda": "o", "triton": "^", "nvrtc": "s"}
+#: Backends whose rows are of kernels.
+KERNELS = tuple(name for name in backends.ORDER if name != "reference")
 #: Roofs by their key in `machine.rates`.
 ROOFS = {"matmul_float32": "matrix product, float32", "matmul_float64": "matrix product, float64"}
 
@@ -43,39 +43,20 @@ class Point(NamedTuple):
     rate: float
 
 
-def counts(row: Mapping[str, Any]) -> tuple[float, float]:
-    """(operations, bytes that must move) of a row of any family's JSON; of its case where the row does not say."""
-    if "flops" in row and "bytes" in row:
-        return row["flops"], row["bytes"]
-    dtype = getattr(torch, row["dtype"])
-    if "storage" in row:
-        storage = getattr(torch, row["storage"])
-        case = lbfgs.Case(row["op"], row["n"], row["m"], row["batch"], dtype, storage)
-        return case.flops, case.nbytes
-    if "assume" in row:
-        block = blocks.Case(row["op"], row["assume"], row["n"], row["batch"], dtype)
-        return block.block_flops, block.block_bytes
-    product = hvp.Case(row["op"], row["n"], row["d"], row["k"], dtype, row.get("entries", 0))
-    return product.flops, product.bytes
-
-
 def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of all families in what `python -m secant bench --json` wrote."""
-    return [
-        *data.get("rows", []),
-        *(row for family in ("blocks", "hvp") for row in data.get(family, {}).get("rows", [])),
-    ]
+    """Join the rows of all families in what `python -m secant bench --json` wrote."""
+    return [row for family in data["families"].values() for row in family["rows"]]
 
 
 def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """The backends' rows, but for the reference; what gave a wrong answer has no time and is no point."""
-    found = []
-    for row in rows:
-        if row["kind"] == "backend" and row["by"] != "reference" and row["median"]:
-            flops, moved = counts(row)
-            double = row["dtype"] == "float64"
-            found.append(Point(row["op"], row["by"], double, flops / moved, flops / row["median"]))
-    return found
+    """Place the kernels' rows, of backends but for the reference; what gave a wrong answer has no time and no point."""
+    return [
+        Point(
+            row["op"], row["by"], row["dtype"] == "float64", row["flops"] / row["bytes"], row["flops"] / row["median"]
+        )
+        for row in rows
+        if row["kind"] == "backend" and row["by"] in KERNELS and row["median"]
+    ]
 
 
 def save(path: Path, found: Sequence[Point], rates: Mapping[str, float], title: str, footer: str) -> None:

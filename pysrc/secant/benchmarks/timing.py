@@ -27,7 +27,7 @@ class Clock(Protocol):
     """Marks points in the order of the work, and says how far apart they were once that work is done."""
 
     def mark(self) -> Any:
-        """A point between what was asked for before and after."""
+        """Return a point between what was asked for before and after."""
 
     def wait(self) -> None:
         """Return when all work asked for is done."""
@@ -40,14 +40,14 @@ class HostClock:
     """For work that is done when the call returns."""
 
     def mark(self) -> float:
-        """The time now."""
+        """Return the time now."""
         return time.perf_counter()
 
     def wait(self) -> None:
-        """Nothing to wait for."""
+        """Wait until all work asked for is done."""
 
     def seconds(self, start: float, end: float) -> float:
-        """Their difference."""
+        """Take the time between two marks, after `wait`."""
         return end - start
 
 
@@ -58,7 +58,7 @@ class CudaClock:
         self.device = device
 
     def mark(self) -> torch.cuda.Event:
-        """An event in the current stream."""
+        """Return an event in the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -73,7 +73,7 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock of a device."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
@@ -81,11 +81,13 @@ class Timed(NamedTuple):
     """Something to time.
 
     calls: made one after the other, together one turn; the state they leave is the one they started from (a direction
-    that alternates, buffers that take turns). around: entered around each sample, outside the time.
+    that alternates, buffers that take turns). around: entered around each sample, outside the time. inside: seconds of
+    the last sample, by the clock, that are not to be counted; such calls move a state along, one turn a sample.
     """
 
     calls: Sequence[Callable[[], object]]
     around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    inside: Callable[[Clock], float] | None = None
 
 
 class Timing(NamedTuple):
@@ -95,13 +97,25 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Median sample."""
+        """Return the median sample."""
         return statistics.median(self.samples)
 
     @property
     def best(self) -> float:
-        """Shortest sample."""
+        """Return the shortest sample."""
         return min(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Return the distance of the quartiles relative to the median; 0 for fewer than two samples."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / self.median
+
+    def per(self, count: int) -> Timing:
+        """Return the timing of one of `count` parts."""
+        return Timing(tuple(x / count for x in self.samples))
 
 
 def _sample(timed: Timed, repeats: int, clock: Clock) -> float:
@@ -112,14 +126,15 @@ def _sample(timed: Timed, repeats: int, clock: Clock) -> float:
                 call()
         end = clock.mark()
         clock.wait()
-    return clock.seconds(start, end) / (repeats * len(timed.calls))
+    spent = clock.seconds(start, end) - (timed.inside(clock) if timed.inside is not None else 0.0)
+    return spent / (repeats * len(timed.calls))
 
 
 def _repeats(timed: Timed, clock: Clock) -> int:
-    """How often a turn fits a sample; the two turns that find out are the warm-up."""
+    """Count the turns that fit a sample; the two turns that find out are the warm-up."""
     _sample(timed, 1, clock)
     turn = _sample(timed, 1, clock) * len(timed.calls)
-    return min(MAX_REPEATS, math.ceil(SAMPLE_SECONDS / max(turn, 1e-9)))
+    return 1 if timed.inside is not None else min(MAX_REPEATS, math.ceil(SAMPLE_SECONDS / max(turn, 1e-9)))
 
 
 def interleaved(contenders: dict[K, Timed], clock: Clock, *, seconds: float) -> dict[K, Timing]:
@@ -146,7 +161,7 @@ def interleaved(contenders: dict[K, Timed], clock: Clock, *, seconds: float) -> 
 
 
 def replayed(timed: Timed, device: torch.device) -> Timed:
-    """The same calls as replays of one CUDA graph: no time of the host in it.
+    """Make the same calls replays of one CUDA graph: no time of the host in it.
 
     Raises:
         RuntimeError: the calls cannot be captured.
@@ -166,12 +181,12 @@ def replayed(timed: Timed, device: torch.device) -> Timed:
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Whether calls there can be replayed from a CUDA graph."""
+    """Say whether calls there can be replayed from a CUDA graph."""
     return device.type == "cuda"
 
 
 def captured(timed: Timed, device: torch.device) -> Timed | str:
-    """As `replayed`, or why the calls cannot be captured; what a library may not do in a graph is its own affair."""
+    """Do as `replayed`, or say why not; what a library may not do in a graph is its own affair."""
     try:
         return replayed(timed, device)
     except Exception as failure:
@@ -180,4 +195,4 @@ def captured(timed: Timed, device: torch.device) -> Timed | str:
 
 
 def _nothing() -> None:
-    """Part of a turn that a graph replay has already done."""
+    """Do what a graph replay has already done."""

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from secant.benchmarks import lbfgs, machine, plot
+from secant.benchmarks import machine, plot
+from secant.benchmarks.case import Row, ratio
 from secant.benchmarks.digits import HISTORY, MODELS, TEST_IMAGES, Digits, Model, Run, load, train
-from secant.benchmarks.lbfgs import Case, Row
+from secant.benchmarks.families.lbfgs import Case
+from secant.benchmarks.measure import fits, measure
 from secant.benchmarks.optimizers import OPTIMIZERS
-from secant.benchmarks.report import Table, duration, ratio, times
+from secant.benchmarks.report import Table, duration, losses, times
 from secant.benchmarks.timing import clock_for
 from secant.cli import console
 
@@ -134,7 +136,7 @@ def measure_directions(sizes: Sequence[int], device: torch.device, *, seconds: f
         for i, n in enumerate(sizes):
             start = time.perf_counter()
             late = found and start + cost * n / found[-1]["two_loop"].case.n > deadline
-            if late or not lbfgs.fits(direction_cases(n), device):
+            if late or not fits(direction_cases(n), device):
                 break
             found.append(_measure_at(n, device, seconds))
             cost = time.perf_counter() - start
@@ -144,12 +146,12 @@ def measure_directions(sizes: Sequence[int], device: torch.device, *, seconds: f
 
 def _measure_at(n: int, device: torch.device, seconds: float) -> At:
     cases = direction_cases(n)
-    ours = lbfgs.serving(cases[0], device)[0]
+    ours = cases[0].serving(device)[0]
 
-    def wanted(case: Case, name: str) -> bool:
+    def wanted(case: Any, name: str) -> bool:
         return name == ours or (name == "eager" and case.op == "two_loop")
 
-    rows = {(row.case, row.name): row for row in lbfgs.measure(cases, device, seconds=seconds, wanted=wanted)}
+    rows = {(row.case, row.name): row for row in measure(cases, device, seconds=seconds, wanted=wanted)}
     keys = ("two_loop", "step", "step, bf16 history")
     return {"eager": rows[cases[0], "eager"]} | {key: rows[case, ours] for key, case in zip(keys, cases, strict=True)}
 
@@ -187,20 +189,6 @@ def directions_table(found: Sequence[At], bandwidth: machine.Bandwidth) -> Table
         "step: the update of the history and the direction in one, what the optimizer calls once per iteration.",
     )
     return Table(f"A direction from {HISTORY} pairs, float32", columns, rows, notes)
-
-
-def direction_losses(found: Sequence[At]) -> list[str]:
-    """Lengths at which we are slower, and wrong answers."""
-    lost = []
-    for at in found:
-        faster = ratio(at["eager"], at["two_loop"])
-        if faster is not None and faster < 1:
-            lost.append(f"n = {at['two_loop'].case.n:,}: two_loop takes {times(1 / faster)} the time of the eager loop")
-        wrong = [
-            f"n = {row.case.n:,}: {name} is wrong by {row.error:.1e}" for name, row in at.items() if not row.correct
-        ]
-        lost += wrong
-    return lost
 
 
 def _loss_panel(model: str, pair: Pair) -> tuple[plot.Panel, list[plot.Curve]]:
@@ -263,7 +251,7 @@ def run(device: torch.device, output: Path, *, quick: bool = False) -> dict[str,
     if len(found) < len(sizes):
         print(f"Left out, for time or memory: n = {', '.join(f'{n:,}' for n in sizes[len(found) :])}.")
 
-    lost = training_losses(results) + direction_losses(found)
+    lost = training_losses(results) + losses([row for at in found for row in at.values()])
     print(
         "\n  ".join(["Where secant is slower or worse:", *lost]) if lost else "secant is slower or worse nowhere above."
     )

@@ -15,6 +15,7 @@ import torch
 
 import secant
 from secant import backends
+from secant.benchmarks import machine
 from secant.benchmarks.report import Table
 from secant.cli.console import show
 
@@ -68,6 +69,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "openmp_runtimes": mapped_openmp(),
         "build": {"secant._cpu": _module_config("secant._cpu"), "secant._cuda": _module_config("secant._cuda")},
+        "choices_in_force": machine.table_in_force(),
         "backend_in_force": secant.current_backend(),
         "backends": [
             {"family": family, "backend": name, "available": reason is None, "reason": reason}
@@ -89,6 +91,7 @@ def _flat(about: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("secant", about["version"]), ("python", f"{about['python']}, {about['system']}")]
     rows += list(about["packages"].items())
     rows += [("CUDA device", about["cuda_device"] or "none"), ("threads", str(about["threads"]))]
+    rows.append(("table of choices in force", about["choices_in_force"]))
     runtimes = about["openmp_runtimes"]
     rows.append(("OpenMP runtime", "unknown" if runtimes is None else ", ".join(runtimes) or "none is mapped"))
     for module, config in about["build"].items():

@@ -1,0 +1,42 @@
+"""Families of cases: a file each, which has the cases, the peers and the bars, and no machinery.
+
+A new family is a file with a `FAMILY` here and its name in `NAMES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from secant.benchmarks.case import Bar, Case, Row
+
+NAMES = ("lbfgs", "blocks", "hvp", "curvature")
+
+
+class Groups(Protocol):
+    """Cases of a device, those of a group timed in turns on one input."""
+
+    def __call__(self, device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Case]]:
+        """List them; `quick`: small ones that take no time, to see that they run; `full`: all there are."""
+
+
+class Family(NamedTuple):
+    """What the command asks of a family.
+
+    title: of its table. seconds: of timing for each group. bars: of (rows, device, bandwidth), what was to be reached
+    and what these rows have.
+    """
+
+    title: str
+    seconds: float
+    groups: Groups
+    bars: Callable[[Sequence[Row], torch.device, float], list[Bar]]
+
+
+def load(name: str) -> Family:
+    """Import the family of this name."""
+    family: Family = importlib.import_module(f"secant.benchmarks.families.{name}").FAMILY
+    return family
