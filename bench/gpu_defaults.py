@@ -12,14 +12,6 @@ from gpu_run import FAMILIES
 if TYPE_CHECKING:
     from secant.defaults import Default
 
-#: Op of a benchmark -> functions of the contract that it stands for; eigenvectors and their functions are one kernel.
-FUNCTIONS = {
-    "direction": ("update",),
-    "step": ("update",),
-    "block_inv": ("inv",),
-    "block_solve": ("solve",),
-    "block_eigh": ("eigh", "abs_inv", "inv_root"),
-}
 #: What `auto` may take.
 BACKENDS = ("cuda", "triton", "nvrtc", "cpu")
 #: How much faster, in geometric mean, another backend has to be to take the place of the one in the table.
@@ -27,22 +19,18 @@ MARGIN = 1.05
 Times = dict[str, dict[tuple[Any, ...], float]]
 
 
-def _times(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, Times]]:
-    """Collect function -> size -> backend -> case -> seconds, of the rows that backends measured."""
+def _times(rows: Sequence[dict[str, Any]]) -> Times:
+    """Collect backend -> case -> seconds, of the rows that backends measured."""
     keys = ("op", "assume", "n", "m", "d", "k", "batch", "dtype", "storage", "note")
-    found: dict[str, dict[int, Times]] = {}
+    found: Times = {}
     for row in rows:
-        if row["kind"] != "backend" or row["by"] not in BACKENDS or not row["median"]:
-            continue
-        case = tuple(row.get(key) for key in keys)
-        for function in FUNCTIONS.get(row["op"], (row["op"],)):
-            of_size = found.setdefault(function, {}).setdefault(row["d" if family == "hvp" else "n"], {})
-            of_size.setdefault(row["by"], {})[case] = row["median"]
+        if row["kind"] == "backend" and row["by"] in BACKENDS and row["median"]:
+            found.setdefault(row["by"], {})[tuple(row.get(key) for key in keys)] = row["median"]
     return found
 
 
 def _best(times: Times, held: str) -> str:
-    """Choose the backend at a size: the one that is held, unless another is `MARGIN` faster on the cases of both."""
+    """Choose the backend of a family: the one that is held, unless another is `MARGIN` faster on the cases of both."""
     best, gain = held, MARGIN
     for name, own in times.items():
         shared = own.keys() & times.get(held, {}).keys()
@@ -57,8 +45,7 @@ def _best(times: Times, held: str) -> str:
 def propose(result: dict[str, Any], source: str) -> list[Default]:
     """Propose entries of `secant.defaults` for the device of a run, from its times.
 
-    A size that lies between two measured ones goes with the nearer, on a logarithmic scale. An op that was not measured
-    keeps what the table has for any.
+    A family keeps its backend unless another is faster in geometric mean over the cases that both have.
 
     Raises:
         ValueError: the run is a rehearsal, or did not test what it measured, or tests failed.
@@ -75,21 +62,9 @@ def propose(result: dict[str, Any], source: str) -> list[Default]:
         data = family_data(result, family)
         if data is None:
             continue
-        [rest] = defaults.entries(device, family)[defaults.ANY]
-        found.append(rest)
-        for function, by_size in _times(family, data["rows"]).items():
-            chosen: list[tuple[int, str]] = []  # the largest size of each run of sizes with one backend
-            for size, times in sorted(by_size.items()):
-                held = defaults.find(device, family, function, size)
-                assert held is not None
-                best = _best(times, held.backend)
-                if chosen and chosen[-1][1] == best:
-                    chosen[-1] = (size, best)
-                    continue
-                if chosen:
-                    chosen[-1] = (math.isqrt(chosen[-1][0] * size), chosen[-1][1])
-                chosen.append((size, best))
-            *bounded, (_, last) = chosen
-            limits: list[tuple[int | None, str]] = [*bounded, (None, last)]
-            found += [defaults.Default(device, family, function, *limit, source) for limit in limits]
+        held = defaults.find(device, family)
+        assert held is not None
+        times = _times(data["rows"])
+        best = _best(times, held.backend) if times else held.backend
+        found.append(defaults.Default(device, family, best, source))
     return found

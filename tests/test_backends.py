@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ from secant.kernels import FAMILIES
 
 import secant
 from secant import backends, defaults
-from secant.defaults import ANY, Default
+from secant.defaults import Default
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,21 +54,58 @@ def test_falling_back_to_the_reference_warns_once(monkeypatch):
 
 
 def test_the_table_of_defaults_is_whole():
-    """Every device and family has one entry for any op; those of an op rise in size; and every entry says whence."""
+    """Every device and family has one entry, and every entry says whence."""
     for device in ("cpu", "cuda"):
         for family, modules in FAMILIES.items():
-            reference = importlib.import_module(modules["reference"])
-            by_op = defaults.entries(device, family)
-            assert [entry.largest for entry in by_op[ANY]] == [None]
-            for op, found in by_op.items():
-                assert op == ANY or inspect.isfunction(getattr(reference, op))
-                *bounded, last = [entry.largest for entry in found]
-                assert last is None
-                assert bounded == sorted(set(bounded))
-                assert all(entry.backend in modules for entry in found)
+            (entry,) = [x for x in defaults.TABLE if (x.device, x.family) == (device, family)]
+            assert defaults.find(device, family) is entry
+            assert entry.backend in modules
     for entry in defaults.TABLE:
         assert entry.source == defaults.UNMEASURED or (ROOT / entry.source).is_file(), entry
-    assert len(defaults.TABLE) == len(set(defaults.TABLE))
+
+
+def test_every_processor_has_an_entry():
+    assert defaults.processor() in defaults.PROCESSORS
+    assert [defaults.processor_of(x).name for x in ("intel", "amd", "something")] == ["intel", "amd", "other"]
+    assert defaults.PROCESSORS[-1].vendor == defaults.ANY
+    for entry in defaults.PROCESSORS:
+        path = entry.source.partition(":")[0]
+        assert path == "not measured, by reasoning" or (ROOT / path).is_file(), entry
+
+
+@pytest.mark.parametrize(("vendor", "panels"), [("intel", True), ("amd", False)])
+def test_the_processor_chooses_how_long_histories_are_read(vendor, panels):
+    """By panels of 16 or one pair a pass: what `panel=` asks for is what the entry gives, bit for bit."""
+    cpu = backends.load("lbfgs", "cpu")
+    draw = torch.Generator().manual_seed(3)
+    n, m = 150_000, 9  # 10.8 MB
+    g, s = torch.randn(n, generator=draw), torch.randn(m, n, generator=draw)
+    y = s * torch.linspace(1, 5, n)
+    try:
+        cpu.tune(defaults.processor_of(vendor))
+        by_default, asked = torch.empty(n), {panel: torch.empty(n) for panel in (1, 16)}
+        cpu.two_loop(g, s, y, None, by_default)
+        for panel, out in asked.items():
+            cpu.two_loop(g, s, y, None, out, panel=panel)
+        public = secant.ops.two_loop(g, s, y)
+    finally:
+        cpu.tune(defaults.processor())
+    assert not torch.equal(asked[1], asked[16])
+    assert torch.equal(by_default, asked[16 if panels else 1])
+    assert torch.equal(public, by_default)
+
+
+def test_a_backend_that_breaks_its_contract_is_refused(monkeypatch):
+    """Parameters by other names or in another order, one that is missing, one too many: the function is named."""
+    module = importlib.import_module(FAMILIES["lbfgs"]["reference"])
+    for wrong in (lambda grad, y, s, gamma, out: None, lambda grad, s, y: None, lambda grad, s, y, gamma, out, x: None):
+        monkeypatch.setattr(module, "two_loop", wrong)
+        monkeypatch.setattr(backends, "_modules", {})
+        with pytest.raises(TypeError, match=r"reference: expected a function two_loop\(grad, s, y, gamma, out\), got "):
+            backends.load("lbfgs", "reference")
+    monkeypatch.delattr(module, "two_loop")
+    with pytest.raises(TypeError, match="got none"):
+        backends.load("lbfgs", "reference")
 
 
 @pytest.mark.parametrize("entry", [x for x in defaults.TABLE if x.source != defaults.UNMEASURED], ids=str)
@@ -84,66 +120,27 @@ def test_what_the_table_names_was_the_fastest_backend_of_its_run(entry):
     assert {name for name, _ in fastest.values()} == {entry.backend}
 
 
-def two_sizes(monkeypatch, small: str) -> None:
-    """A table by which two_loop takes another backend up to n = 10."""
-    table = (
-        Default("cpu", "lbfgs", "two_loop", 10, small, "a test"),
-        Default("cpu", "lbfgs", "two_loop", None, "cpu", "a test"),
-        Default("cpu", "lbfgs", ANY, None, "cpu", "a test"),
-    )
-    monkeypatch.setattr(defaults, "TABLE", table)
+def named(monkeypatch, backend: str) -> None:
+    """Make a table that names this backend."""
+    monkeypatch.setattr(defaults, "TABLE", (Default("cpu", "lbfgs", backend, "a test"),))
     monkeypatch.setattr(backends, "_auto", {})
 
 
-def test_a_call_takes_the_backend_of_its_size(monkeypatch):
-    two_sizes(monkeypatch, "reference")
-    seen = []
-    for name in ("reference", "cpu"):
-        module = backends.load("lbfgs", name)
-
-        def spy(*args, name=name, original=module.two_loop):
-            seen.append(name)
-            original(*args)
-
-        monkeypatch.setattr(module, "two_loop", spy)
-    chosen = backends.resolve("lbfgs", CPU, torch.float64)
-    s = torch.randn(3, 11, dtype=torch.float64)
-    for n in (1, 10, 11):
-        g, out = torch.randn(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-        chosen.two_loop(g, s[:, :n], 2 * s[:, :n], None, out)
-        torch.testing.assert_close(out, -g / 2)
-    assert seen == ["reference", "reference", "cpu"]
-    assert chosen.update is backends.load("lbfgs", "cpu").update
-    monkeypatch.setattr(backends.load("lbfgs", "cpu"), "two_loop_plain", print, raising=False)
-    assert not hasattr(chosen, "two_loop_plain")
-    assert chosen.__name__ == "secant.kernels.lbfgs.cpu"
-    assert backends.resolve("lbfgs", CPU, torch.float64) is chosen
-    assert backends.preferences("lbfgs", CPU, "two_loop", 10)[:2] == ["reference", "cuda"]
-    assert backends.preferences("lbfgs", CPU, "update", 10)[0] == "cpu"
-
-
-def test_a_choice_of_one_product_has_no_shortcut_past_it(monkeypatch):
-    """One shortcut serves two functions of the hvp family."""
-    table = (
-        Default("cpu", "hvp", "glm_hvp", 10, "reference", "a test"),
-        Default("cpu", "hvp", "glm_hvp", None, "cpu", "a test"),
-        Default("cpu", "hvp", ANY, None, "cpu", "a test"),
-    )
-    monkeypatch.setattr(defaults, "TABLE", table)
-    monkeypatch.setattr(backends, "_auto", {})
-    monkeypatch.setattr(backends.load("hvp", "cpu"), "glm_plain", print)
-    assert not hasattr(backends.resolve("hvp", CPU, torch.float32), "glm_plain")
+def test_a_call_takes_the_backend_of_the_table(monkeypatch):
+    named(monkeypatch, "reference")
+    assert backends.resolve("lbfgs", CPU, torch.float64) is backends.load("lbfgs", "reference")
+    assert backends.preferences("lbfgs", CPU)[:2] == ["reference", "cuda"]
 
 
 def test_a_backend_of_the_table_that_cannot_serve_gives_way(monkeypatch):
-    two_sizes(monkeypatch, "nvrtc")
+    named(monkeypatch, "nvrtc")
     assert backends.resolve("lbfgs", CPU, torch.float32) is backends.load("lbfgs", "cpu")
 
 
 def test_a_device_without_entries_is_served_in_order(monkeypatch):
     monkeypatch.setattr(defaults, "TABLE", ())
     monkeypatch.setattr(backends, "_auto", {})
-    assert backends.preferences("lbfgs", CPU, "two_loop", 10) == list(backends.ORDER)
+    assert backends.preferences("lbfgs", CPU) == list(backends.ORDER)
     assert backends.resolve("lbfgs", CPU, torch.float32) is backends.load("lbfgs", "cpu")
 
 

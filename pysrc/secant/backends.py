@@ -1,9 +1,8 @@
 """Which implementations exist here, why the others do not, and which one serves a call.
 
 `auto` takes what the table in `secant.defaults` says, or, where that is not available or does not support the device
-and dtype, the first backend of `ORDER` that does. It looks once per (family, device, dtype); only where the table names
-several backends for a family does a call look at its size. An explicit choice, by `use_backend` or the environment
-variable SECANT_BACKEND, that cannot be met raises.
+and dtype, the first backend of `ORDER` that does. It looks once per (family, device, dtype). An explicit choice, by
+`use_backend` or the environment variable SECANT_BACKEND, that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import importlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -29,7 +27,7 @@ ORDER = ("cuda", "triton", "nvrtc", "cpu", "reference")
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("secant_backend", default=None)
 _default = os.environ.get("SECANT_BACKEND") or "auto"  # set to nothing is not set
-_auto: dict[tuple[str, torch.device, torch.dtype], ModuleType | BySize] = {}
+_auto: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
 _modules: dict[tuple[str, str], ModuleType | str] = {}
 
 
@@ -108,47 +106,14 @@ def _check_contract(family: str, name: str, module: ModuleType) -> None:
             raise TypeError(f"{module.__name__}: expected a function {method}({', '.join(wanted)}), got {got}")
 
 
-class BySize:
-    """An implementation that takes its ops from several backends, by the size of the call.
-
-    For families of which the table names more than one backend on a device; what has no entry is `rest`'s.
-    """
-
-    def __init__(self, rest: ModuleType, options: dict[str, list[tuple[int | None, ModuleType]]]) -> None:
-        self._rest = rest
-        for op, found in options.items():
-            setattr(self, op, _by_size(op, found))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.endswith("_plain"):  # a shorter way to one backend, past the choice
-            raise AttributeError(name)
-        return getattr(self._rest, name)
+def preferences(family: str, device: torch.device) -> list[str]:
+    """Names of the backends in the order in which `auto` tries them (see `secant.defaults.Default`)."""
+    entry = defaults.find(device.type, family)
+    first = [] if entry is None else [entry.backend]
+    return [*first, *(name for name in ORDER if name not in first)]
 
 
-def _by_size(op: str, options: list[tuple[int | None, ModuleType]]) -> Callable[..., None]:
-    functions = [(largest, getattr(module, op)) for largest, module in options]
-
-    def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        size = first.shape[-1]
-        for largest, function in functions:
-            if largest is None or size <= largest:
-                function(first, *args, **kwargs)
-                return
-
-    return call
-
-
-def preferences(family: str, device: torch.device, op: str, size: int) -> list[str]:
-    """Names of the backends in the order in which `auto` tries them for a call (see `secant.defaults.Default`)."""
-    entry = defaults.find(device.type, family, op, size)
-    return _with_first(entry.backend) if entry is not None else list(ORDER)
-
-
-def _with_first(first: str) -> list[str]:
-    return [first, *(name for name in ORDER if name != first)]
-
-
-def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType | BySize:
+def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The implementation that serves `family` for vectors of this device and dtype.
 
     Raises:
@@ -164,25 +129,14 @@ def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType
         return module
     key = (family, device, dtype)
     if key not in _auto:
-        _auto[key] = _resolve_auto(family, device, dtype)
+        _auto[key] = _first_that_serves(family, device, dtype)
     return _auto[key]
 
 
-def _resolve_auto(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType | BySize:
-    by_op = defaults.entries(device.type, family)
-    names = {entry.backend for found in by_op.values() for entry in found} or {ORDER[0]}
-    serving = {name: _first_that_serves(family, device, dtype, _with_first(name)) for name in names}
-    if len({id(module) for module in serving.values()}) == 1:
-        return next(iter(serving.values()))
-    options = {op: [(x.largest, serving[x.backend]) for x in found] for op, found in by_op.items()}
-    [(_, rest)] = options.pop(defaults.ANY)
-    return BySize(rest, options)
-
-
-def _first_that_serves(family: str, device: torch.device, dtype: torch.dtype, names: list[str]) -> ModuleType:
+def _first_that_serves(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     reasons: list[str] = []
     # What comes behind is not imported: on a CPU nothing that was made for GPUs is (Triton takes 0.4 s).
-    for name in names:
+    for name in preferences(family, device):
         module = load(family, name)
         reason = module if isinstance(module, str) else module.supports(device, dtype)
         if reason is None:
@@ -192,7 +146,7 @@ def _first_that_serves(family: str, device: torch.device, dtype: torch.dtype, na
                     f"secant.{family} falls back to the reference implementation for {dtype} on {device}: "
                     + "; ".join(reasons),
                     SecantWarning,
-                    stacklevel=5,
+                    stacklevel=4,
                 )
             return module
         reasons.append(f"{name}: {reason}")

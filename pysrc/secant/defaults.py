@@ -9,22 +9,18 @@ import importlib
 from functools import cache
 from typing import NamedTuple
 
-#: Stands for the ops of a family that have no entry of their own.
+#: Stands for every vendor.
 ANY = "*"
 
 
 class Default(NamedTuple):
-    """The backend to take for an op, unless it cannot serve the call.
+    """The backend to take for a family, unless it cannot serve the call.
 
-    device: type of the tensors' device. op: a function of the family's contract (`kernels/<family>/reference.py`), or
-    `ANY`. largest: size up to which the entry holds, None for every size; the size of a call is the length of the last
-    dimension of its first operand: n of a direction, rows of a block, columns of X, logits. source: the run, or why.
+    device: type of the tensors' device. source: the run, or why.
     """
 
     device: str
     family: str
-    op: str
-    largest: int | None
     backend: str
     source: str
 
@@ -35,31 +31,20 @@ UNMEASURED = (
     "through the shortest path; triton comes with torch; nvrtc is the source of cuda, compiled at the first call"
 )
 
-#: Of an op the entries by rising `largest`, the last one with None; each device and family has one of `ANY`.
+#: One entry for each device and family.
 TABLE = (
-    Default("cpu", "lbfgs", ANY, None, "cpu", "bench/results/cpu-xeon-2core.json"),
-    Default("cpu", "blocks", ANY, None, "cpu", "bench/results/cpu-xeon-2core-blocks.json"),
-    Default("cpu", "hvp", ANY, None, "cpu", "bench/results/cpu-xeon-2core-hvp.json"),
-    Default("cuda", "lbfgs", ANY, None, "cuda", UNMEASURED),
-    Default("cuda", "blocks", ANY, None, "cuda", UNMEASURED),
-    Default("cuda", "hvp", ANY, None, "cuda", UNMEASURED),
+    Default("cpu", "lbfgs", "cpu", "bench/results/cpu-xeon-2core.json"),
+    Default("cpu", "blocks", "cpu", "bench/results/cpu-xeon-2core-blocks.json"),
+    Default("cpu", "hvp", "cpu", "bench/results/cpu-xeon-2core-hvp.json"),
+    Default("cuda", "lbfgs", "cuda", UNMEASURED),
+    Default("cuda", "blocks", "cuda", UNMEASURED),
+    Default("cuda", "hvp", "cuda", UNMEASURED),
 )
 
 
-def entries(device: str, family: str) -> dict[str, list[Default]]:
-    """The entries of a family on a type of device, by op, each op's in the order of the table."""
-    found: dict[str, list[Default]] = {}
-    for entry in TABLE:
-        if (entry.device, entry.family) == (device, family):
-            found.setdefault(entry.op, []).append(entry)
-    return found
-
-
-def find(device: str, family: str, op: str, size: int) -> Default | None:
-    """The entry for a call, None on a device that the table does not know."""
-    by_op = entries(device, family)
-    held = by_op.get(op) or by_op.get(ANY, [])
-    return next((entry for entry in held if entry.largest is None or size <= entry.largest), None)
+def find(device: str, family: str) -> Default | None:
+    """Return the entry of a family on a type of device, None on a device that the table does not know."""
+    return next((entry for entry in TABLE if (entry.device, entry.family) == (device, family)), None)
 
 
 class Processor(NamedTuple):

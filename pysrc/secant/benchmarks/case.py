@@ -151,14 +151,14 @@ def no_compile(case: Case, name: str) -> bool:
     return name != "compiled"
 
 
-def serving(family: str, device: torch.device, dtype: torch.dtype, op: str, size: int, *, large: bool) -> list[str]:
+def serving(family: str, device: torch.device, dtype: torch.dtype, *, large: bool) -> list[str]:
     """List the backends that can serve a call, the one that `auto` takes first.
 
     Args:
-        family, device, dtype: of the call. op, size: see `secant.defaults.Default`.
+        family, device, dtype: of the call.
         large: spare the reference, which widens its inputs to float64, unless nothing else serves.
     """
-    loaded = ((name, backends.load(family, name)) for name in backends.preferences(family, device, op, size))
+    loaded = ((name, backends.load(family, name)) for name in backends.preferences(family, device))
     names = [name for name, x in loaded if not isinstance(x, str) and x.supports(device, dtype) is None]
     return [name for name in names if not (large and name == "reference" and len(names) > 1)]
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import secant
+from secant import defaults
 from secant.benchmarks.timing import Timed, clock_for, interleaved
 from secant.kernels._cpu_support import extension as _cpu
 
@@ -110,8 +111,8 @@ def last_level_cache() -> int:
 
 
 def table_in_force() -> str:
-    """Name the processor whose table of choices is in force: the one at hand, as no table differs by processor yet."""
-    return _cpu_name()
+    """Name the entry of `secant.defaults.PROCESSORS` that is in force here, and the processor at hand."""
+    return f"{defaults.processor().name} ({_cpu_name()})"
 
 
 def _cpu_name() -> str:

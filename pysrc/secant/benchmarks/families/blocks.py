@@ -134,7 +134,7 @@ class Case(Base):
 
     def serving(self, device: torch.device) -> list[str]:
         """List the backends that can serve it, the one that `auto` takes first."""
-        return serving("blocks", device, self.dtype, self.function, self.n, large=False)
+        return serving("blocks", device, self.dtype, large=False)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
         """Make random blocks."""

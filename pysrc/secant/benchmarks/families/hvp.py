@@ -114,7 +114,7 @@ class Case(Base):
     def serving(self, device: torch.device) -> list[str]:
         """List the backends that can serve it, the one that `auto` takes first."""
         large = self.n * self.d > REFERENCE_ELEMENTS
-        return serving("hvp", device, self.dtype, self.op, self.d, large=large)
+        return serving("hvp", device, self.dtype, large=large)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
         """Make random rows."""

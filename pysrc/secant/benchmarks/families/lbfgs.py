@@ -134,7 +134,7 @@ class Case(Base):
     def serving(self, device: torch.device) -> list[str]:
         """List the backends that can serve it, the one that `auto` takes first."""
         large = self.history_bytes // self.storage.itemsize > REFERENCE_ELEMENTS
-        return serving("lbfgs", device, self.dtype, self.function, self.n, large=large)
+        return serving("lbfgs", device, self.dtype, large=large)
 
     def problem(self, device: torch.device, seed: int = 0) -> Problem:
         """Make random pairs of a quadratic."""
