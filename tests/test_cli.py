@@ -161,8 +161,11 @@ def test_demo_says_when_it_loses():
     from secant.benchmarks.optimizers import Steps
     from secant.cli.demo import Pair, training_losses, training_table
 
-    fast = Run(Steps(2.0, 1.0, 10, 12, [1.0], [0.5]), 0.5, 0.95)
-    slow = Run(Steps(4.0, 1.0, 10, 12, [1.0], [0.5]), 0.6, 0.90)
+    def right(count: int) -> torch.Tensor:
+        return torch.arange(360) < count
+
+    fast = Run(Steps(2.0, 1.0, 10, 12, [1.0], [0.5]), 0.5, right(342))
+    slow = Run(Steps(4.0, 1.0, 10, 12, [1.0], [0.5]), 0.6, right(324))
     assert training_losses({"model": Pair(torch=slow, secant=fast, runs=3)}) == []
     lost = training_losses({"model": Pair(torch=fast, secant=slow, runs=3)})
     assert lost == [

@@ -144,6 +144,16 @@ def test_both_optimizers_start_at_one_point_and_learn(digits, data):
     assert min(ours.accuracy, theirs.accuracy) > 0.9
 
 
+def test_images_lost_by_chance(digits):
+    """By hand: 3 of 3 lost, 1/8; 3 of 4, 5/16; the 9 of 10 of a fair coin, 11/1024; none lost, for sure."""
+    theirs = torch.arange(20) < 12
+    assert digits.chance_of_fewer(torch.arange(20) < 9, theirs) == 1 / 8
+    assert digits.chance_of_fewer((torch.arange(20) < 9) | (torch.arange(20) == 15), theirs) == 5 / 16
+    assert digits.chance_of_fewer((torch.arange(20) < 3) | (torch.arange(20) == 15), theirs) == 11 / 1024
+    assert digits.chance_of_fewer(theirs, theirs) == 1.0
+    assert digits.chance_of_fewer(torch.arange(20) < 14, theirs) == 1.0
+
+
 def test_float32_directions_on_recorded_pairs(digits, data):
     pairs = list(digits.recorded_pairs(data, every=6, calls=2))
     # The pair of a call's last step is formed before the call ends.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -83,9 +84,9 @@ class Task:
         return nn.functional.cross_entropy(self.net(self.data.train_x), self.data.train_y) + 0.5 * L2 * penalty
 
     @torch.no_grad()
-    def accuracy(self) -> float:
-        """Return the share of the test images that are classified correctly."""
-        return float((self.net(self.data.test_x).argmax(1) == self.data.test_y).float().mean())
+    def right(self) -> Tensor:
+        """Tell of each test image whether it is classified correctly."""
+        return self.net(self.data.test_x).argmax(1) == self.data.test_y
 
     def closure(self, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
         """Make what both optimizers are given."""
@@ -100,11 +101,26 @@ class Task:
 
 
 class Run(NamedTuple):
-    """One training run."""
+    """One training run: its steps, its last loss, and the test images that it classifies correctly."""
 
     steps: Steps
     loss: float
-    accuracy: float
+    right: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the test images that are classified correctly."""
+        return float(self.right.float().mean())
+
+
+def chance_of_fewer(ours: Tensor, theirs: Tensor) -> float:
+    """Return the chance of as many images lost as `ours` loses to `theirs`, were both as good as each other.
+
+    Of the images that only one of the two classifies correctly each is then either's with even odds: the binomial tail
+    P(X >= lost | lost + won, 1/2), McNemar's exact test on one side (Psychometrika 12, 1947).
+    """
+    lost, won = int((theirs & ~ours).sum()), int((ours & ~theirs).sum())
+    return sum(math.comb(lost + won, k) for k in range(lost, lost + won + 1)) / 2 ** (lost + won)
 
 
 def _optimizer(name: str, task: Task, iterations: int) -> torch.optim.Optimizer:
@@ -123,7 +139,7 @@ def train(name: str, model: Model, data: Digits, clock: Clock, iterations: int |
     optimizer = _optimizer(name, task, iterations or model.iterations)
     steps = timed_step(optimizer, task.closure(optimizer), clock)
     with torch.no_grad():
-        return Run(steps, float(task.loss()), task.accuracy())
+        return Run(steps, float(task.loss()), task.right())
 
 
 def recorded_pairs(data: Digits, *, every: int = 10, calls: int = 8) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
