@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secant.ops.lbfgs import LBFGSHistory
-from secant.optim._flat import FlatParameters
+from secant.optim._gradients import FlatGradients
 from secant.optim._state import NUMBERS
 
 
@@ -28,7 +28,7 @@ class Undo:
     """
 
     def __init__(
-        self, flat: FlatParameters, history: LBFGSHistory, state: dict[str, Any], vectors: list[Tensor]
+        self, flat: FlatGradients, history: LBFGSHistory, state: dict[str, Any], vectors: list[Tensor]
     ) -> None:
         self._flat, self._state, self._vectors = flat, state, vectors
         self._rings = (history.s, history.y)
@@ -59,7 +59,7 @@ class Undo:
             return
         if not self._kept:
             self._kept = [torch.empty_like(x) for x in (*self._vectors, self._flat.grad)]
-            self._kept_params = self._flat.views(self._kept[-1])
+            self._kept_params = self._flat.split(self._kept[-1])
         torch._foreach_copy_(self._kept[:-1], self._vectors)
         self._flat.save(self._kept_params)
         self._counters = [x.clone() for x in self._small]
@@ -90,7 +90,7 @@ class Undo:
         self._state.update(self._numbers)
         if self._kept_grad is not None:
             flat.grad.copy_(self._kept_grad)
-        for p, (g, content) in zip(flat.params, self._grads, strict=True):
+        for p, (g, content) in zip(flat.tensors, self._grads, strict=True):
             if g is not None and content is not None:
                 g.copy_(content)
             if p.grad is not g:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from secant import _checks
+from secant._parameters import FlatParameters
 from secant.ops.lbfgs import LBFGSHistory, Stats
-from secant.optim._flat import FlatParameters, check_parameters
+from secant.optim._gradients import FlatGradients
 from secant.optim._options import LAYOUT, RATE, SHARED, check_groups, check_options, is_integer, rate
 from secant.optim._state import NUMBERS, OP, Pairs, check_state, from_torch, is_of_torch, offer, pairs_of
 from secant.optim._undo import Undo
@@ -150,7 +151,7 @@ class LBFGS(torch.optim.Optimizer):
     _own: dict[str, Any]  # the state, filed in self.state under the first parameter
     _layout: tuple[Any, ...] | None = None
     _seen: list[Any]  # options as they were checked
-    _flat: FlatParameters
+    _flat: FlatGradients
     _adopted: bool = False  # whether the last step was made by torch
     _history: LBFGSHistory
     _stats: Tensor
@@ -640,7 +641,7 @@ class LBFGS(torch.optim.Optimizer):
             if not self.param_groups[-1]["params"]:
                 raise _checks.fail("LBFGS", "params", "at least one parameter in every group", "an empty group")
             check_groups("LBFGS", self.param_groups)
-            check_parameters("LBFGS", self._params)
+            FlatParameters("LBFGS", self._params)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -695,9 +696,9 @@ class LBFGS(torch.optim.Optimizer):
         stayed = hasattr(self, "_flat") and not self._flat.moved()
         if mine and stayed and layout == self._layout:
             return self._own
-        flat = self._flat if stayed else FlatParameters("LBFGS", self._params)
+        flat = self._flat if stayed else FlatGradients("LBFGS", self._params)
         history = LBFGSHistory(
-            flat.numel,
+            flat.n,
             options["history_size"],
             dtype=flat.dtype,
             device=flat.device,
@@ -730,7 +731,7 @@ class LBFGS(torch.optim.Optimizer):
         self._own = self.state[key] = vectors | history.state_dict() | numbers
         self._layout, self._flat, self._history, self._adopted = layout, flat, history, adopted
         self._prev_grad, self._direction, start = vectors.values()
-        self._direction_views, self._start = flat.views(self._direction), flat.views(start)
+        self._direction_views, self._start = flat.split(self._direction), flat.split(start)
         self._undo = Undo(flat, history, self._own, list(vectors.values()))
         self._stats, self._counters = history.stats_tensor, (history.head, history.count)
         self._maximize, self._searching = options["maximize"], options["line_search_fn"] is not None
