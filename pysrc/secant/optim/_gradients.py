@@ -47,11 +47,11 @@ class FlatGradients(FlatParameters):
                 p.grad = view if given else None
 
     def grads(self) -> list[tuple[Tensor | None, bool]]:
-        """The gradients as they are, and of each whether it is a piece of `grad`."""
+        """List the gradients as they are, and of each whether it is a piece of `grad`."""
         return [(p.grad, p.grad is view) for p, view in zip(self.tensors, self._grads, strict=True)]
 
     def knowledge(self) -> tuple[Any, ...]:
-        """What this remembers of earlier gradients, for `recall`."""
+        """Return what this remembers of earlier gradients, for `recall`."""
         return self._gathered, set(self._learning), self.absent
 
     def recall(self, knowledge: tuple[Any, ...]) -> None:
@@ -89,3 +89,8 @@ class FlatGradients(FlatParameters):
                 view.copy_(g)
             p.grad = view
         self._gathered, self.absent = True, tuple(absent)
+
+    def freeze_(self, views: list[Tensor]) -> None:
+        """Zero those parts of a vector that belong to parameters without a gradient: they do not move."""
+        for i in self.absent:
+            views[i].zero_()
