@@ -134,6 +134,27 @@ def test_on_error_backtrack_is_for_numbers_and_for_trials(line_search_fn):
         assert run.losses[-1] < 0.1 * run.losses[0]
 
 
+def test_an_interrupt_while_an_unseen_step_is_shortened_leaves_no_trace():
+    """The last step of a call leads to where the closure fails; the next call halves it, and is interrupted there."""
+    run = Raising(*PROBLEMS["mlp"], error=ValueError("v"), on_error="backtrack", max_iter=2, max_eval=20).step(2)
+    expected = Raising(*PROBLEMS["mlp"], on_error="backtrack", max_iter=2, max_eval=20).step(2)
+    before, x, first = copy.deepcopy(run.optimizer.state_dict()), run.x, run.calls
+
+    def closure():
+        if run.calls > first:
+            raise KeyboardInterrupt
+        return run.closure()
+
+    run.when = lambda k: k == first
+    with pytest.raises(KeyboardInterrupt):
+        run.optimizer.step(closure)
+    assert run.calls == first + 1
+    assert torch.equal(run.x, x)
+    assert_same_state(run.optimizer.state_dict(), before)
+    run.when = lambda k: False
+    assert torch.equal(run.step(2).x, expected.step(2).x)
+
+
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 
