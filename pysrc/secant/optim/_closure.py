@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -52,6 +52,26 @@ def gradient(op: str, closure: Closure) -> Any:
         got = f"{_checks.describe(loss)}{_hint(loss)}"
         raise TypeError(f"{op}.step: closure: expected it to return a number or a tensor of one, got {got}")
     return loss
+
+
+def check_backward(op: str, loss: Any, params: Iterable[Tensor]) -> None:
+    """Refuse a loss whose graph leads to parameters, none of which has a gradient: of kind "loss", not "gradient".
+
+    A loss that needs no parameter, or gradients that are set without backward, are fine.
+    """
+    if not isinstance(loss, Tensor) or loss.grad_fn is None:
+        return
+    wanted, seen, left = {id(p) for p in params}, set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            raise TypeError(
+                f"{op}.step: closure: expected one that {KINDS['gradient']}, got one that {KINDS['loss']}: no gradient"
+            )
+        left += [below for below, _ in node.next_functions if below is not None]
 
 
 def as_float(loss: Any) -> float:

@@ -175,7 +175,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             What the closure returned at its first evaluation: the loss at the start.
 
         Raises:
-            TypeError: `closure` is not callable, or returns something that is no real number.
+            TypeError: `closure` is not callable, returns something that is no real number, or leaves a loss whose graph
+                leads to the parameters without having called backward.
             ValueError: a gradient is sparse, or an option was changed to something invalid.
             Whatever the closure or the callback raises. After any of these the parameters, their gradients and the
                 state are what they were before the call.
@@ -212,6 +213,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise
         self._rounding = _closure.rounding(loss, flat.dtype)
         flat.gather_grad()
+        if len(flat.absent) == len(flat.tensors):
+            _closure.check_backward(self._name, loss, flat.tensors)
         if self._maximize:
             torch.neg(flat.grad, out=self._grad)
         return loss
