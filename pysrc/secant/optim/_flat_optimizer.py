@@ -350,20 +350,19 @@ class FlatOptimizer(torch.optim.Optimizer):
         stayed = hasattr(self, "_flat") and not self._flat.moved()
         if mine and stayed and layout == self._layout:
             return
-        before = dict(self.__dict__)
+        before, maximize = dict(self.__dict__), self.param_groups[0]["maximize"]
         try:
             if not stayed:
                 self._flat = FlatGradients(self._name, self._params)
+            self._grad = self._flat.vector() if maximize else self._flat.grad
             self._own = self._build(state, mine=mine)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
         self.state[self._first] = self._own
-        self._layout, flat = layout, self._flat
+        self._layout, self._maximize, flat = layout, maximize, self._flat
         self._undo = Undo(flat, self._own, tuple(self.NUMBERS))
-        self._maximize = self.param_groups[0]["maximize"]
-        self._grad = flat.vector() if self._maximize else flat.grad
         # Where a transfer costs nothing every number is read at once; elsewhere they travel together.
         self._packed = flat.device.type != "cpu"
         self._synchronize()

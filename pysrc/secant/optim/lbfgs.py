@@ -15,7 +15,7 @@ from secant.ops import LBFGSHistory
 from secant.ops.lbfgs import MAX_HISTORY, STORAGE
 from secant.optim._closure import Closure
 from secant.optim._flat_optimizer import RATE, Callback, FlatOptimizer, fill
-from secant.optim._line import Line
+from secant.optim._line import Line, Tried
 from secant.optim._pairs import Pairs, ScaledHistory
 from secant.optim._torch_state import from_torch, is_of_torch
 from secant.result import Status
@@ -103,6 +103,10 @@ class LBFGS(FlatOptimizer):
     * **The state** has a fixed shape from the first step: `history_size` pairs, two Gram matrices, three vectors and a
       few numbers, about 2 history_size + 4 times the parameters. A run continues from it bit for bit. What a closure
       that raises may have to undo takes 5 vectors more, and, during a call, 2 for each pair that a full ring gives up.
+    * **Vectors.** Of n elements an iteration reads and writes, besides the closure: (4 history_size + 10) n in
+      `LBFGSHistory.step`, 3 n to move, 2 n to keep where it began, 3 n for g.d and |d|_inf, and 4 n for a pair that a
+      full ring gives up; a search 2 n for g.d at a trial, and 5 n or 7 n for each after the first. A call copies 5
+      vectors once.
     * **Transfers.** On a GPU there is one transfer to the host per closure evaluation. For this a line search reads g.d
       and |g|_inf together with the loss of its first trial; so a call that stops because of them has, unlike on a CPU,
       evaluated the closure once more before it puts the parameters back.
@@ -133,7 +137,8 @@ class LBFGS(FlatOptimizer):
         on_error: "raise", or "backtrack": a RuntimeError (such as `torch.linalg.LinAlgError`), ValueError or
             ArithmeticError that the closure raises at a trial counts as an infinite loss, and the step is shortened.
             OutOfMemoryError, NotImplementedError and RecursionError pass, and everything does at the first evaluation
-            of a call, unless that is the end of a step that the last call has not evaluated.
+            of a call, unless that is the end of a step that the last call has not evaluated. `step` then returns the
+            first loss that was computed, NaN if there is none.
         callback: called with a `secant.result.Iteration` (n: iterations of the run; value: what the closure returned;
             grad_norm: |g|_inf, as tolerance_grad looks at it; step: t; evaluations: of the run); a true value ends the
             call. It is not part of state_dict, and a copy of the optimizer has none.
@@ -186,14 +191,10 @@ class LBFGS(FlatOptimizer):
     }
 
     _pairs: ScaledHistory
-    _line: Line
-    _prev_grad: Tensor
     _direction: Tensor
-    _direction_views: list[Tensor]
     _start: list[Tensor]
+    _searching: bool
     _written: list[Tensor]  # what a step writes, but for pairs and gradients
-    _rings: tuple[Tensor, Tensor]
-    _counters: tuple[Tensor, Tensor]
     _unread: tuple[Tensor, ...] = ()  # what describes the direction, while it is only on the device
     _about: _Direction
     _absent: tuple[int, ...] | None  # parameters that do not move; None: not known yet
@@ -202,9 +203,6 @@ class LBFGS(FlatOptimizer):
     _offered: float  # t of the pair that was offered last
     _slot: int  # where the next pair goes
     _full: bool  # whether another pair is there
-    _searching: bool
-    _longest: float
-    _limit: int
 
     def __init__(
         self,
@@ -435,53 +433,38 @@ class LBFGS(FlatOptimizer):
 
     def _search(self, closure: Closure, value: float, t: float) -> _Moved | Status:
         """Strong Wolfe search along d from the parameters; they, and `_grad`, end at the step it chose."""
-        options = self.param_groups[0]
+        options, line = self.param_groups[0], self._line
         trials = self._limit - self._own["func_evals"] + (options["max_eval"] is None)
-        self._line.begin()
-        here, grad_max = self._try(closure, t)
-        finite = _is_finite(here)
-        if options["max_eval"] is None and not finite:
+        line.begin()
+        first = self._try(closure, t)
+        if options["max_eval"] is None and not first.finite:
             trials += _SPARE_TRIALS
         status = self._stopped(t)  # known before the search unless numbers travel together
         if status is not None:
-            self._line.return_to(0.0, self._grad, self._prev_grad)
+            line.return_to_start()
             return status
+        slope, size = self._about.slope, self._about.size
         search = strong_wolfe(
-            Trial(0.0, value, self._about.slope),
-            here,
-            size=self._about.size,
+            Trial(0.0, value, slope),
+            first.trial,
+            size=size,
             tolerance=options["tolerance_change"],
             max_evaluations=trials,
             noise=_NOISE * self._rounding * abs(value),
         )
-        best_max = math.nan
-        try:
-            t, best = next(search)
-            while True:
-                if best == here.t:
-                    self._line.keep(self._grad)
-                    best_max = grad_max
-                here, grad_max = self._try(closure, t)
-                finite = finite or _is_finite(here)
-                t, best = search.send(here)
-        except StopIteration as end:
-            chosen = end.value.trial
+        (chosen, grad_max), finite = line.search(search, first, lambda t: self._try(closure, t))
         self._own["t"] = chosen.t
-        if chosen.t != here.t:
-            self._line.return_to(chosen.t, self._grad, self._prev_grad)
-            grad_max = best_max
         if chosen.t == 0.0:
             return Status.NOT_FINITE if not finite else Status.MAX_EVAL if self._is_spent() else Status.STALLED
-        size, learned = self._about.size, chosen.slope != self._about.slope
-        return _Moved(chosen.t, chosen.value, grad_max, chosen.t * size, learned)
+        return _Moved(chosen.t, chosen.value, grad_max, chosen.t * size, chosen.slope != slope)
 
-    def _try(self, closure: Closure, t: float) -> tuple[Trial, float]:
+    def _try(self, closure: Closure, t: float) -> Tried:
         """Evaluate at start + t d: what the search asks for, and |g|_inf there, for the callback if there is one.
 
         A step that could overflow a parameter counts as non-finite and is not evaluated; one where the closure failed
         and may counts likewise.
         """
-        refused = Trial(t, math.nan, math.nan), math.nan
+        refused = Tried(Trial(t, math.nan, math.nan), math.nan)
         if not self._unread and not t * self._about.size < self._longest:
             return refused
         self._line.place(t)
@@ -492,11 +475,12 @@ class LBFGS(FlatOptimizer):
             return refused
         scalars = [self._slope(self._grad)]
         if self.callback is not None:
-            scalars.append((self._grad if self._pairs.scale is None else self._grad * self._pairs.scale).abs().max())
+            scale = self._pairs.scale
+            scalars.append((self._grad if scale is None else self._grad * scale).abs().max())
         value, slope, *grad_max = self._know(loss, *scalars)
         if not t * self._about.size < self._longest:
             return refused
-        return Trial(t, value, slope), grad_max[0] if grad_max else math.nan
+        return Tried(Trial(t, value, slope), grad_max[0] if grad_max else math.nan)
 
     def _slope(self, grad: Tensor) -> Tensor:
         """g.d, in float64 where the products of finite numbers overflow in float32."""
@@ -593,7 +577,7 @@ class LBFGS(FlatOptimizer):
         self._direction_views, self._start = flat.split(self._direction), flat.split(start)
         self._searching = options["line_search_fn"] is not None
         if self._searching:
-            self._line = Line(flat, self._start, self._direction_views)
+            self._line = Line(flat, self._grad, self._prev_grad, self._start, self._direction_views)
         # x + s cannot overflow for any finite x when |s| is below half a unit in the last place of the largest number,
         # max * eps / 4; half of that leaves room for the rounding of s.
         info = torch.finfo(flat.dtype)
@@ -631,7 +615,3 @@ class LBFGS(FlatOptimizer):
 def _remainders() -> Iterator[float]:
     """Yield what is left of a step that is too long: half, a few times, then less each time, until nothing is."""
     return (0.5 ** max(1, k - _HALVINGS) for k in itertools.count(1))
-
-
-def _is_finite(trial: Trial) -> bool:
-    return math.isfinite(trial.value) and math.isfinite(trial.slope)
