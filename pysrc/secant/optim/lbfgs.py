@@ -102,7 +102,8 @@ class LBFGS(FlatOptimizer):
       else (such as `model.zero_grad()`) is copied into it; None counts as zero.
     * **The state** has a fixed shape from the first step: `history_size` pairs, two Gram matrices, three vectors and a
       few numbers, about 2 history_size + 4 times the parameters. A run continues from it bit for bit. What a closure
-      that raises may have to undo takes 5 vectors more, and, during a call, 2 for each pair that a full ring gives up.
+      that raises may have to undo takes 5 vectors more, and, during a call, 2 for each pair that a full ring gives up
+      (on a CPU that memory stays for the next call).
     * **Vectors.** Of n elements an iteration reads and writes, besides the closure: (4 history_size + 10) n in
       `LBFGSHistory.step`, 3 n to move, 2 n to keep where it began, 3 n for g.d and |d|_inf, and 4 n for a pair that a
       full ring gives up; a search 2 n for g.d at a trial, and 5 n or 7 n for each after the first. A call copies 5
@@ -110,7 +111,6 @@ class LBFGS(FlatOptimizer):
     * **Transfers.** On a GPU there is one transfer to the host per closure evaluation. For this a line search reads g.d
       and |g|_inf together with the loss of its first trial; so a call that stops because of them has, unlike on a CPU,
       evaluated the closure once more before it puts the parameters back.
-
     * **status** says why the last call of `step` ended: CONVERGED for tolerance_grad, SMALL_CHANGE for
       tolerance_change, MAX_ITER or MAX_EVAL, STALLED for a search that found no better point, NO_DESCENT for a
       direction that does not descend, NOT_FINITE where nothing finite was found, STOPPED by the callback. The
@@ -194,7 +194,8 @@ class LBFGS(FlatOptimizer):
     _direction: Tensor
     _start: list[Tensor]
     _searching: bool
-    _written: list[Tensor]  # what a step writes, but for pairs and gradients
+    _vectors: list[Tensor]  # what a step writes, but for pairs and gradients: of one dtype, and the rest
+    _small: list[Tensor]
     _unread: tuple[Tensor, ...] = ()  # what describes the direction, while it is only on the device
     _about: _Direction
     _absent: tuple[int, ...] | None  # parameters that do not move; None: not known yet
@@ -352,7 +353,8 @@ class LBFGS(FlatOptimizer):
     def _keep(self) -> None:
         """Keep what the next direction overwrites, and with it the parameters: a pair when a full ring gives it up."""
         undo, slot = self._undo, self._slot
-        undo.keep("state", self._written)
+        undo.keep("vectors", self._vectors)
+        undo.keep("counters", self._small)
         if self._own["t"] != 0.0 and undo.lacks("pair", slot):
             undo.keep("pair", [ring[slot] for ring in self._rings], slot, zero=not self._full)
 
@@ -573,7 +575,7 @@ class LBFGS(FlatOptimizer):
         self._pairs, self._adopted, self._stale = new, adopted, mine
         self._prev_grad, self._direction, start = vectors
         self._rings, self._counters = (history.s, history.y), (history.head, history.count)
-        self._written = [*vectors, *flat.tensors, history.sy, history.yy, *self._counters]
+        self._vectors, self._small = [*vectors, *flat.tensors], [history.sy, history.yy, *self._counters]
         self._direction_views, self._start = flat.split(self._direction), flat.split(start)
         self._searching = options["line_search_fn"] is not None
         if self._searching:
