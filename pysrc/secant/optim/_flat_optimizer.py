@@ -460,7 +460,7 @@ def fill(own: dict[str, Any], state: Mapping[str, Any]) -> None:
 
 
 class Undo:
-    """What a step changes, kept until it has ended, so that an exception leaves no trace.
+    """Copies of what a step changes, kept until it has ended, so that an exception leaves no trace.
 
     Nothing is read back to the host, and a tensor is copied only before it is about to change. On a CPU the copies'
     memory is kept for the next step: new memory costs there more than the copy.

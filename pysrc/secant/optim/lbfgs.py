@@ -31,7 +31,7 @@ _TOLERANCE = _checks.number_from(0.0)
 
 
 class _Direction(NamedTuple):
-    """What the host knows of the direction d at the current point, with gradient g.
+    """Numbers that the host knows of the direction d at the current point, with gradient g.
 
     slope: g.d. grad_max: |g|_inf. learned: whether the gradient has changed since the last point. size: |d|_inf.
     total: |d|_1, computed for the first iteration of a run only.
@@ -356,10 +356,10 @@ class LBFGS(FlatOptimizer):
         undo.keep("vectors", self._vectors)
         undo.keep("counters", self._small)
         if self._own["t"] != 0.0 and undo.lacks("pair", slot):
-            undo.keep("pair", [ring[slot] for ring in self._rings], slot, zero=not self._full)
+            undo.keep("pair", self._rows[slot], slot, zero=not self._full)
 
     def _is_current(self) -> bool:
-        """Whether d is -H g already, since this is the point where the last call ended.
+        """Tell whether d is -H g already, since this is the point where the last call ended.
 
         Computed once more, without the pair that was new then, d would differ by rounding from what a call that had
         gone on would use. Where numbers travel together, the device decides.
@@ -434,7 +434,7 @@ class LBFGS(FlatOptimizer):
         return loss, value, bool(left)
 
     def _search(self, closure: Closure, value: float, t: float) -> _Moved | Status:
-        """Strong Wolfe search along d from the parameters; they, and `_grad`, end at the step it chose."""
+        """Search along d for a strong Wolfe step; the parameters and `_grad` end at the one it chose."""
         options, line = self.param_groups[0], self._line
         trials = self._limit - self._own["func_evals"] + (options["max_eval"] is None)
         line.begin()
@@ -485,7 +485,7 @@ class LBFGS(FlatOptimizer):
         return Tried(Trial(t, value, slope), grad_max[0] if grad_max else math.nan)
 
     def _slope(self, grad: Tensor) -> Tensor:
-        """g.d, in float64 where the products of finite numbers overflow in float32."""
+        """Compute g.d, in float64 where the products of finite numbers overflow in float32."""
         if not self._packed:
             slope = torch.dot(grad, self._direction)
             if grad.dtype is torch.float64 or math.isfinite(slope.item()):
@@ -574,7 +574,8 @@ class LBFGS(FlatOptimizer):
 
         self._pairs, self._adopted, self._stale = new, adopted, mine
         self._prev_grad, self._direction, start = vectors
-        self._rings, self._counters = (history.s, history.y), (history.head, history.count)
+        self._rows = [[s, y] for s, y in zip(history.s, history.y, strict=True)]
+        self._counters = (history.head, history.count)
         self._vectors, self._small = [*vectors, *flat.tensors], [history.sy, history.yy, *self._counters]
         self._direction_views, self._start = flat.split(self._direction), flat.split(start)
         self._searching = options["line_search_fn"] is not None
