@@ -63,7 +63,7 @@ class Run:
         self.dtype, self.case = dtype, case
         self.loss = lambda params: loss([p.double() for p in params]).to(dtype)
         self.params = [x.detach().to(dtype).clone().requires_grad_() for x in (at if start is None else start)]
-        self.count, self.points, self.losses = 0, [], []
+        self.count, self.points, self.losses, self.zero_in_place = 0, [], [], False
         self.spoil = lambda k, loss: loss
         given = self.params if groups is None else groups(self.params)
         self.optimizer = case.make(given, **{**case.fixed, **options})
@@ -76,7 +76,12 @@ class Run:
         k, self.count = self.count, self.count + 1
         self.points.append(self.x)
         if self.case.kind == "gradient":
-            self.optimizer.zero_grad()
+            if self.zero_in_place:
+                for p in self.params:
+                    if p.grad is not None and p.requires_grad:
+                        p.grad.zero_()
+            else:
+                self.optimizer.zero_grad()
             loss = self.loss(self.params)
             loss.backward()
             returned = loss.detach()
@@ -384,6 +389,29 @@ def test_a_closure_that_raises_leaves_no_trace(case, calls):
             assert torch.equal(run.step(2).x, expected.step(2).x)
         else:
             assert at > 0  # the step took fewer evaluations
+
+
+@optimizers
+def test_a_closure_that_raises_while_a_parameter_is_frozen(case):
+    """What the step had learned of the frozen one is unlearned, too, and found out again by the next."""
+    run, expected = Run(case, "mlp").step(3), Run(case, "mlp").step(3)
+    for each in (run, expected):
+        each.params[1].requires_grad_(False)
+        each.zero_in_place = True  # so that the old gradient of the frozen one stays where it is
+    before, last = frozen(run), run.count
+    run.optimizer.callback = lambda iteration: run.spoil(last, None)
+
+    def spoil(k, loss):
+        raise Spoilt
+
+    for where in ("closure", "callback"):
+        run.spoil = spoil if where == "closure" else (lambda k, loss: spoil(k, loss) if loss is None else loss)
+        with pytest.raises(Spoilt):
+            run.step()
+        assert_frozen(run, before)
+    run.optimizer.callback = None
+    assert torch.equal(run.step(2).x, expected.step(2).x)
+    assert torch.equal(run.params[1].detach().reshape(-1), before[0].split([p.numel() for p in run.params])[1])
 
 
 # Status and callback --------------------------------------------------------------------------------------------------
