@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secant.optim._gradients import FlatGradients
-from secant.solvers.line_search import Step, Trial
+from secant.solvers.line_search import Trial
 
 
 class Tried(NamedTuple):
@@ -61,7 +61,7 @@ class Line:
         self._grad.copy_(self._start_grad)
 
     def search(
-        self, search: Generator[tuple[float, float], Trial, Step], first: Tried, evaluate: Callable[[float], Tried]
+        self, search: Generator[tuple[float, float], Trial, Any], first: Tried, evaluate: Callable[[float], Tried]
     ) -> tuple[Tried, bool]:
         """Run a search whose first trial is made; parameters and gradient end at the step it chose.
 
