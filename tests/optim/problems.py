@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def rosenbrock(params: list[Tensor]) -> Tensor:
@@ -77,3 +78,22 @@ class Run:
             self.optimizer.step(self.closure)
             self.ends.append(self.x)
         return self
+
+
+class Reads(TorchDispatchMode):
+    """Counts what brings data to the host: `_local_scalar_dense`, and `Tensor.tolist`, which dispatches nothing."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        tolist = torch.Tensor.tolist
+
+        def counted(x):
+            self.count += x.dim() > 0
+            return tolist(x)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))

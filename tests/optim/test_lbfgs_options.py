@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import secant
-from problems import PROBLEMS, Run
+from problems import PROBLEMS, Reads, Run
 from secant.optim import LBFGS
 
 SEARCHES = [None, "strong_wolfe"]
@@ -287,25 +286,6 @@ def test_parameters_of_any_layout():
 
 
 # Transfers ------------------------------------------------------------------------------------------------------------
-
-
-class Reads(TorchDispatchMode):
-    """Counts what brings data to the host: `_local_scalar_dense`, and `Tensor.tolist`, which dispatches nothing."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.count = 0
-        tolist = torch.Tensor.tolist
-
-        def counted(x):
-            self.count += x.dim() > 0
-            return tolist(x)
-
-        monkeypatch.setattr(torch.Tensor, "tolist", counted)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("maximize", [False, True])

@@ -75,6 +75,20 @@ def test_a_closure_that_raises_leaves_no_trace(line_search_fn, packed, history_s
         assert torch.equal(run.step(2).x, expected.step(2).x)
 
 
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_what_may_have_to_be_undone_does_not_grow(line_search_fn):
+    """Of a call's pairs copies are kept where the next call finds them: as many as a call gives up, and no more."""
+    run = Run(LBFGS, *PROBLEMS["rosenbrock-10"], history_size=3, max_iter=5, max_eval=50, line_search_fn=line_search_fn)
+    run.step(2)
+    free = run.optimizer._undo._free
+    places = {name: [x.data_ptr() for copies in kept for x in copies] for name, kept in free.items()}
+    assert len(free["pair"]) == 3  # a slot is kept once, however often it is written
+    run.step(5)
+    assert {name: sorted(x.data_ptr() for copies in kept for x in copies) for name, kept in free.items()} == {
+        name: sorted(at) for name, at in places.items()
+    }
+
+
 def test_what_the_optimizer_itself_refuses_leaves_no_trace_either():
     run = Raising(*PROBLEMS["mlp"]).step()
     before, x, grad = copy.deepcopy(run.optimizer.state_dict()), run.x, run.params[0].grad.clone()
@@ -132,6 +146,27 @@ def test_on_error_backtrack_is_for_numbers_and_for_trials(line_search_fn):
             run.step()
         run = Raising(*PROBLEMS["mlp"], when=lambda k: k % 5 == 2, error=error, max_iter=60, **options).step(2)
         assert run.losses[-1] < 0.1 * run.losses[0]
+
+
+def test_an_interrupt_while_an_unseen_step_is_shortened_leaves_no_trace():
+    """The last step of a call leads to where the closure fails; the next call halves it, and is interrupted there."""
+    run = Raising(*PROBLEMS["mlp"], error=ValueError("v"), on_error="backtrack", max_iter=2, max_eval=20).step(2)
+    expected = Raising(*PROBLEMS["mlp"], on_error="backtrack", max_iter=2, max_eval=20).step(2)
+    before, x, first = copy.deepcopy(run.optimizer.state_dict()), run.x, run.calls
+
+    def closure():
+        if run.calls > first:
+            raise KeyboardInterrupt
+        return run.closure()
+
+    run.when = lambda k: k == first
+    with pytest.raises(KeyboardInterrupt):
+        run.optimizer.step(closure)
+    assert run.calls == first + 1
+    assert torch.equal(run.x, x)
+    assert_same_state(run.optimizer.state_dict(), before)
+    run.when = lambda k: False
+    assert torch.equal(run.step(2).x, expected.step(2).x)
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,18 @@
-"""The parameters of an operator as one flat vector."""
+"""The parameters of an operator: variables that require gradients, and where they are in a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
 from secant import _checks
+from secant._parameters import FlatParameters
 from secant.curvature import _graph
 
 
-class Parameters:
-    """Tensors in a fixed order; entry i of a flat vector belongs to the i-th element of their concatenation.
+class Parameters(FlatParameters):
+    """Tensors as one flat vector, for an operator.
 
     Args:
         op: the operator, for messages.
@@ -24,34 +23,12 @@ class Parameters:
         TypeError, ValueError: something else was given.
     """
 
+    _same = "{}, like the first"
+
     def __init__(self, op: str, params: Iterable[Tensor]) -> None:
-        if isinstance(params, Tensor):
-            raise TypeError(f"{op}: params: expected an iterable of tensors, got a single tensor: pass [tensor]")
-        if isinstance(params, torch.nn.Module):
-            raise TypeError(f"{op}: params: expected an iterable of tensors, got a module: pass module.parameters()")
-        self.tensors = list(params)
-        if not self.tensors:
-            raise _checks.fail(op, "params", "at least one tensor", "none")
-        first = self.tensors[0]
-        for i, p in enumerate(self.tensors):
-            name = f"params[{i}]"
-            device = first.device if isinstance(first, Tensor) else None
-            if isinstance(p, Tensor) and (p.is_nested or p.is_meta):
-                raise _checks.fail(
-                    op, name, "a dense tensor with memory", "a nested" if p.is_nested else "a meta tensor"
-                )
-            _checks.tensor(op, name, p, _checks.REAL + _checks.HALF, device)
-            if p.dtype is not first.dtype:
-                raise TypeError(f"{op}: {name}: expected {first.dtype}, like the first, got {p.dtype}")
-            if not p.requires_grad:
-                raise _checks.fail(op, name, "a tensor that requires gradients", "requires_grad=False")
-        if len({id(p) for p in self.tensors}) < len(self.tensors):
-            raise _checks.fail(op, "params", "distinct tensors", "one of them twice")
-        self.op, self.computed = op, [p for p in self.tensors if not p.is_leaf]
+        super().__init__(op, params, _checks.REAL + _checks.HALF)
+        self.computed = [p for p in self.tensors if not p.is_leaf]
         self._check_independence()
-        self.sizes = [p.numel() for p in self.tensors]
-        self.n = sum(self.sizes)
-        self.dtype, self.device = first.dtype, first.device
 
     def _check_independence(self) -> None:
         slots = self.locate()
@@ -64,7 +41,7 @@ class Parameters:
                 raise _checks.fail(self.op, f"params[{j}]", expected, f"one below params[{i}]")
 
     def locate(self) -> dict[_graph.Edge, int]:
-        """The places of the parameters in graphs that are made from now on.
+        """Find the places of the parameters in graphs that are made from now on.
 
         Raises:
             ValueError: one does not require gradients any more.
@@ -76,22 +53,3 @@ class Parameters:
         if len(slots) < len(self.tensors):
             raise _checks.fail(self.op, "params", "distinct tensors", "two that are the same value of a graph")
         return slots
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """Views of a flat vector in the shapes of the parameters."""
-        return list(_unflatten_dense_tensors(vector, self.tensors))
-
-    def join(self, tensors: Sequence[Tensor | None], out: Tensor) -> None:
-        """Write tensors in the shapes of the parameters, None for zero, into a flat vector."""
-        if any(x is None for x in tensors):
-            for part, x in zip(out.split(self.sizes), tensors, strict=True):
-                part.zero_() if x is None else part.copy_(x.detach().reshape(-1))
-        else:
-            torch.cat([x.detach().reshape(-1) for x in tensors if x is not None], out=out)
-
-    def state(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a parameter is written in place or gets other memory.
-
-        What is written through `.data` or by other programs of the same memory is not seen.
-        """
-        return tuple((p._version, p.data_ptr()) for p in self.tensors)

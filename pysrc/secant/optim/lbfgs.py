@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
-from collections.abc import Callable, Iterator
-from numbers import Real
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.ops.history import LBFGSHistory, Stats
-from secant.optim._flat import FlatParameters, check_parameters
-from secant.optim._options import LAYOUT, RATE, SHARED, check_groups, check_options, is_integer, rate
-from secant.optim._state import NUMBERS, OP, Pairs, check_state, from_torch, is_of_torch, offer, pairs_of
-from secant.optim._undo import Undo
+from secant.ops import LBFGSHistory
+from secant.ops.lbfgs import MAX_HISTORY, STORAGE
+from secant.optim._closure import Closure
+from secant.optim._flat_optimizer import RATE, Callback, FlatOptimizer, fill
+from secant.optim._line import Line, Tried
+from secant.optim._pairs import Pairs, ScaledHistory
+from secant.optim._torch_state import from_torch, is_of_torch
+from secant.result import Status
 from secant.solvers.line_search import Trial, strong_wolfe
 
-_G_MAX, _Y_NORM = Stats._fields.index("g_max"), Stats._fields.index("y_norm")
-#: What the statistics say of the pair that was offered.
-_OF_PAIR = slice(Stats._fields.index("sy"), Stats._fields.index("accepted") + 1)
 #: Trials beyond the default max_eval for a search whose first trial is not finite; eight undo a step 1e9 too long.
 _SPARE_TRIALS = 10
 #: Rounding of a loss relative to it, in units of its dtype.
 _NOISE = 1.0
 #: Halvings of a step, without a search, before it is shortened by more each time, as a search does.
 _HALVINGS = 8
-#: Options that states of earlier versions lack.
-_LATER = {"on_error": "raise"}
-_VECTORS = ("prev_grad", "direction", "start")
-#: What on_error="backtrack" takes for an infinite loss, and what of it is no matter of numbers after all.
-_NUMERICAL = (RuntimeError, ValueError, ArithmeticError)
-_OTHER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
+#: Components that tell two gradients apart, when they are of two batches.
+_FEW = 1024
+_TOLERANCE = _checks.number_from(0.0)
 
 
 class _Direction(NamedTuple):
-    """What the host knows of the direction d at the current point, with gradient g.
+    """Numbers that the host knows of the direction d at the current point, with gradient g.
 
     slope: g.d. grad_max: |g|_inf. learned: whether the gradient has changed since the last point. size: |d|_inf.
     total: |d|_1, computed for the first iteration of a run only.
@@ -52,14 +47,20 @@ class _Direction(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """A step that was taken: the loss where it led, the largest change of a parameter, and whether y.d is not 0."""
+    """A step that was taken.
 
+    t: its length along d. value: the loss where it led. grad_max: |g|_inf there, NaN where nobody asked. change: the
+    largest of a parameter. learned: whether y.d is not 0.
+    """
+
+    t: float
     value: float
+    grad_max: float
     change: float
     learned: bool = True
 
 
-class LBFGS(torch.optim.Optimizer):
+class LBFGS(FlatOptimizer):
     r"""Limited-memory BFGS with the arguments, the closure and the iterates of `torch.optim.LBFGS`.
 
     Each iteration moves along d = -H g, where H approximates the inverse Hessian from the last `history_size` pairs
@@ -103,10 +104,22 @@ class LBFGS(torch.optim.Optimizer):
       else (such as `model.zero_grad()`) is copied into it; None counts as zero.
     * **The state** has a fixed shape from the first step: `history_size` pairs, two Gram matrices, three vectors and a
       few numbers, about 2 history_size + 4 times the parameters. A run continues from it bit for bit. What a closure
-      that raises may have to undo takes 5 vectors more, and, during a call, 2 for each pair that a full ring gives up.
+      that raises may have to undo takes 5 vectors more, and, during a call, 2 for each pair that a full ring gives up
+      (on a CPU that memory stays for the next call).
+    * **Vectors.** Of n elements an iteration reads and writes, besides the closure: (4 history_size + 10) n in
+      `LBFGSHistory.step`, 3 n to move, 2 n to keep where it began, 3 n for g.d and |d|_inf, and 4 n for a pair that a
+      full ring gives up; a search 2 n for g.d at a trial, and 5 n or 7 n for each after the first. A call copies 5
+      vectors once.
     * **Transfers.** On a GPU there is one transfer to the host per closure evaluation. For this a line search reads g.d
       and |g|_inf together with the loss of its first trial; so a call that stops because of them has, unlike on a CPU,
       evaluated the closure once more before it puts the parameters back.
+    * **status** says why the last call of `step` ended: CONVERGED for tolerance_grad, SMALL_CHANGE for
+      tolerance_change, MAX_ITER or MAX_EVAL, STALLED for a search that found no better point, NO_DESCENT for a
+      direction that does not descend, NOT_FINITE where nothing finite was found, STOPPED by the callback. The
+      iterations of a call can be used up in the one that meets tolerance_grad; the next call says so.
+    * **A callback** is told each iterate once, when its loss is known, with no evaluation and no transfer more: the
+      start of a run as number 0, and the end of every iteration that moved. Without a line search the last step of a
+      call is not evaluated, and is told by the next call. An exception in it is one in the closure.
 
     Args:
         params: parameters or groups; real, dense, distinct, float32 or float64, all of one dtype and device.
@@ -126,7 +139,15 @@ class LBFGS(torch.optim.Optimizer):
         on_error: "raise", or "backtrack": a RuntimeError (such as `torch.linalg.LinAlgError`), ValueError or
             ArithmeticError that the closure raises at a trial counts as an infinite loss, and the step is shortened.
             OutOfMemoryError, NotImplementedError and RecursionError pass, and everything does at the first evaluation
-            of a call, unless that is the end of a step that the last call has not evaluated.
+            of a call, unless that is the end of a step that the last call has not evaluated. `step` then returns the
+            first loss that was computed, NaN if there is none.
+        callback: called with a `secant.result.Iteration` (n: iterations of the run; value: what the closure returned;
+            grad_norm: |g|_inf, as tolerance_grad looks at it; step: t; evaluations: of the run); a true value ends the
+            call. It is not part of state_dict, and a copy of the optimizer has none.
+
+    Attributes:
+        status: a `secant.result.Status`, why the last call of `step` ended; None before the first.
+        callback: as given; may be replaced.
 
     Raises:
         TypeError, ValueError: an argument is invalid, a group is empty, or the parameters differ in dtype or device;
@@ -147,38 +168,44 @@ class LBFGS(torch.optim.Optimizer):
         >>> optimizer.step(closure)     # the loss at the start, 24.2; x is now (1, 1) to 1e-4
     """
 
-    _own: dict[str, Any]  # the state, filed in self.state under the first parameter
-    _layout: tuple[Any, ...] | None = None
-    _seen: list[Any]  # options as they were checked
-    _flat: FlatParameters
-    _adopted: bool = False  # whether the last step was made by torch
-    _history: LBFGSHistory
-    _stats: Tensor
-    _counters: tuple[Tensor, Tensor]
-    _grad: Tensor  # of the function that is minimized, at the current point
-    _prev_grad: Tensor
-    _best_grad: Tensor
+    OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
+        "lr": RATE,
+        "max_iter": _checks.integer_from(1),
+        "max_eval": _checks.or_none(_checks.integer_from(1)),
+        "tolerance_grad": _TOLERANCE,
+        "tolerance_change": _TOLERANCE,
+        "history_size": _checks.integer_from(1, MAX_HISTORY),
+        "line_search_fn": _checks.one_of(None, "strong_wolfe"),
+        "maximize": _checks.flag(),
+        "tolerance_grad_rel": _TOLERANCE,
+        "tolerance_change_rel": _TOLERANCE,
+        "history_dtype": _checks.one_of(None, *STORAGE),
+        "curvature_tol": _checks.or_none(_checks.number_from(0.0, 1.0)),
+        "on_error": _checks.one_of("raise", "backtrack"),
+    }
+    LAYOUT = ("history_size", "history_dtype", "curvature_tol", "line_search_fn", "maximize")
+    LATER: ClassVar[Mapping[str, Any]] = {"on_error": "raise"}
+    VECTORS = ("prev_grad", "direction", "start")
+    NUMBERS: ClassVar[Mapping[str, Any]] = {
+        **FlatOptimizer.NUMBERS,
+        "t": (0.0, _TOLERANCE),  # of a step that is not a pair yet
+        "first_grad_max": (0.0, _TOLERANCE),
+    }
+
+    _pairs: ScaledHistory
     _direction: Tensor
-    _direction_views: list[Tensor]
     _start: list[Tensor]
-    _scale: Tensor | None
-    _unread: tuple[Tensor, ...]  # what describes the direction, while it is only on the device
+    _searching: bool
+    _vectors: list[Tensor]  # what a step writes, but for pairs and gradients: of one dtype, and the rest
+    _small: list[Tensor]
+    _unread: tuple[Tensor, ...] = ()  # what describes the direction, while it is only on the device
     _about: _Direction
-    _undo: Undo
     _absent: tuple[int, ...] | None  # parameters that do not move; None: not known yet
-    _lr: float  # the largest
+    _adopted: bool = False  # whether the last step was made by torch
     _stale: bool  # whether d is not what the pairs and lr make of the last gradient
+    _offered: float  # t of the pair that was offered last
     _slot: int  # where the next pair goes
     _full: bool  # whether another pair is there
-    _maximize: bool
-    _searching: bool
-    _forgiving: bool
-    _unit: float  # of rounding: of the loss, and of the parameters
-    _rounding: float
-    _packed: bool
-    _away: bool
-    _longest: float
-    _limit: int
 
     def __init__(
         self,
@@ -197,78 +224,23 @@ class LBFGS(torch.optim.Optimizer):
         history_dtype: torch.dtype | None = None,
         curvature_tol: float | None = None,
         on_error: str = "raise",
+        callback: Callback | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "history_size": history_size,
-            "line_search_fn": line_search_fn,
-            "maximize": maximize,
-            "tolerance_grad_rel": tolerance_grad_rel,
-            "tolerance_change_rel": tolerance_change_rel,
-            "history_dtype": history_dtype,
-            "curvature_tol": curvature_tol,
-            "on_error": on_error,
-        }
-        check_options("LBFGS", defaults)
-        self._forget()
-        super().__init__(params, defaults)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in self.OPTIONS}, callback)
 
     # The algorithm ----------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """Run up to `max_iter` iterations.
-
-        Under `torch.compile` this is run as it is; a closure that is itself compiled stays so.
-
-        Args:
-            closure: computes the loss, calls backward on it and returns it: a real number or a tensor of one element.
-                It is called several times, with gradients enabled. It need not call backward, if the gradients are
-                already there; then the step is not a pair until the next call has brought the gradient at its end.
-
-        Returns:
-            What the closure returned at its first evaluation: the loss at the start. With on_error="backtrack", the
-            first that it returned, and NaN if there is none.
-
-        Raises:
-            TypeError: `closure` is not callable, or returns None or something that is no real number.
-            ValueError: a gradient is sparse, or an option was changed to something invalid.
-            Whatever the closure raises, see on_error. After any of these the parameters, their gradients and the state
-                are what they were before the call.
-        """
-        if not callable(closure):
-            raise TypeError(f"LBFGS.step: closure: expected a function that returns the loss, got {closure!r}")
-        first = not self.state.get(self._params[0])
-        self._bind()
-        self._undo.begin()
-        try:
-            return self._iterate(closure)
-        except BaseException:
-            if self._undo.restore():
-                self._synchronize()
-                if first:
-                    self.state.pop(self._params[0])
-                    self._forget()
-            raise
-        finally:
-            self._undo.end()
-
-    def _iterate(self, closure: Callable[[], Any]) -> Any:
-        state, options = self._own, self.param_groups[0]
-        searching, max_iter = options["line_search_fn"] is not None, options["max_iter"]
-        lr = self._lr
-        self._limit = state["func_evals"] + _evaluations(options)
+    def _iterate(self, closure: Closure) -> tuple[Any, Status]:
+        own, options = self._own, self.param_groups[0]
+        searching, max_iter = self._searching, options["max_iter"]
+        self._limit = own["func_evals"] + (options["max_eval"] or max_iter * 5 // 4)
         if self._adopted:  # where that step began, torch does not say: if its end is not finite, it stays
             self._flat.save(self._start)
             self._adopted = False
 
         # A step that ended the last call without a gradient at its end.
-        pending = state["t"]
+        pending = own["t"]
         self._forgiving = pending != 0.0 and options["on_error"] == "backtrack"
         original, value, _ = self._observe(closure)
         self._forgiving = options["on_error"] == "backtrack"
@@ -276,35 +248,48 @@ class LBFGS(torch.optim.Optimizer):
             other, value = self._step_back(closure, pending) if pending else (None, value)
             original = other if original is None else original
             if not math.isfinite(value):
-                return self._direction.new_tensor(math.nan) if original is None else original
+                return self._direction.new_tensor(math.nan) if original is None else original, Status.NOT_FINITE
+        untold = pending != 0.0 or own["n_iter"] == 0
+        if untold and self._report(value, self._about.grad_max, self._offered if pending else 0.0):
+            return original, Status.STOPPED
 
-        new = None
-        for iteration in range(1, max_iter + 1):
-            if self._is_optimal():
-                break
-            state["n_iter"] += 1
-            t = lr * min(1.0, 1.0 / self._about.total) if state["n_iter"] == 1 else lr
-            if t == 0.0 or not self._descends():
-                break
+        iteration = 0
+        while True:
+            iteration += 1
+            t = self._lr * (1.0 / max(1.0, self._about.total)) if own["n_iter"] == 0 else self._lr
+            status = self._stopped(t)
+            own["n_iter"] += status is not Status.CONVERGED
+            if status is not None:
+                return original, status
             self._flat.save(self._start)
             if searching:
                 new = self._search(closure, value, t)
             else:
                 new = self._move(closure, t, last=iteration == max_iter)
-            if new is None or iteration == max_iter or self._is_spent() or self._is_small(value, new):
-                break
+            if isinstance(new, Status):
+                return original, new
+            if self._report(new.value, new.grad_max, new.t):
+                status = Status.STOPPED
+            elif self._is_small(value, new):
+                status = Status.SMALL_CHANGE
+            elif not searching and self._is_optimal():
+                status = Status.CONVERGED
+            elif iteration == max_iter:
+                status = Status.MAX_ITER
+            elif self._is_spent():
+                status = Status.MAX_EVAL
+            if status is not None:
+                if searching and new.learned:  # the gradient is of this call's batch; the next call may bring another
+                    self._undo.end()
+                    self._update_direction()
+                return original, status
             value = new.value
             if searching:
                 self._update_direction()
                 if not self._packed:
-                    self._read()
-        if searching and new is not None and new.learned:
-            # The gradient at the end is of this call's batch; the next call may bring another.
-            self._undo.end()
-            self._update_direction()
-        return original
+                    self._know()
 
-    def _observe(self, closure: Callable[[], Any], *scalars: Tensor) -> tuple[Any, float, list[float]]:
+    def _observe(self, closure: Closure, *scalars: Tensor) -> tuple[Any, float, list[float]]:
         """Evaluate at the parameters and go on to the next direction: what the closure returned, f, and other scalars.
 
         Everything is read back in one transfer. f is NaN when the gradient is not finite; then the pair was rejected,
@@ -312,85 +297,100 @@ class LBFGS(torch.optim.Optimizer):
         """
         loss = self._evaluate(closure)
         if loss is None:
+            self._keep()
             return None, math.nan, [x.item() for x in scalars]
-        if self._may_evaluate():
-            self._undo.keep_vectors()
-        else:
-            self._undo.end()
-        offered = self._update_direction()
-        value, *others = self._read(loss, *scalars)
+        if not self._searching and self.callback is None and self._is_spent():
+            self._undo.end()  # nothing follows that could raise; a search may go one evaluation over the limit
+        self._update_direction()
+        value, *others = self._know(loss, *scalars)
         if not self._about.learned:  # the gradient was left as it was, and so is d: the next one makes the pair
-            self._own["t"] = offered
+            self._own["t"] = self._offered
         return loss, value if math.isfinite(self._about.grad_max) else math.nan, others
 
-    def _update_direction(self) -> float:
+    def _update_direction(self) -> None:
         """Offer the pair of the last step, s = t d, y = g - g_prev, to the history; then d = -H g and g_prev = g.
 
         Nothing is read back. With unequal lr, all this is done for R^(-1/2) x.
         Parameters without a gradient do not move, and a step that ended with others of them than it began with is no
-        pair: what y is there, nobody knows. Returns the t of the pair that was offered.
+        pair: what y is there, nobody knows.
         """
-        state, g, d, history = self._own, self._grad, self._direction, self._history
+        own, g, d, stats = self._own, self._grad, self._direction, self._pairs.history.stats
         if self._absent != self._flat.absent:
             if self._absent is not None:
-                state["t"] = 0.0
+                own["t"] = 0.0
             self._absent = self._flat.absent
-        t = state["t"]
-        if t != 0.0 and self._may_evaluate():
-            self._undo.keep_pair(self._slot, full=self._full)
+        t = self._offered = own["t"]
+        self._keep()
         stale, self._stale = self._stale, False
         if t == 0.0 and not stale and self._is_current():
-            self._stats[_G_MAX], self._stats[_Y_NORM] = g.abs().max(), 0.0
-        elif self._scale is None:
-            before = (d.clone(), (g == self._prev_grad).all()) if t == 0.0 and not stale and self._packed else None
-            history.step(g, self._prev_grad, d, t)
+            low, high = torch.aminmax(g)
+            stats.g_max.copy_(torch.maximum(-low, high))
+            stats.y_norm.zero_()
+        else:
+            maybe = t == 0.0 and not stale and self._packed and self._pairs.scale is None
+            before = (d.clone(), (g == self._prev_grad).all()) if maybe else None
+            self._pairs.step(g, self._prev_grad, d, t)
             if before is not None:
                 torch.where(before[1], before[0], d, out=d)
-        else:
-            history.append(*self._pair(self._scale))
-            offer = self._stats.clone()
-            self._prev_grad.copy_(g)
-            history.direction(torch.mul(g, self._scale, out=d), out=d)
-            d.mul_(self._scale)
-            self._stats[_OF_PAIR] = offer[_OF_PAIR]
-        for i in self._absent:
-            self._direction_views[i].zero_()
-        state["t"] = 0.0
-        self._unread = (self._stats, *self._counters, self._slope(g), *torch.aminmax(d))
-        if state["n_iter"] == 0:
+        self._flat.freeze_(self._direction_views)
+        own["t"] = 0.0
+        self._unread = (stats.g_max, stats.y_norm, *self._counters, self._slope(g), *torch.aminmax(d))
+        if own["n_iter"] == 0:
             self._unread += (d.abs().sum(dtype=torch.float64),)
-        return t
+
+    def _know(self, loss: Any = None, *scalars: Tensor) -> list[float]:
+        """Read a loss and other scalars, and what is not yet known of the direction."""
+        values = self._read(loss, *scalars, *self._unread)
+        if self._unread:
+            known = len(scalars) + (loss is not None)
+            grad_max, y_norm, head, count, slope, low, high, *total = values[known:]
+            values = values[:known]
+            self._slot, self._full = int(head), count == self._pairs.history.history_size
+            self._about = _Direction(slope, grad_max, y_norm != 0.0, max(-low, high), total[0] if total else 0.0)
+            self._unread = ()
+            own = self._own
+            if (own["n_iter"] == 0 or own["first_grad_max"] == 0.0) and math.isfinite(grad_max):
+                own["first_grad_max"] = grad_max
+        return values
+
+    def _keep(self) -> None:
+        """Keep what the next direction overwrites, and with it the parameters: a pair when a full ring gives it up."""
+        undo, slot = self._undo, self._slot
+        undo.keep("vectors", self._vectors)
+        undo.keep("counters", self._small)
+        if self._own["t"] != 0.0 and undo.lacks("pair", slot):
+            undo.keep("pair", self._rows[slot], slot, zero=not self._full)
 
     def _is_current(self) -> bool:
-        """Whether d is -H g already, since this is the point where the last call ended.
+        """Tell whether d is -H g already, since this is the point where the last call ended.
 
         Computed once more, without the pair that was new then, d would differ by rounding from what a call that had
         gone on would use. Where numbers travel together, the device decides.
         """
-        return not self._packed and self._scale is None and torch.equal(self._grad, self._prev_grad)
+        if self._packed or self._pairs.scale is not None:
+            return False
+        g, p = self._grad, self._prev_grad
+        if not torch.equal(g[:_FEW], p[:_FEW]):  # another batch: no need to look further
+            return False
+        low, high = torch.aminmax(g - p)  # a third of the time of torch.equal
+        return low.item() == high.item() == 0.0
 
-    def _pair(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The last step and the change of the gradient on the way, in R^(-1/2) x."""
-        s, y = self._direction * self._own["t"], self._grad - self._prev_grad
-        return torch.where(scale != 0, s / scale, 0.0), y.mul_(scale)
-
-    def _move(self, closure: Callable[[], Any], t: float, *, last: bool) -> _Moved | None:
+    def _move(self, closure: Closure, t: float, *, last: bool) -> _Moved | Status:
         """Move by t d, and evaluate there unless this is the last step of the call.
 
         While the loss or the gradient is not finite the move is shortened; when the evaluations run out before it is,
-        or the move is at most tolerance_change or below rounding, the parameters return to the start. None: nothing
-        more is known than that this call ends here.
+        or the move is at most tolerance_change or below rounding, the parameters return to the start.
         """
-        state, change = self._own, t * self._about.size
+        own, change = self._own, t * self._about.size
         if not change < self._longest:
             self._drop_pairs()
-            return None
+            return Status.NOT_FINITE
         self._flat.add_(self._direction_views, t)
-        state["t"] = t
+        own["t"] = t
         if last or self._is_spent():
-            return None
+            return Status.MAX_ITER if last else Status.MAX_EVAL
         _, value, _ = self._observe(closure)
-        for share in _shares():
+        for share in _remainders():
             if math.isfinite(value):
                 break
             change *= share
@@ -399,18 +399,18 @@ class LBFGS(torch.optim.Optimizer):
                 _, value, apart = self._shorten(closure, share)
             if not apart:
                 self._flat.set_(self._start)
-                state["t"] = 0.0
-                return None
-        return _Moved(value, change)
+                own["t"] = 0.0
+                return Status.NOT_FINITE
+        return _Moved(self._offered, value, self._about.grad_max, change)
 
-    def _step_back(self, closure: Callable[[], Any], unseen: float) -> tuple[Any, float]:
+    def _step_back(self, closure: Closure, unseen: float) -> tuple[Any, float]:
         """Shorten the unevaluated step that ended the last call, until the loss is finite.
 
         With evaluations spent (max_iter = 1 allows for one), one more halving is left for the next call to look at.
         Returns what the closure returned first, and the loss or NaN.
         """
-        state, original = self._own, None
-        for share in _shares():
+        own, original = self._own, None
+        for share in _remainders():
             if self._is_spent():
                 break
             loss, value, apart = self._shorten(closure, share)
@@ -419,16 +419,16 @@ class LBFGS(torch.optim.Optimizer):
                 return original, value
             if not apart:
                 self._flat.set_(self._start)
-                state["t"] = 0.0
+                own["t"] = 0.0
                 return original, math.nan
         self._flat.toward_(self._start, 0.5)
-        if state["t"] == 0.0:  # evaluated in vain: there is still a step to shorten, but no pair
+        if own["t"] == 0.0:  # evaluated in vain: there is still a step to shorten, but no pair
             self._direction.zero_()
-            state["t"] = 2.0 * unseen
-        state["t"] *= 0.5
+            own["t"] = 2.0 * unseen
+        own["t"] *= 0.5
         return original, math.nan
 
-    def _shorten(self, closure: Callable[[], Any], share: float) -> tuple[Any, float, bool]:
+    def _shorten(self, closure: Closure, share: float) -> tuple[Any, float, bool]:
         """Leave of the last step only a share, and evaluate there.
 
         Returns what the closure returned, the loss or NaN, and whether a step is left. Where numbers travel together
@@ -442,79 +442,64 @@ class LBFGS(torch.optim.Optimizer):
         loss, value, (left,) = self._observe(closure, apart)
         return loss, value, bool(left)
 
-    def _search(self, closure: Callable[[], Any], value: float, t: float) -> _Moved | None:
-        """Strong Wolfe search along d from the parameters; they, and `_grad`, end at the step it chose.
-
-        None: only the first trial told (see `_packed`) that the run was at its end; the parameters are back.
-        """
-        options = self.param_groups[0]
+    def _search(self, closure: Closure, value: float, t: float) -> _Moved | Status:
+        """Search along d for a strong Wolfe step; the parameters and `_grad` end at the one it chose."""
+        options, line = self.param_groups[0], self._line
         trials = self._limit - self._own["func_evals"] + (options["max_eval"] is None)
-        self._away = False
-        here = self._try(closure, t)
-        if options["max_eval"] is None and not (math.isfinite(here.value) and math.isfinite(here.slope)):
+        line.begin()
+        first = self._try(closure, t)
+        if options["max_eval"] is None and not first.finite:
             trials += _SPARE_TRIALS
-        if self._is_optimal() or not self._descends():  # known before the search unless numbers travel together
-            self._return_to(0.0)
-            return None
+        status = self._stopped(t)  # known before the search unless numbers travel together
+        if status is not None:
+            line.return_to_start()
+            return status
+        slope, size = self._about.slope, self._about.size
         search = strong_wolfe(
-            Trial(0.0, value, self._about.slope),
-            here,
-            size=self._about.size,
+            Trial(0.0, value, slope),
+            first.trial,
+            size=size,
             tolerance=options["tolerance_change"],
             max_evaluations=trials,
-            noise=_NOISE * self._unit * abs(value),
+            noise=_NOISE * self._rounding * abs(value),
         )
-        try:
-            t, best = next(search)
-            while True:
-                if best == here.t:
-                    self._best_grad.copy_(self._grad)
-                here = self._try(closure, t)
-                t, best = search.send(here)
-        except StopIteration as end:
-            chosen = end.value.trial
-        if chosen.t != here.t:
-            self._return_to(chosen.t)
+        (chosen, grad_max), finite = line.search(search, first, lambda t: self._try(closure, t))
         self._own["t"] = chosen.t
-        return _Moved(chosen.value, chosen.t * self._about.size, chosen.slope != self._about.slope)
+        if chosen.t == 0.0:
+            return Status.NOT_FINITE if not finite else Status.MAX_EVAL if self._is_spent() else Status.STALLED
+        return _Moved(chosen.t, chosen.value, grad_max, chosen.t * size, chosen.slope != slope)
 
-    def _try(self, closure: Callable[[], Any], t: float) -> Trial:
-        """Evaluate at start + t d.
+    def _try(self, closure: Closure, t: float) -> Tried:
+        """Evaluate at start + t d: what the search asks for, and |g|_inf there, for the callback if there is one.
 
         A step that could overflow a parameter counts as non-finite and is not evaluated; one where the closure failed
         and may counts likewise.
         """
+        refused = Tried(Trial(t, math.nan, math.nan), math.nan)
         if not self._unread and not t * self._about.size < self._longest:
-            return Trial(t, math.nan, math.nan)
-        self._place(t)
+            return refused
+        self._line.place(t)
         loss = self._evaluate(closure)
         if loss is None:
             if self._unread:
-                self._read()
-            return Trial(t, math.nan, math.nan)
-        value, slope = self._read(loss, self._slope(self._grad))
-        return Trial(t, value, slope) if t * self._about.size < self._longest else Trial(t, math.nan, math.nan)
+                self._know()
+            return refused
+        scalars = [self._slope(self._grad)]
+        if self.callback is not None:
+            scale = self._pairs.scale
+            scalars.append((self._grad if scale is None else self._grad * scale).abs().max())
+        value, slope, *grad_max = self._know(loss, *scalars)
+        if not t * self._about.size < self._longest:
+            return refused
+        return Tried(Trial(t, value, slope), grad_max[0] if grad_max else math.nan)
 
     def _slope(self, grad: Tensor) -> Tensor:
-        """g.d, in float64 where the products of finite numbers overflow in float32."""
+        """Compute g.d, in float64 where the products of finite numbers overflow in float32."""
         if not self._packed:
             slope = torch.dot(grad, self._direction)
             if grad.dtype is torch.float64 or math.isfinite(slope.item()):
                 return slope
         return torch.dot(grad.double(), self._direction.double())
-
-    def _place(self, t: float) -> None:
-        """Set the parameters to start + t d, rounded as torch rounds it."""
-        if self._away:
-            self._flat.set_(self._start)
-        if t != 0.0:
-            self._flat.add_(self._direction_views, t)
-        self._away = t != 0.0
-
-    def _return_to(self, t: float) -> None:
-        """Back to a point seen before: the start, or the best trial, with its gradient."""
-        self._place(t)
-        self._grad.copy_(self._prev_grad if t == 0.0 else self._best_grad)
 
     # Tests ------------------------------------------------------------------------------------------------------------
 
@@ -523,15 +508,19 @@ class LBFGS(torch.optim.Optimizer):
         relative = options["tolerance_grad_rel"] * self._own["first_grad_max"]
         return not self._unread and self._about.grad_max <= max(options["tolerance_grad"], relative)
 
-    def _descends(self) -> bool:
-        """Whether d is worth a step; a direction that does not descend at all has spoilt pairs, which are dropped."""
+    def _stopped(self, t: float) -> Status | None:
+        """Say why no step is taken from here, as far as that is known; None: d is worth one of t."""
         if self._unread:
-            return True
-        slope = self._about.slope
-        if not (-math.inf < slope < 0.0 and self._about.size < math.inf):
+            return None
+        if self._is_optimal():
+            return Status.CONVERGED
+        if t == 0.0:
+            return Status.SMALL_CHANGE
+        slope, size = self._about.slope, self._about.size
+        if not (-math.inf < slope < 0.0 and size < math.inf):  # spoilt pairs
             self._drop_pairs()
-            return False
-        return slope <= -self.param_groups[0]["tolerance_change"]
+            return Status.NO_DESCENT if math.isfinite(slope) and size < math.inf else Status.NOT_FINITE
+        return Status.SMALL_CHANGE if slope > -self.param_groups[0]["tolerance_change"] else None
 
     def _is_small(self, value: float, new: _Moved) -> bool:
         options = self.param_groups[0]
@@ -545,245 +534,79 @@ class LBFGS(torch.optim.Optimizer):
     def _is_spent(self) -> bool:
         return self._own["func_evals"] >= self._limit
 
-    def _may_evaluate(self) -> bool:
-        """Whether an evaluation may follow in this call; a search may go one over the limit."""
-        return self._searching or not self._is_spent()
-
     def _drop_pairs(self) -> None:
         """Forget all pairs; the call ends with this."""
         self._undo.end()
-        self._history.reset()
+        self._pairs.history.reset()
         self._prev_grad.fill_(math.nan)  # so that d is never taken for the direction here
-
-    # Evaluation and transfer ------------------------------------------------------------------------------------------
-
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """Call the closure; its gradient is then in `_grad`, its loss still where it was computed.
-
-        None: it raised something that stands for an infinite loss (see on_error).
-        """
-        self._own["func_evals"] += 1
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        except _NUMERICAL as error:
-            if self._forgiving and not isinstance(error, _OTHER):
-                return None
-            raise
-        _check_loss(loss)
-        self._unit = self._rounding
-        if _is_floating(loss) and loss.dtype is not self._flat.dtype:
-            self._unit = torch.finfo(loss.dtype).eps
-        self._flat.gather_grad()
-        if self._maximize:
-            torch.neg(self._flat.grad, out=self._grad)
-        return loss
-
-    def _read(self, loss: Any = None, *scalars: Tensor) -> list[float]:
-        """Bring a loss and other scalars to the host, and what is not yet known of the direction: one transfer."""
-        tensors = (*scalars, *self._unread)
-        values: list[float] = []
-        if isinstance(loss, Tensor) and loss.device == self._flat.device:
-            tensors = (loss, *tensors)
-        elif loss is not None:
-            values.append(_as_float(_number(loss)))
-        if self._packed:
-            values += torch.cat([x.reshape(-1) for x in tensors]).tolist() if tensors else []
-        else:
-            for x in tensors:
-                values += (x.item(),) if x.dim() == 0 else x.tolist() if x.dim() == 1 else x.reshape(-1).tolist()
-        if self._maximize and loss is not None:
-            values[0] = -values[0]
-        if self._unread:
-            known = len(scalars) + (loss is not None)
-            values, about = values[:known], values[known:]
-            head, count, slope, low, high, *total = about[len(Stats._fields) :]
-            self._slot, self._full = int(head), count == self._history.history_size
-            self._about = _Direction(
-                slope, about[_G_MAX], about[_Y_NORM] != 0.0, max(-low, high), total[0] if total else 0.0
-            )
-            self._unread = ()
-            state = self._own
-            if (state["n_iter"] == 0 or state["first_grad_max"] == 0.0) and math.isfinite(self._about.grad_max):
-                state["first_grad_max"] = self._about.grad_max
-        return values
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients.
-
-        Before the first evaluation this is what torch does. From then on every `p.grad` is, and stays, a view of one
-        vector; zeroing that is one call.
-
-        Args:
-            set_to_none: has its meaning in torch before the first evaluation, none afterwards.
-        """
-        if self._layout is None:
-            super().zero_grad(set_to_none)
-        else:
-            self._flat.zero_grad()
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _check_options(self, op: str, options: Mapping[str, Any]) -> None:
+        super()._check_options(op, options)
+        if options["line_search_fn"] is not None and options["max_eval"] == 1:
+            raise _checks.fail(op, "max_eval", "None or an integer >= 2 (a line search needs one trial)", 1)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. What was learned so far is forgotten, because the vector of parameters has changed its length.
-
-        Raises:
-            TypeError, ValueError: the group has no parameters, an invalid option, an option other than lr that differs
-                from the first group's, or parameters of another dtype or device.
-        """
-        super().add_param_group(param_group)
-        try:
-            if not self.param_groups[-1]["params"]:
-                raise _checks.fail("LBFGS", "params", "at least one parameter in every group", "an empty group")
-            check_groups("LBFGS", self.param_groups)
-            check_parameters("LBFGS", self._params)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        self._forget()
-        self.__dict__.pop("_flat", None)
-        self.state.clear()
-
-    def _rates(self) -> list[float]:
-        rates = []
-        for group in self.param_groups:
-            rates.append(rate(group["lr"]))
-            if math.isnan(rates[-1]):
-                raise _checks.fail("LBFGS", "lr", RATE, repr(group["lr"]))
-        return rates
-
-    def _root_of(self, shares: tuple[float, ...]) -> Tensor:
-        """The diagonal of R^(1/2)."""
-        return torch.cat(
-            [
-                torch.full((p.numel(),), math.sqrt(share), dtype=p.dtype, device=p.device)
-                for share, group in zip(shares, self.param_groups, strict=True)
-                for p in group["params"]
-            ]
-        )
-
-    def _rescaled(self, pairs: Pairs, scale: Tensor | None) -> Pairs:
-        """Pairs of R^(-1/2) x for another R; where one of the two lr is 0 there is nothing left of them."""
-        if scale is None and self._scale is None:
-            return pairs
-        old, new = (torch.ones_like(self._prev_grad) if x is None else x for x in (self._scale, scale))
-        up, down = (torch.where((old != 0) & (new != 0), a / b, 0.0) for a, b in ((old, new), (new, old)))
-        return [(s.to(up) * up, y.to(down) * down) for s, y in pairs]
-
-    def _bind(self) -> dict[str, Any]:
-        """Build the buffers, at the first step, after a load and after a change of options; return the state.
-
-        Like torch's, the state is global and filed under the first parameter. Pairs of another length of history or
-        another dtype are offered to the new history, newest last.
-
-        Raises:
-            TypeError, ValueError: an option is invalid, or the state in `self.state` does not fit the parameters and
-                options. Then nothing has changed.
-        """
-        self._check_changes()
-        options, key = self.param_groups[0], self.param_groups[0]["params"][0]
-        rates = self._rates()
-        self._lr = max(rates)
-        shares = tuple(each / self._lr for each in rates) if min(rates) != self._lr else None
-        layout = (*(options[name] for name in LAYOUT), shares)
-        state = self.state.get(key)
-        mine = bool(state) and state is self._own
-        stayed = hasattr(self, "_flat") and not self._flat.moved()
-        if mine and stayed and layout == self._layout:
-            return self._own
-        flat = self._flat if stayed else FlatParameters("LBFGS", self._params)
+    def _build(self, state: Mapping[str, Any] | None, *, mine: bool) -> dict[str, Any]:
+        """Make the buffers; pairs of another length, dtype or loaded from torch are offered to the new history."""
+        options, flat = self.param_groups[0], self._flat
         history = LBFGSHistory(
-            flat.numel,
+            flat.n,
             options["history_size"],
             dtype=flat.dtype,
             device=flat.device,
             storage_dtype=options["history_dtype"],
             curvature_tol=options["curvature_tol"],
         )
-        scale = None if shares is None else self._root_of(shares)
-        vectors = {name: flat.vector() for name in _VECTORS}
-        numbers, adopted = dict(NUMBERS), False
-        if state:
-            if mine:
-                numbers = {name: state[name] for name in NUMBERS}
-                if options["maximize"] == self._maximize:
-                    offer(history, self._rescaled(pairs_of(self._history), scale))
-                else:  # the curvature of the function that is minimized now is the opposite
-                    numbers["t"] = 0.0
-                adopted = self._adopted
-            elif is_of_torch(state):
-                state, pairs = from_torch(state, flat.grad)
-                numbers, adopted = {name: state[name] for name in NUMBERS}, True
-                offer(history, pairs)
-            else:
-                check_state(state, vectors | history.state_dict())
-                history.load_state_dict({name: state[name] for name in history.state_dict()})
-                numbers = {name: state[name] for name in NUMBERS}
-            for name, x in vectors.items():
-                if name in state:
-                    x.copy_(state[name])
+        new = ScaledHistory(history, self._root_of_shares())
+        own = self._new_state()
+        vectors = [own[name] for name in self.VECTORS]
+        pairs: Pairs = []
+        adopted = False
+        if state and mine:
+            adopted = self._adopted
+            state = {name: x for name, x in state.items() if name in own}
+            if options["maximize"] == self._maximize:
+                pairs = self._pairs.pairs_at(new.scale)
+            else:  # the curvature of the function that is minimized now is the opposite
+                state["t"] = 0.0
+        elif state and is_of_torch(state):
+            found, pairs = from_torch(state, flat.grad)
+            state, adopted = {**own, **found}, True
+            self._check_numbers(state)
+        own |= history.state_dict()
+        if state and not mine and not adopted:
+            self._check_state(state, own)
+            history.check_state({name: state[name] for name in history.state_dict()})
+        fill(own, state or {})
+        new.offer(pairs)
 
-        self._own = self.state[key] = vectors | history.state_dict() | numbers
-        self._layout, self._flat, self._history, self._adopted = layout, flat, history, adopted
-        self._prev_grad, self._direction, start = vectors.values()
-        self._direction_views, self._start = flat.views(self._direction), flat.views(start)
-        self._undo = Undo(flat, history, self._own, list(vectors.values()))
-        self._stats, self._counters = history.stats_tensor, (history.head, history.count)
-        self._maximize, self._searching = options["maximize"], options["line_search_fn"] is not None
-        self._grad = flat.vector() if self._maximize else flat.grad
+        self._pairs, self._adopted, self._stale = new, adopted, mine
+        self._prev_grad, self._direction, start = vectors
+        self._rows = [[s, y] for s, y in zip(history.s, history.y, strict=True)]
+        self._counters = (history.head, history.count)
+        self._vectors, self._small = [*vectors, *flat.tensors], [history.sy, history.yy, *self._counters]
+        self._direction_views, self._start = flat.split(self._direction), flat.split(start)
+        self._searching = options["line_search_fn"] is not None
         if self._searching:
-            self._best_grad = flat.vector()
-        # Where a transfer costs nothing every number is read at once; elsewhere they travel together.
-        self._packed = flat.device.type != "cpu"
+            self._line = Line(flat, self._grad, self._prev_grad, self._start, self._direction_views)
         # x + s cannot overflow for any finite x when |s| is below half a unit in the last place of the largest number,
         # max * eps / 4; half of that leaves room for the rounding of s.
         info = torch.finfo(flat.dtype)
-        self._longest, self._rounding = 0.125 * info.max * info.eps, info.eps
+        self._longest = 0.125 * info.max * info.eps
         self._absent = self._absent if mine else None
-        self._scale, self._stale = scale, mine
-        self._synchronize()
-        return self._own
+        return own
 
     def _synchronize(self) -> None:
-        """Learn from the state what the host keeps in mind of it."""
-        self._slot, self._full = int(self._history.head), int(self._history.count) == self._history.history_size
+        head, count = map(int, self._counters)
+        self._slot, self._full = head, count == self._pairs.history.history_size
         self._unread = ()
 
-    def _check_changes(self) -> None:
-        """Check options that someone changed since the last step; what the first group says goes for all."""
-        values = [group[name] for group in self.param_groups for name in SHARED]
-        seen = self._seen
-        if len(seen) == len(values) and all(map(operator.is_, values, seen)):
-            return
-        first, *others = self.param_groups
-        check_options("LBFGS", first)
-        for group in others:
-            for name, old in zip(SHARED, seen, strict=False):
-                if group[name] is old:
-                    group[name] = first[name]
-        check_groups("LBFGS", self.param_groups)
-        self._seen = [group[name] for group in self.param_groups for name in SHARED]
-
-    def _forget(self) -> None:
-        """Let the next step look at `self.state` anew."""
-        self._layout, self._own, self._seen = None, {}, []
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
-        for group in self.param_groups:
-            for key in ("lr", *SHARED):
-                group.setdefault(key, self.defaults.get(key, _LATER.get(key)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state and the options, as `torch.optim.Optimizer.state_dict`; for the options as they are now."""
-        if self._layout is not None and self.state.get(self._params[0]):
-            self._bind()
-        return super().state_dict()
+    def _migrate(self, group: dict[str, Any], loaded: Mapping[str, Any]) -> None:
+        if "curvature_tol" not in loaded:  # a group of torch.optim.LBFGS
+            group["maximize"] = False
+            if self.OPTIONS["max_iter"].accept(group["max_iter"]) and group["max_eval"] == group["max_iter"] * 5 // 4:
+                group["max_eval"] = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the run continues from it bit for bit.
@@ -798,69 +621,9 @@ class LBFGS(torch.optim.Optimizer):
             TypeError, ValueError: the state is of something else, its tensors have other shapes or dtypes, or an option
                 or a number in it is invalid. Then nothing has changed.
         """
-        before = dict(self.__dict__)
-        try:
-            self._load(state_dict)
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        given: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        for group, loaded in zip(self.param_groups, given["param_groups"], strict=True):
-            if "curvature_tol" not in loaded:  # a group of torch.optim.LBFGS
-                group["maximize"] = False
-                if is_integer(group["max_iter"], 1) and group["max_eval"] == group["max_iter"] * 5 // 4:
-                    group["max_eval"] = None
-        check_groups(OP, self.param_groups)
-        # torch casts every tensor of the state to the dtype of the parameters; the float64 ones must stay as they are.
-        key = given["param_groups"][0]["params"][0]
-        if key in given["state"]:
-            state = given["state"][key]
-            if not isinstance(state, dict):
-                raise _checks.fail(OP, "state", "a dictionary", _checks.describe(state))
-            self.state[self._params[0]] = dict(state)
-            self._bind()
+        super().load_state_dict(state_dict)
 
 
-def _evaluations(options: dict[str, Any]) -> int:
-    return options["max_iter"] * 5 // 4 if options["max_eval"] is None else options["max_eval"]
-
-
-def _shares() -> Iterator[float]:
-    """What is left of a step that is too long: half, a few times, then less each time, until nothing is."""
+def _remainders() -> Iterator[float]:
+    """Yield what is left of a step that is too long: half, a few times, then less each time, until nothing is."""
     return (0.5 ** max(1, k - _HALVINGS) for k in itertools.count(1))
-
-
-def _check_loss(loss: Any) -> None:
-    if loss is None:
-        raise TypeError("LBFGS.step: closure: expected it to return the loss, got None")
-    one = loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(_number(loss), Real)
-    if not one:
-        raise TypeError(
-            f"LBFGS.step: closure: expected it to return a number or a tensor of one, got {_checks.describe(loss)}"
-        )
-
-
-def _number(x: Any) -> Any:
-    """What a tensor or an array of one element holds; anything else as it is."""
-    if isinstance(x, Tensor) or (not isinstance(x, Real) and getattr(x, "size", None) == 1 and hasattr(x, "item")):
-        return x.item()
-    return x
-
-
-def _is_floating(loss: Any) -> bool:
-    return isinstance(loss, Tensor) and loss.is_floating_point()
-
-
-def _as_float(x: Any) -> float:
-    try:
-        return float(x)
-    except OverflowError:
-        return math.inf if x > 0 else -math.inf
