@@ -20,7 +20,7 @@ from secant.curvature import _errors, _estimators, _evaluate, _graph
 from secant.curvature._evaluate import Evaluator
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
-from secant.curvature._points import Point
+from secant.curvature._matrices import BatchMatrix
 from secant.curvature._random import Meeting, Randomness
 
 #: Products per mode when modes are compared; the first warms up.
@@ -61,7 +61,7 @@ class CurvatureOperator(LinearOperator):
         self._used = mode
         #: Of the modes that were compared: seconds per product, or why it cannot be used.
         self.timings: dict[str, float | str] = {}
-        self._points: list[Point] | None = None
+        self._kept: list[BatchMatrix] | None = None
         self._state: tuple[tuple[int, int], ...] = ()
         self._warned = False
         self._slots: _graph.Slots = {}
@@ -72,7 +72,7 @@ class CurvatureOperator(LinearOperator):
 
     def _start(self) -> None:
         """Begin a new point."""
-        self._points = None
+        self._kept = None
         self._randomness = Randomness(self.device)
         self._first_values: dict[Any, Tensor] = {}
 
@@ -117,7 +117,7 @@ class CurvatureOperator(LinearOperator):
     # Points -----------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _point(self, evaluator: Evaluator) -> Point:
+    def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
         """The matrix of one batch at the current parameters."""
 
     def _evaluators(self) -> Iterator[Evaluator]:
@@ -222,26 +222,26 @@ class CurvatureOperator(LinearOperator):
             self._warned = True
             _evaluate.warn_of_attention(self._name)
 
-    def _iterate(self) -> Iterator[Point]:
-        """The points of all batches: those that are kept, or new ones."""
+    def _iterate(self) -> Iterator[BatchMatrix]:
+        """Yield the matrices of all batches: those that are kept, or new ones."""
         state = self.params.state()
         if state != self._state:
             self._start()
             self._state = state
-        if self._points is not None:
-            yield from self._points
+        if self._kept is not None:
+            yield from self._kept
             return
-        points, count = [], 0
+        kept, count = [], 0
         for evaluator in self._evaluators():
-            point = self._point(evaluator)
+            matrix = self._batch_matrix(evaluator)
             if self.keep_graphs:
-                points.append(point)
+                kept.append(matrix)
             count += 1
-            yield point
+            yield matrix
         if count and not self._used_slots:
             raise _checks.fail(self._name, "params", "tensors that the closure uses", "none that it does")
         if self.keep_graphs:
-            self._points = points
+            self._kept = kept
         self._state = self.params.state()
 
     def _rows(self, vectors: Tensor) -> Tensor:
@@ -251,16 +251,16 @@ class CurvatureOperator(LinearOperator):
                 vectors = vectors.clone()
             return self._sum(functools.partial(self._write, vectors), vectors)
 
-    def _sum(self, write: Callable[[Point, Tensor], None], like: Tensor) -> Tensor:
+    def _sum(self, write: Callable[[BatchMatrix, Tensor], None], like: Tensor) -> Tensor:
         """Over batches and processes.
 
         Args:
-            write: puts the part of a point into a tensor like `like`.
+            write: puts the part of a batch into a tensor like `like`.
         """
         total = torch.empty_like(like)
         if self.batches is None:
-            for point in self._iterate():
-                write(point, total)
+            for matrix in self._iterate():
+                write(matrix, total)
         else:
             self._accumulate(write, total)
         return self._reduced(total)
@@ -285,19 +285,19 @@ class CurvatureOperator(LinearOperator):
             for p, gradient in retained:
                 p.grad = gradient
 
-    def _write(self, vectors: Tensor, point: Point, out: Tensor) -> None:
+    def _write(self, vectors: Tensor, matrix: BatchMatrix, out: Tensor) -> None:
         try:
             for i in range(len(vectors)):
-                point.product(vectors[i], out[i])
+                matrix.product(vectors[i], out[i])
         except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
 
-    def _accumulate(self, write: Callable[[Point, Tensor], None], total: Tensor) -> None:
+    def _accumulate(self, write: Callable[[BatchMatrix, Tensor], None], total: Tensor) -> None:
         """Write the weighted sum over the batches."""
         part, count = torch.empty_like(total), 0
         total.zero_()
-        for point in self._iterate():
-            write(point, part)
+        for matrix in self._iterate():
+            write(matrix, part)
             total.add_(part, alpha=1.0 if self.weights is None else self._weight(count))
             count += 1
         if count == 0:
@@ -327,8 +327,8 @@ class CurvatureOperator(LinearOperator):
 
     # Modes ------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, candidates: dict[str, Callable[[], Point]], nodes: Sequence[Any], size: Tensor) -> Point:
-        """The point of the fastest mode, and that mode from now on.
+    def _choose(self, candidates: dict[str, Callable[[], BatchMatrix]], nodes: Sequence[Any], size: Tensor) -> BatchMatrix:
+        """Return the matrix by the fastest mode, and use that mode from now on.
 
         Each makes a few products with one random vector; one that fails, that is not symmetric, or that disagrees with
         the first that works, is left out, and `timings` says why. Such cases are a closure that hides a use of the
@@ -339,17 +339,17 @@ class CurvatureOperator(LinearOperator):
         """
         op, (u, v) = self._name, self._random_pair()
         reference: Tensor | None = None
-        best: tuple[float, str, Point] | None = None
+        best: tuple[float, str, BatchMatrix] | None = None
         finite = True
         for mode, make in candidates.items():
             out = torch.empty_like(v)
             try:
-                point = make()
-                seconds = min(self._timed(point, v, out) for _ in range(_TRIALS))
+                matrix = make()
+                seconds = min(self._timed(matrix, v, out) for _ in range(_TRIALS))
                 if reference is not None and finite and not _agree(out, reference, self._eps):
                     self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
                     continue
-                asymmetry = self._asymmetry(point, u, v, out, size)
+                asymmetry = self._asymmetry(matrix, u, v, out, size)
             except RuntimeError as error:
                 self.timings[mode] = _errors.reason(op, mode, error, nodes)
                 continue
@@ -360,7 +360,7 @@ class CurvatureOperator(LinearOperator):
                 reference, finite = out, bool(torch.isfinite(out).all())
             self.timings[mode] = seconds
             if best is None or seconds < best[0]:
-                best = seconds, mode, point
+                best = seconds, mode, matrix
         if best is None:
             raise RuntimeError("; ".join(str(why) for why in self.timings.values()))
         self._used, self._is_checked = best[1], True
@@ -368,8 +368,8 @@ class CurvatureOperator(LinearOperator):
             self._chosen = best[1]
         return best[2]
 
-    def _checked(self, point: Point, mode: str, nodes: Sequence[Any], size: Tensor) -> Point:
-        """The point of a mode that no other is compared with: once per operator, u.H v against v.H u.
+    def _checked(self, matrix: BatchMatrix, mode: str, nodes: Sequence[Any], size: Tensor) -> BatchMatrix:
+        """Check the matrix by a mode that no other is compared with: once per operator, u.H v against v.H u.
 
         Raises:
             RuntimeError: they differ; the message names what can be the cause.
@@ -378,18 +378,18 @@ class CurvatureOperator(LinearOperator):
             self._is_checked = True
             u, v = self._random_pair()
             out = torch.empty_like(v)
-            point.product(v, out)
-            asymmetry = self._asymmetry(point, u, v, out, size)
+            matrix.product(v, out)
+            asymmetry = self._asymmetry(matrix, u, v, out, size)
             if asymmetry is not None:
                 raise RuntimeError(_errors.asymmetric(self._name, mode, asymmetry, nodes))
-        return point
+        return matrix
 
     def _random_pair(self) -> tuple[Tensor, Tensor]:
         generator, n = self.generator(0), self.shape[0]
         v, u = (torch.randn(n, dtype=self.dtype, device=self.device, generator=generator) for _ in range(2))
         return u, v
 
-    def _asymmetry(self, point: Point, u: Tensor, v: Tensor, product: Tensor, size: Tensor) -> float | None:
+    def _asymmetry(self, matrix: BatchMatrix, u: Tensor, v: Tensor, product: Tensor, size: Tensor) -> float | None:
         """|u.H v - v.H u| / max(|H u|, |H v|) when it is more than half the digits, else None.
 
         For independent normal u and v, u.H v is about |H v|. What rounding leaves of a matrix that is zero, or small
@@ -399,7 +399,7 @@ class CurvatureOperator(LinearOperator):
             product: H v. size: of the loss, a scalar.
         """
         other = torch.empty_like(product)
-        point.product(u, other)
+        matrix.product(u, other)
         u, v, product, other = (x.double() for x in (u, v, product, other))
         eps = self._eps
         norms = torch.stack([torch.linalg.vector_norm(x.double()) for x in self.params.tensors])
@@ -412,12 +412,12 @@ class CurvatureOperator(LinearOperator):
             return float(difference / largest)
         return None
 
-    def _timed(self, point: Point, v: Tensor, out: Tensor) -> float:
+    def _timed(self, matrix: BatchMatrix, v: Tensor, out: Tensor) -> float:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        point.product(v, out)
+        matrix.product(v, out)
         if cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start

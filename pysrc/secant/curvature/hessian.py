@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secant import _checks
-from secant.curvature import _errors, _graph, _points
+from secant.curvature import _errors, _graph, _matrices
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._evaluate import Evaluator
-from secant.curvature._points import Point
+from secant.curvature._matrices import BatchMatrix
 
 
 class Hessian(CurvatureOperator):
@@ -117,41 +117,41 @@ class Hessian(CurvatureOperator):
             )
         return loss
 
-    def _point(self, evaluator: Evaluator) -> Point:
+    def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
         op, requested = self._name, self._requested
         if self._chosen in ("forward-over-reverse", "reverse-over-forward"):
             self._used = self._chosen
             with _errors.explained(op, self._chosen):
-                point = self._forward(self._chosen, evaluator)
+                matrix = self._forward(self._chosen, evaluator)
                 size = torch.zeros((), device=self.device) if self._is_checked else self._loss(evaluator()).detach()
-                return self._checked(point, self._chosen, (), size.reshape(()))
+                return self._checked(matrix, self._chosen, (), size.reshape(()))
         loss = self._evaluated(evaluator, self._loss)[1]
         nodes, size = [_graph.edge_of(loss)[0]], loss.detach().reshape(())
         if requested in ("auto", "r-operator"):
             with _errors.explained(op, "r-operator", nodes):
-                found = _points.layered_hessian(loss, self.params, self._slots)
+                found = _matrices.layered_hessian(loss, self.params, self._slots)
                 if not isinstance(found, str):
                     self._used = "r-operator"
                     return found if found.rest is None else self._checked(found, self._used, nodes, size)
             if requested == "r-operator":
                 raise _checks.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
-        terms = [_points.whole(loss)]
+        terms = [_matrices.whole(loss)]
         with torch.enable_grad():
             if self._chosen is not None:
                 self._used = self._chosen
                 with _errors.explained(op, self._chosen, nodes):
-                    point = _points.DoubleBackward(terms, loss, self.params)
-                    return self._checked(point, self._chosen, nodes, size)
-            candidates: dict[str, Callable[[], Point]] = {
-                "double-backward": lambda: _points.DoubleBackward(terms, loss, self.params)
+                    matrix = _matrices.DoubleBackward(terms, loss, self.params)
+                    return self._checked(matrix, self._chosen, nodes, size)
+            candidates: dict[str, Callable[[], BatchMatrix]] = {
+                "double-backward": lambda: _matrices.DoubleBackward(terms, loss, self.params)
             }
         for mode in self._MODES[1:]:
             candidates[mode] = functools.partial(self._forward, mode, evaluator)
         return self._choose(candidates, nodes, size)
 
-    def _forward(self, mode: str, evaluator: Evaluator) -> Point:
+    def _forward(self, mode: str, evaluator: Evaluator) -> BatchMatrix:
         self._visible(evaluator, self._loss)
-        cls = _points.ForwardOverReverse if mode == "forward-over-reverse" else _points.ReverseOverForward
+        cls = _matrices.ForwardOverReverse if mode == "forward-over-reverse" else _matrices.ReverseOverForward
 
         def repeated(value: Tensor) -> None:
             self._repeated((evaluator.key, "root"), value)

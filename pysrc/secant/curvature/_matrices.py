@@ -1,4 +1,4 @@
-"""Products at one point: one class per way to compute them, each built once per point and batch."""
+"""Matrices of one batch at one point: one class per way to compute their products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from secant.curvature._layers import Layers
 from secant.curvature._parameters import Parameters
 
 
-class Point(Protocol):
+class BatchMatrix(Protocol):
     """A matrix over the parameters, at one point and batch."""
 
     def product(self, vector: Tensor, out: Tensor) -> None:
@@ -176,7 +176,7 @@ def layered_hessian(loss: Tensor, params: Parameters, slots: _graph.Slots) -> La
 # Jacobian of the outputs, for GGN and Fisher --------------------------------------------------------------------------
 
 
-class Jacobian(Protocol):
+class BatchJacobian(Protocol):
     """J = d outputs / d parameters at one point and batch."""
 
     def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:
@@ -285,7 +285,7 @@ class Sandwich:
         middle: M u in the shape of u. like: a tensor like the outputs.
     """
 
-    def __init__(self, jacobian: Jacobian, middle: _losses.Middle, like: Tensor) -> None:
+    def __init__(self, jacobian: BatchJacobian, middle: _losses.Middle, like: Tensor) -> None:
         self.jacobian, self.middle, self.like = jacobian, middle, like
 
     def product(self, vector: Tensor, out: Tensor) -> None:
