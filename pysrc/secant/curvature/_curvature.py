@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 from secant import _checks
 from secant.curvature import _errors, _estimators, _evaluate, _graph
 from secant.curvature._evaluate import Evaluator
+from secant.curvature._matrices import BatchMatrix
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
-from secant.curvature._matrices import BatchMatrix
 from secant.curvature._random import Meeting, Randomness
 
 #: Products per mode when modes are compared; the first warms up.
@@ -327,7 +327,9 @@ class CurvatureOperator(LinearOperator):
 
     # Modes ------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, candidates: dict[str, Callable[[], BatchMatrix]], nodes: Sequence[Any], size: Tensor) -> BatchMatrix:
+    def _choose(
+        self, candidates: dict[str, Callable[[], BatchMatrix]], nodes: Sequence[Any], size: Tensor
+    ) -> BatchMatrix:
         """Return the matrix by the fastest mode, and use that mode from now on.
 
         Each makes a few products with one random vector; one that fails, that is not symmetric, or that disagrees with

@@ -14,8 +14,8 @@ from secant.curvature import _errors, _evaluate, _graph, _losses, _matrices
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._estimators import Diagonal
 from secant.curvature._evaluate import Evaluator
-from secant.curvature._operator import Seed
 from secant.curvature._matrices import BatchJacobian, BatchMatrix
+from secant.curvature._operator import Seed
 from secant.curvature.hessian import scalar, trainable
 
 
