@@ -9,6 +9,7 @@ from secant.curvature._spectrum import SpectralDensity
 from secant.curvature.fisher import EmpiricalFisher, Fisher
 from secant.curvature.ggn import GGN
 from secant.curvature.hessian import Hessian
+from secant.curvature.jacobian import Jacobian
 from secant.solvers.lanczos import Eigenpairs
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Fisher",
     "Hessian",
     "Inverse",
+    "Jacobian",
     "LinearOperator",
     "SpectralDensity",
     "Submatrix",

@@ -1,15 +1,16 @@
-"""What Hessian, GGN and Fisher share: points that are built once, batches, the choice of a mode, all-reduce."""
+"""What operators of a closure share: points that are evaluated once, batches, the choice of a mode, all-reduce."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from torch.autograd import forward_ad
 from secant import _checks
 from secant.curvature import _errors, _estimators, _evaluate, _graph
 from secant.curvature._evaluate import Evaluator
-from secant.curvature._matrices import BatchMatrix
+from secant.curvature._matrices import BatchMatrix, Together
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
 from secant.curvature._random import Meeting, Randomness
 
 #: Products per mode when modes are compared; the first warms up.
 _TRIALS = 3
+#: Vectors multiplied at once, and bytes that their intermediate values may take.
+_COLUMNS, _BYTES = 32, 2**27
 
 
 class CurvatureOperator(LinearOperator):
@@ -32,11 +35,13 @@ class CurvatureOperator(LinearOperator):
 
     #: Ways to compute a product, the safest first; the others are checked against it.
     _MODES: tuple[str, ...]
+    #: Whether the matrix is one over the parameters on both sides.
+    _SYMMETRIC = True
 
     def __init__(
         self,
         closure: Callable[..., Any],
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Parameters,
         *,
         batches: Iterable[Any] | None = None,
         weights: Sequence[float] | None = None,
@@ -47,10 +52,14 @@ class CurvatureOperator(LinearOperator):
         op = self._name
         if not callable(closure):
             raise TypeError(f"{op}: closure: expected a function, got {_checks.describe(closure)}")
-        with torch.inference_mode(False), torch.enable_grad():
-            self.params = Parameters(op, params)
+        if isinstance(params, Parameters):  # of an evaluated point, which has checked them
+            self.params = params
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.params = Parameters(op, params)
         shapes = [p.shape for p in self.params.tensors]
-        super().__init__(self.params.n, self.params.dtype, self.params.device, shapes)
+        size = self.params.n if self._SYMMETRIC else None
+        super().__init__(size, self.params.dtype, self.params.device, shapes)
         modes = ("auto", "r-operator", *self._MODES)
         if mode not in modes:
             raise _checks.fail(op, "mode", " or ".join(map(repr, modes)), repr(mode))
@@ -59,8 +68,13 @@ class CurvatureOperator(LinearOperator):
         self.keep_graphs, self.process_group = keep_graphs, process_group
         self._requested, self._chosen = mode, None if mode in ("auto", "r-operator") else mode
         self._used = mode
+        self._given: Evaluator | None = None
         #: Of the modes that were compared: seconds per product, or why it cannot be used.
         self.timings: dict[str, float | str] = {}
+        #: How several vectors are multiplied, once they were: "together", or why one after the other.
+        self.columns: str | None = None
+        self._checked_columns: set[str] = set()
+        self._values, self._convolves = 0, False
         self._kept: list[BatchMatrix] | None = None
         self._state: tuple[tuple[int, int], ...] = ()
         self._warned = False
@@ -71,8 +85,19 @@ class CurvatureOperator(LinearOperator):
         self._start()
 
     def _start(self) -> None:
-        """Begin a new point."""
+        """Begin a new point.
+
+        Raises:
+            RuntimeError: the operator is that of an evaluated point, which is another.
+        """
+        if self._given is not None and self._state not in ((), self.params.state()):
+            raise RuntimeError(
+                f"{self._name}: params: expected the values at the evaluated point of this operator, got others: they "
+                "were written since; evaluate the closure again"
+            )
         self._kept = None
+        if self._given is not None:
+            return
         self._randomness = Randomness(self.device)
         self._first_values: dict[Any, Tensor] = {}
 
@@ -96,9 +121,40 @@ class CurvatureOperator(LinearOperator):
         """How products are computed: as asked for, or as chosen at the first product."""
         return self._used
 
+    @property
+    def chosen_mode(self) -> str | None:
+        """The mode that `mode="auto"` has settled on, None before the first product.
+
+        Modes are compared by timing, so that another run may choose another one, which differs in rounding. Give an
+        operator of a resumed run what the first one chose, and it makes the same products bit for bit and times
+        nothing. "r-operator" is not a choice but read from the graph; given that, the next product looks again, and
+        given None, it chooses again.
+
+        Raises:
+            ValueError: what is assigned is no mode of this operator, or not the one that it was made with.
+
+        Example:
+            >>> state = {"mode": H.chosen_mode}
+            >>> H.chosen_mode = state["mode"]
+        """
+        if self._chosen is None and self._used == "r-operator":
+            return self._used
+        return self._chosen
+
+    @chosen_mode.setter
+    def chosen_mode(self, mode: str | None) -> None:
+        asked = self._requested
+        modes = ("r-operator", *self._MODES) if asked == "auto" else (asked,)
+        if mode is not None and mode not in modes:
+            raise _checks.fail(self._name, "chosen_mode", " or ".join(map(repr, (*modes, None))), repr(mode))
+        if asked == "auto":
+            self._chosen = None if mode == "r-operator" else mode
+            self._used = mode or "auto"
+            self._start()
+
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors in the shapes of the parameters as one flat vector (n,)."""
-        out = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
+        out = torch.empty(self.params.n, dtype=self.dtype, device=self.device)
         self.params.join(tensors, out)
         return out
 
@@ -120,14 +176,45 @@ class CurvatureOperator(LinearOperator):
     def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
         """The matrix of one batch at the current parameters."""
 
+    @classmethod
+    def _at(cls, evaluator: Evaluator, params: Parameters, state: tuple[Any, ...], **options: Any) -> Self:
+        """Make the operator of a point that has been evaluated.
+
+        Args:
+            evaluator: gives what was found there, and evaluates again with other parameters. state: of them there.
+        """
+        operator = cls(evaluator, params, **options)
+        operator._given, operator._state = evaluator, state
+        operator._randomness = evaluator.randomness
+        return operator
+
+    #: What is found out once per operator, and holds at other points of the same problem.
+    _LEARNT = (
+        "timings", "columns", "_chosen", "_used", "_checked_columns", "_values", "_convolves", "_used_slots",
+        "_in_parts", "_is_visible", "_is_checked", "_eps", "_warned",
+    )  # fmt: skip
+
+    def _learnt(self) -> dict[str, Any]:
+        return {name: copy.copy(getattr(self, name)) for name in self._LEARNT}
+
+    def _learn(self, learnt: Mapping[str, Any]) -> None:
+        """Take over what another operator of the same problem has found out."""
+        for name, value in learnt.items():
+            setattr(self, name, copy.copy(value))
+
     def _evaluators(self) -> Iterator[Evaluator]:
-        if self.batches is None:
+        if self._given is not None:
+            yield self._given
+        elif self.batches is None:
             yield self._evaluator(0, self.closure)
-            return
+        else:
+            yield from self._evaluators_of(self.batches)
+
+    def _evaluators_of(self, batches: Iterable[Any]) -> Iterator[Evaluator]:
         iterator: Iterator[Any] | None = None
         for key in itertools.count():
             with self._randomness.section(("batch", key)) as meet, Meeting(meet):  # a loader that shuffles repeats it
-                iterator = iter(self.batches) if iterator is None else iterator
+                iterator = iter(batches) if iterator is None else iterator
                 try:
                     batch = next(iterator)
                 except StopIteration:
@@ -167,6 +254,7 @@ class CurvatureOperator(LinearOperator):
         used = found.used
         self._used_slots |= used
         self._eps = max(self._eps, found.eps)
+        self._values, self._convolves = max(self._values, found.numel), self._convolves or found.convolves
         for i, p in enumerate(self.params.tensors):
             if not p.is_leaf and i not in used:
                 got = f"one made before ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?"
@@ -286,11 +374,68 @@ class CurvatureOperator(LinearOperator):
                 p.grad = gradient
 
     def _write(self, vectors: Tensor, matrix: BatchMatrix, out: Tensor) -> None:
+        self._multiply("product", matrix.together, matrix.product, matrix.products, vectors, out)
+
+    def _multiply(
+        self,
+        what: str,
+        together: Together,
+        one: Callable[[Tensor, Tensor], None],
+        several: Callable[[Tensor, Tensor], None],
+        vectors: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write the products of all rows: several at once where that pays and works, else one after the other.
+
+        Args:
+            what: kind of product, of which the first that is made at once is compared with one made alone.
+        """
         try:
-            for i in range(len(vectors)):
-                matrix.product(vectors[i], out[i])
+            if len(vectors) > 1 and self._at_once(what, together, one, several, vectors, out):
+                return
+            for vector, row in zip(vectors.unbind(), out.unbind(), strict=True):
+                one(vector, row)
         except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
+
+    def _at_once(
+        self,
+        what: str,
+        together: Together,
+        one: Callable[[Tensor, Tensor], None],
+        several: Callable[[Tensor, Tensor], None],
+        vectors: Tensor,
+        out: Tensor,
+    ) -> bool:
+        """Write the products of several rows at a time; return False, and keep in mind why, where that is not done."""
+        if self.columns not in (None, "together"):
+            return False
+        if together == "never" or (together == "without convolutions" and self._convolves):
+            self.columns = f"one after the other: as fast in mode '{self._used}'"
+            self.columns += " with convolutions" if together != "never" else ""
+            return False
+        # Values of the forward pass, their gradients, and the tangents of both.
+        width = min(_COLUMNS, _BYTES // max(1, 4 * self._values * self.dtype.itemsize))
+        if width < 2:
+            return False
+        try:
+            with _batching():
+                for some, rows in zip(vectors.split(width), out.split(width), strict=True):
+                    several(some, rows)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            self.columns = f"one after the other: {_errors.reason(self._name, self._used, error, ())}"
+            return False
+        if what not in self._checked_columns:
+            alone = torch.empty_like(out[0])
+            one(vectors[0], alone)
+            if not bool(torch.isfinite(alone).all()):  # says nothing; the next time again
+                return True
+            if not _agree(out[0], alone, self._eps):
+                self.columns = f"one after the other: {self._name}: mode '{self._used}': disagrees at once"
+                return False
+            self._checked_columns.add(what)
+        self.columns = "together"
+        return True
 
     def _accumulate(self, write: Callable[[BatchMatrix, Tensor], None], total: Tensor) -> None:
         """Write the weighted sum over the batches."""
@@ -314,16 +459,7 @@ class CurvatureOperator(LinearOperator):
         return float(self.weights[i])
 
     def _reduced(self, total: Tensor) -> Tensor:
-        """The mean over the processes of the group."""
-        dist, group = torch.distributed, self.process_group
-        if group is None or not dist.is_available() or not dist.is_initialized():
-            return total
-        group = None if group == "auto" else group
-        size = dist.get_world_size(group)
-        if size > 1:
-            dist.all_reduce(total, group=group)
-            total /= size
-        return total
+        return mean_over_processes(total, self.process_group)
 
     # Modes ------------------------------------------------------------------------------------------------------------
 
@@ -387,7 +523,7 @@ class CurvatureOperator(LinearOperator):
         return matrix
 
     def _random_pair(self) -> tuple[Tensor, Tensor]:
-        generator, n = self.generator(0), self.shape[0]
+        generator, n = self.generator(0), self.params.n
         v, u = (torch.randn(n, dtype=self.dtype, device=self.device, generator=generator) for _ in range(2))
         return u, v
 
@@ -425,6 +561,31 @@ class CurvatureOperator(LinearOperator):
         return time.perf_counter() - start
 
 
+def mean_over_processes(total: Tensor, group: Any) -> Tensor:
+    """Average in place over the processes of a group: "auto" for the default one where there is one, None for none."""
+    dist = torch.distributed
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return total
+    group = None if group == "auto" else group
+    size = dist.get_world_size(group)
+    if size > 1:
+        dist.all_reduce(total, group=group)
+        total /= size
+    return total
+
+
 def _agree(a: Tensor, b: Tensor, eps: float) -> bool:
     """To half the digits: more than rounding, less than a missing term."""
     return bool((a - b).norm(dtype=torch.float64) <= eps**0.5 * b.norm(dtype=torch.float64))
+
+
+@contextlib.contextmanager
+def _batching() -> Iterator[None]:
+    """Have torch raise where it would go through the vectors one by one itself, slowly and with a warning."""
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)

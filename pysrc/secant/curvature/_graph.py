@@ -121,6 +121,7 @@ def derivatives(chain: Sequence[Node]) -> Derivatives | None:
     total: Derivatives | None = None
     for node in chain:
         factor = scalar_factor(node)
+        factor = shift_factor(node) if factor is None else factor
         outer = (factor, 0.0) if factor is not None else ELEMENTWISE[name_of(node)](node)
         if total is None:
             total = outer
@@ -149,6 +150,24 @@ def scalar_factor(node: Node) -> float | None:
     return 1 / float(other) if name == "DivBackward0" else float(other)
 
 
+def shift_factor(node: Node) -> float | None:
+    """Return c where the node adds a constant of its own shape, or smaller, to c times its argument, else None."""
+    name = name_of(node)
+    if name == "RsubBackward1":  # a number less the value
+        return -float(node._saved_alpha)
+    if name not in ("AddBackward0", "SubBackward0") or len(node.next_functions) != 2:
+        return None
+    places = [i for i, (n, _) in enumerate(node.next_functions) if n is not None]
+    if len(places) != 1:
+        return None
+    below_it, number = node.next_functions[places[0]]
+    if tuple(below_it._input_metadata[number].shape) != tuple(node._input_metadata[0].shape):  # it was expanded
+        return None
+    if places[0] == 0:
+        return 1.0
+    return float(node._saved_alpha) * (-1.0 if name == "SubBackward0" else 1.0)
+
+
 def argument(node: Node) -> Edge | None:
     """The one value below a node of one differentiable argument."""
     edges = below(node)
@@ -165,19 +184,22 @@ class Survey(NamedTuple):
     """What is below a value: slots of the parameters used, and names of nodes that are derivatives of derivatives.
 
     unreliable: those of them that torch differentiates wrongly. eps: of the coarsest type that values were cast to.
+    numel: of all values together. convolves: whether one is a convolution.
     """
 
     used: set[int]
     higher: list[str]
     unreliable: list[str]
     eps: float
+    numel: int
+    convolves: bool
 
 
 def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
     """Walk the graph below these values, to the parameters and no further."""
     used: set[int] = set()
     higher: dict[str, None] = {}
-    eps = 0.0
+    eps, numel, convolves = 0.0, 0, False
     seen: set[Node] = set()
     waiting = list(edges)
     while waiting:
@@ -190,15 +212,16 @@ def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
         if node in seen:
             continue
         seen.add(node)
-        name = name_of(node)
+        name, values = name_of(node), node._input_metadata
+        numel += sum(math.prod(made.shape) for made in values)
         if "BackwardBackward" in name:
             higher[name] = None
         elif name == "ToCopyBackward0":
-            eps = max(
-                eps, *(torch.finfo(made.dtype).eps for made in node._input_metadata if made.dtype.is_floating_point)
-            )
+            eps = max(eps, *(torch.finfo(made.dtype).eps for made in values if made.dtype.is_floating_point))
+        convolves |= "Convolution" in name
         waiting += below(node)
-    return Survey(used, list(higher), [name for name in higher if _UNRELIABLE.search(name)], eps)
+    unreliable = [name for name in higher if _UNRELIABLE.search(name)]
+    return Survey(used, list(higher), unreliable, eps, numel, convolves)
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------
@@ -250,7 +273,11 @@ def read_layers(edge: Edge | None, slots: Slots, tensors: Sequence[Tensor]) -> l
         name = name_of(node)
         if name in _VIEWS:
             edge = argument(node)
-        elif name in ELEMENTWISE or scalar_factor(node) is not None:
+        elif (
+            name in ELEMENTWISE
+            or scalar_factor(node) is not None
+            or (not layers and shift_factor(node) is not None)  # residuals: outputs - targets
+        ):
             chain.insert(0, node)
             edge = argument(node)
         elif name in ("AddmmBackward0", "MmBackward0"):

@@ -118,7 +118,7 @@ class _JacobianOperator(CurvatureOperator):
     def _exact_diagonal(self) -> Tensor:
         self._check_surroundings()
         with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
-            found = self._sum(self._write_diagonal, torch.empty(self.shape[0], dtype=self.dtype, device=self.device))
+            found = self._sum(self._write_diagonal, torch.empty(self.params.n, dtype=self.dtype, device=self.device))
             return found.to(self._wide)
 
     def _write_diagonal(self, matrix: BatchMatrix, out: Tensor) -> None:
