@@ -5,6 +5,7 @@ from secant.curvature._estimators import Diagonal, Estimate
 from secant.curvature._index import Submatrix
 from secant.curvature._inverse import Inverse, inverse
 from secant.curvature._operator import LinearOperator
+from secant.curvature._point import EvaluatedPoint
 from secant.curvature._spectrum import SpectralDensity
 from secant.curvature.fisher import EmpiricalFisher, Fisher
 from secant.curvature.ggn import GGN
@@ -19,6 +20,7 @@ __all__ = [
     "Eigenpairs",
     "EmpiricalFisher",
     "Estimate",
+    "EvaluatedPoint",
     "Fisher",
     "Hessian",
     "Inverse",

@@ -52,6 +52,11 @@ class Randomness:
             {key: generator.get_state() for key, generator in self._explicit.items()},
         )
 
+    def advance(self) -> None:
+        """Leave the program's generators where the last new section ended."""
+        if self._last is not None:
+            self._set(self._last, self._states(), {})
+
     def _set(self, states: _States, now: _States, met: dict[int, torch.Generator]) -> None:
         """Go from the states `now` to others."""
         if not torch.equal(states.cpu, now.cpu):

@@ -198,3 +198,14 @@ class GGN(_JacobianOperator):
         if not terms:
             raise _checks.fail(self._name, "closure", "a loss computed from the outputs", "one that does not use them")
         return _losses.curvature(terms, _graph.below_views(top), outputs, loss)[1]
+
+
+class SquaresGGN(GGN):
+    """J^T J, of half the squared sum of the outputs: the GGN whose H_L is known to be I."""
+
+    @property
+    def _name(self) -> str:
+        return "GGN"
+
+    def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
+        return _losses.IdentityMiddle()
