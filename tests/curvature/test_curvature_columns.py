@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvature_problems import ACTIVATIONS, ROUNDING, Residual, Transformer, cnn, data, dense_hessian, error, mlp
-from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, Jacobian, _curvature, _matrices
+from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, Jacobian, _columns, _curvature, _matrices
 
 F64 = torch.float64
 K = 5
@@ -164,15 +164,15 @@ def test_memory_is_bounded_by_taking_fewer_columns(monkeypatch):
         right(self, vectors, out)
 
     monkeypatch.setattr(_matrices.DoubleBackward, "products", products)
-    monkeypatch.setattr(_curvature, "_BYTES", 3 * 4 * H._values * 8)
-    assert H._values >= 7 * (4 + 4 + 3)  # at least what the layers put out
+    monkeypatch.setattr(_columns, "_BYTES", 3 * 4 * H._columns._values * 8)
+    assert H._columns._values >= 7 * (4 + 4 + 3)  # at least what the layers put out
     assert error(H @ V, whole) < ROUNDING
     assert sizes == [3, 3, 1]
-    monkeypatch.setattr(_curvature, "_BYTES", 1)
+    monkeypatch.setattr(_columns, "_BYTES", 1)
     H @ V
     assert sizes == [3, 3, 1]
     monkeypatch.undo()
-    monkeypatch.setattr(_curvature, "_COLUMNS", 2)
+    monkeypatch.setattr(_columns, "_MOST", 2)
     monkeypatch.setattr(_matrices.DoubleBackward, "products", products)
     H @ V
     assert sizes[3:] == [2, 2, 2, 1]

@@ -18,16 +18,15 @@ from torch.autograd import forward_ad
 
 from secant import _checks
 from secant.curvature import _errors, _estimators, _evaluate, _graph
+from secant.curvature._columns import Columns, Product, agree
 from secant.curvature._evaluate import Evaluator
-from secant.curvature._matrices import BatchMatrix, Together
+from secant.curvature._matrices import BatchMatrix
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
 from secant.curvature._random import Meeting, Randomness
 
 #: Products per mode when modes are compared; the first warms up.
 _TRIALS = 3
-#: Vectors multiplied at once, and bytes that their intermediate values may take.
-_COLUMNS, _BYTES = 32, 2**27
 
 
 class CurvatureOperator(LinearOperator):
@@ -71,10 +70,7 @@ class CurvatureOperator(LinearOperator):
         self._given: Evaluator | None = None
         #: Of the modes that were compared: seconds per product, or why it cannot be used.
         self.timings: dict[str, float | str] = {}
-        #: How several vectors are multiplied, once they were: "together", or why one after the other.
-        self.columns: str | None = None
-        self._checked_columns: set[str] = set()
-        self._values, self._convolves = 0, False
+        self._columns = Columns(op)
         self._kept: list[BatchMatrix] | None = None
         self._state: tuple[tuple[int, int], ...] = ()
         self._warned = False
@@ -120,6 +116,11 @@ class CurvatureOperator(LinearOperator):
     def mode(self) -> str:
         """How products are computed: as asked for, or as chosen at the first product."""
         return self._used
+
+    @property
+    def columns(self) -> str | None:
+        """How several vectors are multiplied, once they were: "together", or why one after the other."""
+        return self._columns.said
 
     @property
     def chosen_mode(self) -> str | None:
@@ -190,8 +191,8 @@ class CurvatureOperator(LinearOperator):
 
     #: What is found out once per operator, and holds at other points of the same problem.
     _LEARNT = (
-        "timings", "columns", "_chosen", "_used", "_checked_columns", "_values", "_convolves", "_used_slots",
-        "_in_parts", "_is_visible", "_is_checked", "_eps", "_warned",
+        "timings", "_columns", "_chosen", "_used", "_used_slots", "_in_parts", "_is_visible", "_is_checked", "_eps",
+        "_warned",
     )  # fmt: skip
 
     def _learnt(self) -> dict[str, Any]:
@@ -254,7 +255,7 @@ class CurvatureOperator(LinearOperator):
         used = found.used
         self._used_slots |= used
         self._eps = max(self._eps, found.eps)
-        self._values, self._convolves = max(self._values, found.numel), self._convolves or found.convolves
+        self._columns.note(found)
         for i, p in enumerate(self.params.tensors):
             if not p.is_leaf and i not in used:
                 got = f"one made before ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?"
@@ -374,68 +375,14 @@ class CurvatureOperator(LinearOperator):
                 p.grad = gradient
 
     def _write(self, vectors: Tensor, matrix: BatchMatrix, out: Tensor) -> None:
-        self._multiply("product", matrix.together, matrix.product, matrix.products, vectors, out)
+        self._multiply(Product("A v", matrix.together, matrix.product, matrix.products), vectors, out)
 
-    def _multiply(
-        self,
-        what: str,
-        together: Together,
-        one: Callable[[Tensor, Tensor], None],
-        several: Callable[[Tensor, Tensor], None],
-        vectors: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Write the products of all rows: several at once where that pays and works, else one after the other.
-
-        Args:
-            what: kind of product, of which the first that is made at once is compared with one made alone.
-        """
+    def _multiply(self, product: Product, vectors: Tensor, out: Tensor) -> None:
+        """Write the products of all rows."""
         try:
-            if len(vectors) > 1 and self._at_once(what, together, one, several, vectors, out):
-                return
-            for vector, row in zip(vectors.unbind(), out.unbind(), strict=True):
-                one(vector, row)
+            self._columns.multiply(product, vectors, out, self._used, self._eps)
         except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
-
-    def _at_once(
-        self,
-        what: str,
-        together: Together,
-        one: Callable[[Tensor, Tensor], None],
-        several: Callable[[Tensor, Tensor], None],
-        vectors: Tensor,
-        out: Tensor,
-    ) -> bool:
-        """Write the products of several rows at a time; return False, and keep in mind why, where that is not done."""
-        if self.columns not in (None, "together"):
-            return False
-        if together == "never" or (together == "without convolutions" and self._convolves):
-            self.columns = f"one after the other: as fast in mode '{self._used}'"
-            self.columns += " with convolutions" if together != "never" else ""
-            return False
-        # Values of the forward pass, their gradients, and the tangents of both.
-        width = min(_COLUMNS, _BYTES // max(1, 4 * self._values * self.dtype.itemsize))
-        if width < 2:
-            return False
-        try:
-            with _batching():
-                for some, rows in zip(vectors.split(width), out.split(width), strict=True):
-                    several(some, rows)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            self.columns = f"one after the other: {_errors.reason(self._name, self._used, error, ())}"
-            return False
-        if what not in self._checked_columns:
-            alone = torch.empty_like(out[0])
-            one(vectors[0], alone)
-            if not bool(torch.isfinite(alone).all()):  # says nothing; the next time again
-                return True
-            if not _agree(out[0], alone, self._eps):
-                self.columns = f"one after the other: {self._name}: mode '{self._used}': disagrees at once"
-                return False
-            self._checked_columns.add(what)
-        self.columns = "together"
-        return True
 
     def _accumulate(self, write: Callable[[BatchMatrix, Tensor], None], total: Tensor) -> None:
         """Write the weighted sum over the batches."""
@@ -484,7 +431,7 @@ class CurvatureOperator(LinearOperator):
             try:
                 matrix = make()
                 seconds = min(self._timed(matrix, v, out) for _ in range(_TRIALS))
-                if reference is not None and finite and not _agree(out, reference, self._eps):
+                if reference is not None and finite and not agree(out, reference, self._eps):
                     self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
                     continue
                 asymmetry = self._asymmetry(matrix, u, v, out, size)
@@ -572,20 +519,3 @@ def mean_over_processes(total: Tensor, group: Any) -> Tensor:
         dist.all_reduce(total, group=group)
         total /= size
     return total
-
-
-def _agree(a: Tensor, b: Tensor, eps: float) -> bool:
-    """To half the digits: more than rounding, less than a missing term."""
-    return bool((a - b).norm(dtype=torch.float64) <= eps**0.5 * b.norm(dtype=torch.float64))
-
-
-@contextlib.contextmanager
-def _batching() -> Iterator[None]:
-    """Have torch raise where it would go through the vectors one by one itself, slowly and with a warning."""
-    functorch: Any = torch._C._functorch
-    before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(before)

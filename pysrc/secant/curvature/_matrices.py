@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +11,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 
 from secant.curvature import _graph, _losses
+from secant.curvature._columns import Together
 from secant.curvature._layers import Layers, columns
 from secant.curvature._parameters import Parameters
-
-#: In which graphs several vectors are multiplied at once: in all; in those without convolutions, whose backward for
-#: several gradients at once takes longer than one after the other; in none.
-Together = Literal["always", "without convolutions", "never"]
 
 
 class BatchMatrix(Protocol):

@@ -157,13 +157,15 @@ class LinearOperator(abc.ABC):
         return self.T.matmat(v)
 
     def __matmul__(self, v: Vectors | LinearOperator) -> Any:
-        if isinstance(v, LinearOperator):
-            return _algebra().chain(self, v)
+        if isinstance(v, Tensor):
+            return self.matmat(v) if v.dim() == 2 else self.matvec(v)
         if isinstance(v, (list, tuple)):
             flat, count = self._joined(v, last=True)
             found = self.matvec(flat) if count is None else self.matmat(flat)
             return self._parted(found, () if count is None else (count,), last=True)
-        return self.matmat(v) if isinstance(v, Tensor) and v.dim() == 2 else self.matvec(v)  # type: ignore[arg-type]
+        if isinstance(v, LinearOperator):
+            return _algebra().chain(self, v)
+        return self.matvec(v)  # type: ignore[arg-type]
 
     def __rmatmul__(self, v: Vectors) -> Any:
         turned = self.T

@@ -77,7 +77,7 @@ class EvaluatedPoint:
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> point = EvaluatedPoint(lambda: (w**4).sum() / 4, [w])
+        >>> point = secant.curvature.EvaluatedPoint(lambda: (w**4).sum() / 4, [w])
         >>> float(point.value), point.gradient().tolist(), (point.hessian() @ torch.ones(2)).tolist()
         (4.25, [1.0, 8.0], [3.0, 12.0])
     """

@@ -34,7 +34,14 @@ class Hessian(CurvatureOperator):
     "double-backward" on the kept graph, "forward-over-reverse" and "reverse-over-forward", which evaluate the closure
     at every product (with the same random numbers) and keep no graph. One that is not symmetric for two random vectors,
     or that disagrees with the first to half the digits, is not used. `timings` has the seconds, or the reason. Where
-    no other mode is compared (one chosen by `mode`, terms beside recognised layers) the symmetry is checked once.
+    no other mode is compared (one chosen by `mode`, terms beside recognised layers) the symmetry is checked once. The
+    choice is `chosen_mode`, which can be kept and given to another operator.
+
+    **Several vectors** (`matmat`, estimates) are multiplied at once: by batched matrix products where layers are
+    recognised, by one backward pass for all in "double-backward" unless there are convolutions, by one evaluation for
+    all in "forward-over-reverse"; one after the other in "reverse-over-forward", and where torch cannot, or the first
+    column disagrees with its product alone. `columns` says which. As many are taken as fit their intermediate values
+    into 128 MB, 32 at most. The result differs from that of single products by rounding.
 
     **Normalisations.** torch 2.13 has wrong third derivatives of layer_norm, instance_norm and batch_norm in training,
     and wrong forward modes. In forward modes, and where the loss contains a derivative of such a layer, they are made

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secant import _checks
 from secant.curvature import _evaluate, _losses, _matrices
+from secant.curvature._columns import Product
 from secant.curvature._estimators import Diagonal
 from secant.curvature._operator import LinearOperator, Seed
 from secant.curvature._parameters import Parameters
@@ -124,7 +125,7 @@ class Jacobian(_JacobianOperator):
                 jacobian = _jacobian(matrix)
                 out = torch.empty(len(vectors), _length(matrix), dtype=self.dtype, device=self.device)
                 one, several = functools.partial(_push, jacobian), functools.partial(_push_columns, jacobian)
-                self._multiply("J v", jacobian.together, one, several, vectors, out)
+                self._multiply(Product("J v", jacobian.together, one, several), vectors, out)
                 parts.append(out)
             self._counted([part.shape[1] for part in parts])
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -144,7 +145,7 @@ class Jacobian(_JacobianOperator):
                     break
                 out = torch.empty(len(vectors), self.params.n, dtype=self.dtype, device=self.device)
                 one, several = functools.partial(_pull, matrix), functools.partial(_pull_columns, matrix)
-                self._multiply("J^T u", jacobian.together, one, several, some, out)
+                self._multiply(Product("J^T u", jacobian.together, one, several), some, out)
                 total = out if total is None else total.add_(out)
             self._counted(lengths)
             if self._m != vectors.shape[1] or total is None:
