@@ -108,12 +108,14 @@ class Evaluator:
         """Evaluate the closure.
 
         Args:
-            write: whether modules in training keep what they write into their buffers.
+            write: whether this is an evaluation of the program itself: its generators go on, and modules in training
+                keep what they write into their buffers.
         """
+        section = self.randomness.own_section if write else self.randomness.section
         fused = any(getattr(torch.backends.cuda, name, lambda: False)() for name in _FUSED)
         with (
             torch.enable_grad(),
-            self.randomness.section(("closure", self.key)) as meet,
+            section(("closure", self.key)) as meet,
             _own_buffers(self._params, self._before, write=write),
             sdpa_kernel(SDPBackend.MATH),
             _Watch(substitutes, meet, in_parts=self.in_parts, statistics=write) as watch,
@@ -142,7 +144,6 @@ class KeptEvaluator(Evaluator):
         if self._before is None:
             self._before, self._results = {}, {}
             self._results[self.in_parts] = self._evaluate(None, write=True)
-            self.randomness.advance()
         elif self.in_parts not in self._results:
             self._results[self.in_parts] = self._evaluate(None)
         return self._results[self.in_parts]

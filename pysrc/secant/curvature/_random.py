@@ -52,10 +52,22 @@ class Randomness:
             {key: generator.get_state() for key, generator in self._explicit.items()},
         )
 
-    def advance(self) -> None:
-        """Leave the program's generators where the last new section ended."""
-        if self._last is not None:
-            self._set(self._last, self._states(), {})
+    @contextlib.contextmanager
+    def own_section(self, key: Hashable) -> Iterator[Callable[[torch.Generator], None]]:
+        """Draw within as the program does: its generators go on, or back to where they were if something is raised."""
+        start = self._states()
+        self._starts[key] = start
+
+        def meet(generator: torch.Generator) -> None:
+            if id(generator) not in self._explicit:
+                start.explicit[id(generator)] = generator.get_state()
+                self._explicit[id(generator)] = generator
+
+        try:
+            yield meet
+        except BaseException:
+            self._set(start, self._states(), {})
+            raise
 
     def _set(self, states: _States, now: _States, met: dict[int, torch.Generator]) -> None:
         """Go from the states `now` to others."""
