@@ -248,9 +248,28 @@ def test_operands_that_do_not_fit_are_named():
             return vectors[:, :2].clone()
 
     one = OneWay((2, 3), F64, torch.device("cpu"))
-    assert torch.equal(one.to_dense(), torch.eye(2, 3, dtype=F64))
+    for operator in (one, one + one - one, 1.0 * one, one @ _one(3), one.submatrix([0, 1], slice(None))):
+        assert torch.equal(operator.to_dense(), torch.eye(2, 3, dtype=F64))  # by its columns, which are more
+    assert torch.equal(one[0], torch.tensor([1.0, 0.0, 0.0], dtype=F64))
     with pytest.raises(TypeError, match=r"OneWay.T: operator: expected one with products with its transpose"):
         one.T @ torch.ones(2, dtype=F64)
+
+
+def _one(n):
+    return Rectangle(torch.eye(n, dtype=F64))
+
+
+def test_tensors_from_the_left_are_left_to_the_operator():
+    A, d = _symmetric(4), torch.rand(4, dtype=F64)
+    for operator, want in (
+        (d + A, A.a + torch.diag(d)),
+        (d - A, torch.diag(d) - A.a),
+        (torch.tensor(2.0) - A, 2 * torch.eye(4, dtype=F64) - A.a),
+        (torch.tensor(2.0) * A, 2 * A.a),
+        (np.float32(2.0) * A, 2 * A.a),
+    ):
+        assert isinstance(operator, LinearOperator)
+        _is(operator, want)
 
 
 def test_curvature_operators_add_up_and_keep_the_shapes_of_the_parameters():

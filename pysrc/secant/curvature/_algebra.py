@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.curvature import _estimators
 from secant.curvature._estimators import Diagonal
 from secant.curvature._operator import LinearOperator, Seed
 
@@ -63,6 +63,10 @@ class _Wrapper(LinearOperator):
     def shape(self) -> torch.Size:
         """That of the operator within."""
         return self.operator.shape
+
+    @property
+    def _has_transpose(self) -> bool:
+        return self.operator._has_transpose
 
 
 class Damped(_Wrapper):
@@ -148,6 +152,10 @@ class Sum(LinearOperator):
         """That of every summand."""
         return self.terms[0][0].shape
 
+    @property
+    def _has_transpose(self) -> bool:
+        return all(operator._has_transpose for operator, _ in self.terms)
+
     def _rows(self, vectors: Tensor) -> Tensor:
         return _combined([(operator._rows(vectors), factor) for operator, factor in self.terms])
 
@@ -204,6 +212,10 @@ class Chain(LinearOperator):
     def shape(self) -> torch.Size:
         """(rows of the first, columns of the last)."""
         return torch.Size((self.factors[0].shape[0], self.factors[-1].shape[1]))
+
+    @property
+    def _has_transpose(self) -> bool:
+        return all(factor._has_transpose for factor in self.factors)
 
     @property
     def T(self) -> LinearOperator:
@@ -278,8 +290,6 @@ def _number(op: str, name: str, value: object, diagonal: LinearOperator | None =
             if value.shape != (n,):
                 raise _checks.fail(op, name, f"{words} ({n},)", f"shape {tuple(value.shape)}")
             return value.detach().to(diagonal.device)
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name}: expected {words}, got {_checks.describe(value)}")
-    if not abs(value) <= sys.float_info.max:
-        raise _checks.fail(op, name, "a finite number", _estimators.brief(value))
-    return float(value)
+    return _checks.number(op, name, value)

@@ -65,6 +65,10 @@ class Submatrix(LinearOperator):
         super().__init__((len(rows), len(columns)), operator.dtype, operator.device, symmetric=symmetric)
         self.operator, self.rows, self.columns = operator, rows, columns
 
+    @property
+    def _has_transpose(self) -> bool:
+        return self.operator._has_transpose
+
     def __repr__(self) -> str:
         return f"Submatrix(shape={tuple(self.shape)} of {self.operator!r})"
 

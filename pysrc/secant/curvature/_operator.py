@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +98,11 @@ class LinearOperator(abc.ABC):
         if self.symmetric:
             return self._rows(vectors)
         raise TypeError(f"{self._name}.T: operator: expected one with products with its transpose, got {self!r}")
+
+    @property
+    def _has_transpose(self) -> bool:
+        """Whether there are products with the transpose."""
+        return self.symmetric or type(self)._transposed_rows is not LinearOperator._transposed_rows
 
     @property
     def _name(self) -> str:
@@ -259,7 +265,7 @@ class LinearOperator(abc.ABC):
     def __sub__(self, other: LinearOperator | float | Tensor) -> LinearOperator:
         if isinstance(other, LinearOperator):
             return _algebra().added(self, other, "-")
-        return self.damped(-other if isinstance(other, (int, float, Tensor)) and other is not True else other)
+        return self.damped(-other if isinstance(other, (Real, Tensor)) and not isinstance(other, bool) else other)
 
     def __rsub__(self, other: float | Tensor) -> LinearOperator:
         return (-self).damped(other)
@@ -298,8 +304,8 @@ class LinearOperator(abc.ABC):
 
     def to_dense(self) -> Tensor:
         """Return the matrix (m, n), by n products, or by m with the transpose where these are fewer."""
-        (m, n), turned = self.shape, type(self)._transposed_rows is not LinearOperator._transposed_rows
-        if m < n and turned:
+        m, n = self.shape
+        if m < n and self._has_transpose:
             return self.T.to_dense().mT
         out = torch.empty(m, n, dtype=self.dtype, device=self.device)
         for first in range(0, n, _TOGETHER):

@@ -107,7 +107,7 @@ class EvaluatedPoint:
             raise _checks.fail(name, "modes", f"keys among {', '.join(_GIVING)}", unknown[0])
         self.kind, self.name, self.process_group = kind, name, process_group
         if like is not None:
-            self.params, self._learnt = like.params, like._known()
+            self.params, self._learnt = self._same(like, list(params)), like._known()
         else:
             with torch.inference_mode(False), torch.enable_grad():
                 self.params, self._learnt = Parameters(name, params), {}
@@ -121,6 +121,17 @@ class EvaluatedPoint:
             with _evaluate.plain(self.params.device):
                 self._evaluate()
         self._state = self.params.state()
+
+    def _same(self, like: EvaluatedPoint, tensors: list[Tensor]) -> Parameters:
+        """Return the parameters of another point, which have to be these."""
+        found = like.params
+        same = len(tensors) == len(found.tensors) and all(
+            p is q and p.dtype is found.dtype and p.device == found.device and p.shape.numel() == size
+            for p, q, size in zip(tensors, found.tensors, found.sizes, strict=True)
+        )
+        if not same:
+            raise _checks.fail(self.name, "params", "those of the point that this one is like", "others")
+        return found
 
     def __repr__(self) -> str:
         return f"EvaluatedPoint(kind={self.kind!r}, n={self.params.n}, value={self.value.item():g})"
