@@ -58,7 +58,7 @@ def _paired(
         dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
 
 
-def columns(vectors: Tensor, params: Parameters) -> list[Tensor]:
+def parts_of(vectors: Tensor, params: Parameters) -> list[Tensor]:
     """Split the rows of (k, n) into views in the shapes of the parameters behind a first dimension of k."""
     parts = zip(vectors.split(params.sizes, 1), params.tensors, strict=True)
     return [part.view(len(vectors), *p.shape) for part, p in parts]
@@ -270,7 +270,7 @@ class Layers:
             cotangents: u, or the tangents of dL/da_L, behind a first dimension of k. out: (k, n). parts, rooms: the
                 directions, and what `push_columns` had of them.
         """
-        k, results = len(out), columns(out, self.params)
+        k, results = len(out), parts_of(out, self.params)
         for i in self.untouched:
             results[i].zero_()
         top = self.layers[-1]

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from secant.curvature import _graph, _losses
 from secant.curvature._columns import Together
-from secant.curvature._layers import Layers, columns
+from secant.curvature._layers import Layers, parts_of
 from secant.curvature._parameters import Parameters
 
 
@@ -46,7 +46,7 @@ def whole(loss: Tensor) -> _graph.Term:
 
 def _join_columns(found: Sequence[Tensor | None], out: Tensor, params: Parameters) -> None:
     """Write tensors in the shapes of the parameters behind a first dimension of k, None for zero, into (k, n)."""
-    for target, x in zip(columns(out, params), found, strict=True):
+    for target, x in zip(parts_of(out, params), found, strict=True):
         target.zero_() if x is None else target.copy_(x.detach())
 
 
@@ -84,7 +84,7 @@ class DoubleBackward:
 
     def products(self, vectors: Tensor, out: Tensor) -> None:
         """Write the products with the rows of (k, n), all at once."""
-        _join_columns(self.parts(columns(vectors, self.params), batched=True), out, self.params)
+        _join_columns(self.parts(parts_of(vectors, self.params), batched=True), out, self.params)
 
 
 #: A closure with other tensors in the place of those with these ids; `Evaluator`, and a choice from what it returns.
@@ -129,7 +129,7 @@ class ForwardOverReverse(_Transformed):
     def products(self, vectors: Tensor, out: Tensor) -> None:
         """Write the products with the rows of (k, n): one forward and backward pass for the tangents of all."""
         with torch.enable_grad():
-            value, found = torch.vmap(self._tangent, randomness="same")(*columns(vectors, self.params))
+            value, found = torch.vmap(self._tangent, randomness="same")(*parts_of(vectors, self.params))
         self.seen(value[0])
         _join_columns(found, out, self.params)
 
@@ -190,7 +190,7 @@ class LayeredHessian:
 
     def products(self, vectors: Tensor, out: Tensor) -> None:
         """Write the products with the rows of (k, n), all at once."""
-        parts = columns(vectors, self.params)
+        parts = parts_of(vectors, self.params)
         written = self.rest is not None
         if self.rest is not None:
             self.rest.products(vectors, out)
@@ -296,7 +296,7 @@ class GraphJacobian:
     def push_columns(self, vectors: Tensor) -> Tensor:
         """Compute J v for the rows of (k, n)."""
         like = self.dummy.expand(len(vectors), *self.dummy.shape)
-        return self._push(columns(vectors, self.params), like, batched=True)
+        return self._push(parts_of(vectors, self.params), like, batched=True)
 
     def pull_columns(self, cotangents: Tensor, out: Tensor) -> None:
         """Write J^T u for k cotangents behind each other."""
@@ -347,7 +347,7 @@ class ForwardJacobian(GraphJacobian):
             primal, found = torch.func.jvp(outputs, points, tangents)[:2]
             return primal, found
 
-        primal, found = torch.vmap(tangent, randomness="same")(*columns(vectors, self.params))
+        primal, found = torch.vmap(tangent, randomness="same")(*parts_of(vectors, self.params))
         self.seen(primal[0])
         return found.detach()
 
@@ -370,7 +370,7 @@ class LayeredJacobian:
 
     def push_columns(self, vectors: Tensor) -> Tensor:
         """Compute J v for the rows of (k, n)."""
-        found, _ = self.layers.push_columns(columns(vectors, self.params))
+        found, _ = self.layers.push_columns(parts_of(vectors, self.params))
         return found.reshape(len(vectors), *self.shape)
 
     def pull_columns(self, cotangents: Tensor, out: Tensor) -> None:
