@@ -31,7 +31,7 @@ class Transposed(LinearOperator):
 
     @property
     def T(self) -> LinearOperator:
-        """The operator itself."""
+        """Return the operator itself."""
         return self.operator
 
     @property
@@ -61,7 +61,7 @@ class _Wrapper(LinearOperator):
 
     @property
     def shape(self) -> torch.Size:
-        """That of the operator within."""
+        """Return that of the operator within."""
         return self.operator.shape
 
     @property
@@ -149,7 +149,7 @@ class Sum(LinearOperator):
 
     @property
     def shape(self) -> torch.Size:
-        """That of every summand."""
+        """Return that of every summand."""
         return self.terms[0][0].shape
 
     @property
@@ -219,7 +219,7 @@ class Chain(LinearOperator):
 
     @property
     def T(self) -> LinearOperator:
-        """The chain of the transposes, the other way round; itself where that is the same."""
+        """Return the chain of the transposes, the other way round; itself where that is the same."""
         return self if self.symmetric else Chain([factor.T for factor in reversed(self.factors)])
 
     def _rows(self, vectors: Tensor) -> Tensor:

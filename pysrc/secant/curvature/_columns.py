@@ -33,7 +33,7 @@ class Product(NamedTuple):
 
 
 class Columns:
-    """What an operator knows of products with several vectors.
+    """Keeps what an operator knows of products with several vectors.
 
     Args:
         op: the operator, for messages.

@@ -114,17 +114,17 @@ class CurvatureOperator(LinearOperator):
 
     @property
     def mode(self) -> str:
-        """How products are computed: as asked for, or as chosen at the first product."""
+        """Tell how products are computed: as asked for, or as chosen at the first product."""
         return self._used
 
     @property
     def columns(self) -> str | None:
-        """How several vectors are multiplied, once they were: "together", or why one after the other."""
+        """Tell how several vectors are multiplied, once they were: "together", or why one after the other."""
         return self._columns.said
 
     @property
     def chosen_mode(self) -> str | None:
-        """The mode that `mode="auto"` has settled on, None before the first product.
+        """Get or set the mode that `mode="auto"` has settled on, None before the first product.
 
         Modes are compared by timing, so that another run may choose another one, which differs in rounding. Give an
         operator of a resumed run what the first one chose, and it makes the same products bit for bit and times
@@ -154,13 +154,13 @@ class CurvatureOperator(LinearOperator):
             self._start()
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors in the shapes of the parameters as one flat vector (n,)."""
+        """Join tensors in the shapes of the parameters to one flat vector (n,)."""
         out = torch.empty(self.params.n, dtype=self.dtype, device=self.device)
         self.params.join(tensors, out)
         return out
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views of a flat vector (n,) in the shapes of the parameters."""
+        """Split a flat vector (n,) into views in the shapes of the parameters."""
         return self.params.split(vector)
 
     def refresh(self) -> None:
@@ -175,7 +175,7 @@ class CurvatureOperator(LinearOperator):
 
     @abc.abstractmethod
     def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
-        """The matrix of one batch at the current parameters."""
+        """Build the matrix of one batch at the current parameters."""
 
     @classmethod
     def _at(cls, evaluator: Evaluator, params: Parameters, state: tuple[Any, ...], **options: Any) -> Self:
@@ -227,7 +227,7 @@ class CurvatureOperator(LinearOperator):
         return Evaluator(closure, key, self._randomness, tensors, self._warn, in_parts=self._in_parts)
 
     def _evaluated(self, evaluator: Evaluator, read: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
-        """What the closure returns, and of it what is differentiated.
+        """Evaluate the closure, and read of what it returns what is differentiated.
 
         Args:
             read: the latter from the former.

@@ -150,7 +150,7 @@ class KeptEvaluator(Evaluator):
 
 
 class Adapted(Evaluator):
-    """What is read of the results of another evaluator."""
+    """Reads something of the results of another evaluator."""
 
     def __init__(self, evaluator: Evaluator, read: Callable[[Any], Any]) -> None:
         self._evaluator, self._read = evaluator, read
@@ -158,7 +158,7 @@ class Adapted(Evaluator):
 
     @property
     def in_parts(self) -> bool:
-        """That of the other evaluator."""
+        """Return that of the other evaluator."""
         return self._evaluator.in_parts
 
     @in_parts.setter
@@ -230,7 +230,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def plain(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The state in which products are made, whatever the caller's: no inference mode, no autocast."""
+    """Enter the state in which products are made, whatever the caller's: no inference mode, no autocast."""
     autocast = torch.is_autocast_enabled("cpu") or (device.type != "cpu" and torch.is_autocast_enabled(device.type))
     return _plain(device) if autocast or torch.is_inference_mode_enabled() else _NOTHING
 
@@ -257,7 +257,7 @@ def plainly(method: Method) -> Method:
 
 
 def warn_of_attention(op: str) -> None:
-    """The fused kernels have no second derivative (pytorch/pytorch#116350, #117974, #128971)."""
+    """Warn that fused kernels have no second derivative (pytorch/pytorch#116350, #117974, #128971)."""
     warnings.warn(
         f"{op}: scaled_dot_product_attention runs its 'math' implementation here: the fused kernels cannot be "
         "differentiated twice. To choose it yourself, and silence this, take the products within "

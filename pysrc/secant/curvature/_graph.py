@@ -35,18 +35,18 @@ Slots = Mapping[Edge, int]
 
 
 def edge_of(x: Tensor) -> Edge:
-    """Where a tensor that requires gradients stands in the graph."""
+    """Return where a tensor that requires gradients stands in the graph."""
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 
 def below(node: Node) -> list[Edge]:
-    """The arguments of a node that have a gradient."""
+    """Return the arguments of a node that have a gradient."""
     return [(n, nr) for n, nr in node.next_functions if n is not None]
 
 
 def name_of(node: Node) -> str:
-    """As the error messages of torch call it."""
+    """Return the name by which the error messages of torch call it."""
     return str(node.name())
 
 
@@ -114,7 +114,7 @@ ELEMENTWISE: dict[str, Callable[[Node], Derivatives]] = {
 
 
 def derivatives(chain: Sequence[Node]) -> Derivatives | None:
-    """Of the composition of elementwise nodes, innermost first; None of none.
+    """Derive the composition of elementwise nodes, innermost first; None of none.
 
     (g o f)' = g'(f) f',    (g o f)'' = g''(f) f'^2 + g'(f) f''.
     """
@@ -131,7 +131,7 @@ def derivatives(chain: Sequence[Node]) -> Derivatives | None:
 
 
 def scalar_factor(node: Node) -> float | None:
-    """c where the node multiplies its one differentiable argument by a constant scalar c, else None."""
+    """Return c where the node multiplies its one differentiable argument by a constant scalar c, else None."""
     name = name_of(node)
     if name == "NegBackward0":
         return -1.0
@@ -169,7 +169,7 @@ def shift_factor(node: Node) -> float | None:
 
 
 def argument(node: Node) -> Edge | None:
-    """The one value below a node of one differentiable argument."""
+    """Return the one value below a node of one differentiable argument."""
     edges = below(node)
     return edges[0] if len(edges) == 1 else None
 
@@ -256,7 +256,7 @@ def _matrix_edges(node: Node) -> tuple[Edge | None, Edge | None, Edge | None]:
 
 
 def read_layers(edge: Edge | None, slots: Slots, tensors: Sequence[Tensor]) -> list[Affine] | str:
-    """The layers, first to last, that made a value, or the name of the first node that is not recognised.
+    """Read the layers, first to last, that made a value, or the name of the first node that is not recognised.
 
     Args:
         edge: of a tensor. slots: of the parameters. tensors: the parameters.
@@ -343,17 +343,17 @@ class Term(NamedTuple):
 
     @property
     def node(self) -> Node:
-        """What made it."""
+        """Return what made it."""
         return self.at[0]
 
     @property
     def edge(self) -> GradientEdge:
-        """What `torch.autograd.grad` takes as an output."""
+        """Return what `torch.autograd.grad` takes as an output."""
         return GradientEdge(*self.at)
 
 
 def terms(edge: Edge, slots: Slots, factor: float = 1.0) -> list[Term]:
-    """The summands of a scalar loss: sums, differences and multiples by constants, taken apart down to parameters."""
+    """Take a scalar loss apart: sums, differences and multiples by constants, down to parameters."""
     if edge in slots:
         return [Term(edge, factor)]
     node = edge[0]
@@ -375,7 +375,7 @@ def terms(edge: Edge, slots: Slots, factor: float = 1.0) -> list[Term]:
 
 
 def boundary(edge: Edge, slots: Slots) -> Node | None:
-    """The one matrix product through which the parameters reach a value; None when there are others."""
+    """Find the one matrix product through which the parameters reach a value; None when there are others."""
     tops: dict[Node, None] = {}
     seen: set[Node] = set()
     waiting = [edge]
@@ -395,12 +395,12 @@ def boundary(edge: Edge, slots: Slots) -> Node | None:
 
 
 def reaches(edge: Edge, target: Edge) -> bool:
-    """Whether a value was computed from another."""
+    """Tell whether a value was computed from another."""
     return bool(survey([edge], {target: 0}).used)
 
 
 def below_views(edge: Edge | None) -> Node | None:
-    """The first node that is no view."""
+    """Return the first node that is no view."""
     while edge is not None and name_of(edge[0]) in _VIEWS:
         edge = argument(edge[0])
     return None if edge is None else edge[0]
@@ -417,7 +417,7 @@ _MEAN, _SUM = 1, 2  # at::Reduction
 
 
 def read_cross_entropy(node: Node, logits: Node | None, factor: float = 1.0) -> CrossEntropy | None:
-    """The cross-entropy of class labels that `node` is, of the logits that come out of the node `logits`."""
+    """Read the cross-entropy of class labels that `node` is, of the logits that come out of the node `logits`."""
     if name_of(node) != "NllLossBackward0" or node._saved_reduction not in (_MEAN, _SUM):
         return None
     softmax = node.next_functions[0][0]
@@ -460,7 +460,7 @@ def custom_functions(nodes: Sequence[Node], *, once: bool = False) -> list[str]:
 
 
 def _is_once_differentiable(backward: Any) -> bool:
-    """Whether one of the decorators around it is torch's."""
+    """Tell whether one of the decorators around it is torch's."""
     while hasattr(backward, "__wrapped__"):
         if backward.__code__.co_filename == torch.autograd.function.__file__:
             return True

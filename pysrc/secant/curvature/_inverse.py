@@ -74,7 +74,7 @@ class Inverse(LinearOperator):
 
     @property
     def converged(self) -> bool:
-        """Whether every vector of the last product reached `tol` (waits for the device)."""
+        """Tell whether every vector of the last product reached `tol` (waits for the device)."""
         return bool((self.status == CGStatus.CONVERGED).all())
 
     @plainly

@@ -159,7 +159,7 @@ class Layers:
         return self.layers[-1].room
 
     def blocks_fit(self, blocks: int) -> bool:
-        """Whether the rows of every layer are as many, or a multiple, so that each belongs to one block."""
+        """Tell whether the rows of every layer are as many, or a multiple, so that each belongs to one block."""
         return blocks > 0 and all(layer.room.shape[0] % blocks == 0 for layer in self.layers)
 
     def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:

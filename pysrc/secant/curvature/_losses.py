@@ -26,7 +26,7 @@ class Middle(Protocol):
     """M, symmetric on the outputs."""
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u, in the shape of u."""
+        """Compute M u, in the shape of u."""
 
     def factors(self, like: Tensor) -> Iterator[Factor] | None:
         """S_f, whose block b is a vector s_fb, such that block b of M is sum_f sign_fb s_fb s_fb^T.
@@ -68,7 +68,7 @@ class CrossEntropyMiddle:
         self._product = _of_cross_entropy(found)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u."""
+        """Compute M u."""
         return self._product(u)
 
     def factors(self, like: Tensor) -> Iterator[Factor]:
@@ -93,7 +93,7 @@ class FoundMiddle:
         self._gradient, self._at = None if gradient is None or not gradient.requires_grad else gradient, at
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u."""
+        """Compute M u."""
         return self._product(u, batched=False)
 
     def several(self, u: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class OuterMiddle:
         self._factors, self._blocks, self._product = factors, blocks, product
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u."""
+        """Compute M u."""
         return self._product(u)
 
     def factors(self, like: Tensor) -> Iterator[Factor]:
@@ -184,7 +184,7 @@ def gradients(
 
 
 def curvature(terms: Sequence[_graph.Term], node: _graph.Node, at: Any, like: Tensor) -> tuple[Tensor | None, Middle]:
-    """The gradient of a sum of terms with respect to a value that they depend on, and the product with the Hessian.
+    """Find the gradient of a sum of terms with respect to a value that they depend on, and the Hessian's products.
 
     Args:
         node: what made the value, views aside. at: the value, or its gradient edge. like: as for `gradients`.

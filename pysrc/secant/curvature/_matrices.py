@@ -21,7 +21,7 @@ class BatchMatrix(Protocol):
 
     @property
     def together(self) -> Together:
-        """In which graphs `products` pays."""
+        """Tell in which graphs `products` pays."""
 
     def product(self, vector: Tensor, out: Tensor) -> None:
         """Write the product with a flat vector."""
@@ -31,12 +31,12 @@ class BatchMatrix(Protocol):
 
 
 def split_terms(loss: Tensor, slots: _graph.Slots) -> list[_graph.Term]:
-    """The summands of a loss, each a scalar."""
+    """Take a loss apart into summands, each a scalar."""
     return [whole(loss)] if loss.dim() > 0 else _graph.terms(_graph.edge_of(loss), slots)
 
 
 def whole(loss: Tensor) -> _graph.Term:
-    """A loss of one element as it is."""
+    """Return a loss of one element as it is, as one summand."""
     with torch.enable_grad():
         return _graph.Term(_graph.edge_of(loss.reshape(())), 1.0)
 
@@ -102,7 +102,7 @@ class _Transformed:
         self.closure, self.params, self.seen = evaluate, params, seen
 
     def loss(self, *points: Tensor) -> Tensor:
-        """The loss with these tensors in the place of the parameters."""
+        """Evaluate the loss with these tensors in the place of the parameters."""
         ids = map(id, self.params.tensors)
         return self.closure(dict(zip(ids, points, strict=True))).reshape(())
 
@@ -206,7 +206,7 @@ class LayeredHessian:
 
 
 def layered_hessian(loss: Tensor, params: Parameters, slots: _graph.Slots) -> LayeredHessian | str:
-    """The structured product at the point where `loss` was evaluated, or what stands in its way."""
+    """Build the structured product at the point where `loss` was evaluated, or say what stands in its way."""
     if params.dtype not in (torch.float32, torch.float64):
         return f"{params.dtype}"
     networks: dict[_graph.Node, list[_graph.Term]] = {}
@@ -243,10 +243,10 @@ class BatchJacobian(Protocol):
 
     @property
     def together(self) -> Together:
-        """In which graphs the products with several vectors at once pay."""
+        """Tell in which graphs the products with several vectors at once pay."""
 
     def push_columns(self, vectors: Tensor) -> Tensor:
-        """J v for the rows of (k, n), in the shape of the outputs behind a first dimension of k."""
+        """Compute J v for the rows of (k, n), in the shape of the outputs behind a first dimension of k."""
 
     def pull_columns(self, cotangents: Tensor, out: Tensor) -> None:
         """Write J^T u for k cotangents behind each other into (k, n)."""
@@ -255,7 +255,7 @@ class BatchJacobian(Protocol):
         """Add sum_b sign_b (J_b^T u_b)^2, entry by entry, for the blocks b of rows of the outputs."""
 
     def push(self, vector: Tensor) -> Tensor:
-        """J v, in the shape of the outputs."""
+        """Compute J v, in the shape of the outputs."""
 
     def pull(self, cotangent: Tensor, out: Tensor) -> None:
         """Write J^T u, flat."""
@@ -290,7 +290,7 @@ class GraphJacobian:
         return torch.zeros_like(like) if found is None else found
 
     def push(self, vector: Tensor) -> Tensor:
-        """J v."""
+        """Compute J v."""
         return self._push(self.params.split(vector), self.dummy, batched=False)
 
     def push_columns(self, vectors: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class ForwardJacobian(GraphJacobian):
         self.outputs, self.params, self.closure, self.seen = outputs, params, evaluate, seen
 
     def push(self, vector: Tensor) -> Tensor:
-        """J v."""
+        """Compute J v."""
         tensors = self.params.tensors
         with forward_ad.dual_level():
             duals = (
@@ -361,7 +361,7 @@ class LayeredJacobian:
         self.shape, self.layers, self.params = outputs.shape, layers, params
 
     def push(self, vector: Tensor) -> Tensor:
-        """J v."""
+        """Compute J v."""
         return self.layers.push(self.params.split(vector)).reshape(self.shape)
 
     def pull(self, cotangent: Tensor, out: Tensor) -> None:
@@ -386,7 +386,7 @@ class LayeredJacobian:
 
 
 def layered_jacobian(outputs: Tensor, params: Parameters, slots: _graph.Slots) -> LayeredJacobian | str:
-    """The structured Jacobian at the point where `outputs` were evaluated, or what stands in its way."""
+    """Build the structured Jacobian at the point where `outputs` were evaluated, or say what stands in its way."""
     if params.dtype not in (torch.float32, torch.float64):
         return f"{params.dtype}"
     found = _graph.read_layers(_graph.edge_of(outputs), slots, params.tensors)

@@ -101,7 +101,7 @@ class LinearOperator(abc.ABC):
 
     @property
     def _has_transpose(self) -> bool:
-        """Whether there are products with the transpose."""
+        """Tell whether there are products with the transpose."""
         return self.symmetric or type(self)._transposed_rows is not LinearOperator._transposed_rows
 
     @property
@@ -228,12 +228,12 @@ class LinearOperator(abc.ABC):
 
     @property
     def T(self) -> LinearOperator:
-        """The transpose; the operator itself where it is symmetric."""
+        """Return the transpose; the operator itself where it is symmetric."""
         return self if self.symmetric else _algebra().Transposed(self)
 
     @property
     def mT(self) -> LinearOperator:
-        """The transpose, by the name that torch has for that of matrices."""
+        """Return the transpose, by the name that torch has for that of matrices."""
         return self.T
 
     def adjoint(self) -> LinearOperator:
@@ -383,7 +383,7 @@ class LinearOperator(abc.ABC):
     # Estimates --------------------------------------------------------------------------------------------------------
 
     def generator(self, seed: Seed) -> torch.Generator:
-        """The generator of the probes: the one given, or a new one with this seed on the operator's device."""
+        """Return the generator of the probes: the one given, or a new one with this seed on the operator's device."""
         if isinstance(seed, torch.Generator):
             if seed.device.type != self.device.type:
                 raise _checks.fail(self._name, "seed", f"a generator on {self.device}", f"one on {seed.device}")
@@ -394,7 +394,7 @@ class LinearOperator(abc.ABC):
         return torch.Generator(self.device).manual_seed(seed)
 
     def _wide_rows(self, vectors: Tensor) -> Tensor:
-        """Products of rows in `wide`, what estimates and Lanczos compute in."""
+        """Multiply rows in `wide`, what estimates and Lanczos compute in."""
         return self._rows(vectors.to(self.dtype).contiguous()).to(vectors.dtype)
 
     @property
@@ -403,7 +403,7 @@ class LinearOperator(abc.ABC):
 
     @_evaluate.plainly
     def diag(self, num_probes: int | None = 100, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
-        """Unbiased estimate of the diagonal by random probes z, or the diagonal itself.
+        """Estimate the diagonal without bias, by random probes z, or compute it.
 
             E[z * A z] = diag(A),        Var[(z * A z)_i] = sum_(j != i) A_ij^2   (+ 2 A_ii^2 for normal probes).
 
@@ -448,7 +448,7 @@ class LinearOperator(abc.ABC):
         distribution: str = "rademacher",
         seed: Seed = 0,
     ) -> Estimate:
-        """Unbiased estimate of the trace, with its standard error.
+        """Estimate the trace without bias, and the standard error of that.
 
         Args:
             num_probes: products to make; >= 2, and >= 6 for "hutch++".
@@ -493,7 +493,7 @@ class LinearOperator(abc.ABC):
         max_iter: int | None = None,
         seed: Seed = 0,
     ) -> Eigenpairs:
-        """k extreme eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
+        """Find k extreme eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
 
         Args:
             k: how many, 1 to n. which: "LA" the largest, "SA" the smallest, "LM" the largest in magnitude.
@@ -533,7 +533,7 @@ class LinearOperator(abc.ABC):
 
     @_evaluate.plainly
     def spectrum(self, num_probes: int = 10, *, steps: int = 80, seed: Seed = 0) -> SpectralDensity:
-        """The distribution of the eigenvalues, by stochastic Lanczos quadrature.
+        """Estimate the distribution of the eigenvalues, by stochastic Lanczos quadrature.
 
         For a random unit vector v, n E[v.f(A) v] = tr f(A). From each of `num_probes` Rademacher vectors Lanczos gives
         nodes theta_i and weights w_i with v.f(A) v close to sum_i w_i f(theta_i).

@@ -38,7 +38,7 @@ _GIVING = {
 
 
 class EvaluatedPoint:
-    r"""What one evaluation of a closure tells at the current parameters: the closure is evaluated once, here.
+    r"""Evaluate a closure once, at the current parameters, and give what that tells.
 
     | kind | the closure returns | value | also gives |
     |---|---|---|---|
@@ -259,7 +259,7 @@ class EvaluatedPoint:
 
     @property
     def modes(self) -> dict[str, str | None]:
-        """The modes that operators have settled on here or at the point that this one is `like`, to be kept."""
+        """Return the modes that operators have settled on, here or at the point that this one is `like`."""
         found = {key[0]: operator.chosen_mode for key, operator in self._operators.items()}
         return self._modes | {name: mode for name, mode in found.items() if mode is not None}
 

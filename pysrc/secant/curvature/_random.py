@@ -24,7 +24,7 @@ class _States(NamedTuple):
 
 
 class Randomness:
-    """What the closure draws at one point, section by section: the closure at one batch, or the reading of a batch.
+    """Keeps what a closure draws at one point, section by section: the closure at one batch, the reading of a batch.
 
     A section that is entered for the first time goes on where the one before it ended, the first of all where the
     program stands; entered again, it starts from the same numbers. After each the program finds its generators as they
@@ -117,7 +117,7 @@ class Randomness:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two states of numpy's global generator are the same."""
+    """Tell whether two states of numpy's global generator are the same."""
     return b is not None and a[2:] == b[2:] and bool((a[1] == b[1]).all())
 
 

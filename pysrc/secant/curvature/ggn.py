@@ -25,7 +25,7 @@ class _JacobianOperator(CurvatureOperator):
     _MODES = ("double-backward", "forward")
 
     def _outputs(self, result: Any) -> Tensor:
-        """What the Jacobian is taken of, from what the closure returns."""
+        """Read what the Jacobian is taken of, from what the closure returns."""
         first = result[0] if isinstance(result, (tuple, list)) and len(result) == 2 else None
         if not isinstance(first, Tensor):
             raise TypeError(f"{self._name}: closure: expected a pair {self._PAIR}, got {type(result).__name__}")
@@ -37,7 +37,7 @@ class _JacobianOperator(CurvatureOperator):
 
     @abc.abstractmethod
     def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
-        """M u in the shape of u, from an evaluation with its graph."""
+        """Build M, which maps u to M u in its shape, from an evaluation with its graph."""
 
     def _rooted(self, result: Any) -> Tensor:
         outputs = self._outputs(result)
@@ -88,7 +88,7 @@ class _JacobianOperator(CurvatureOperator):
         return self._choose(candidates, nodes, size)
 
     def diag(self, num_probes: int | None = None, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
-        """The diagonal, exact unless `num_probes` are asked for.
+        """Compute the diagonal, exactly unless `num_probes` are asked for.
 
             diag(J^T M J) = sum_b sum_f sign_fb (J_b^T s_fb)^2,      block b of M = sum_f sign_fb s_fb s_fb^T
 
@@ -129,7 +129,7 @@ class _JacobianOperator(CurvatureOperator):
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
 
     def _size(self, result: Any) -> Tensor:
-        """How large the loss is, for `_asymmetry`."""
+        """Tell how large the loss is, for `_asymmetry`."""
         loss = result[1] if isinstance(result, (tuple, list)) else None
         if isinstance(loss, Tensor):
             return loss.detach().abs().sum()
@@ -175,7 +175,7 @@ class GGN(_JacobianOperator):
     def of(
         cls, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **options: Any
     ) -> GGN:
-        """The GGN of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
+        """Return the GGN of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
 
         Args:
             options: those of the class.

@@ -103,7 +103,7 @@ class Hessian(CurvatureOperator):
     def of(
         cls, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **options: Any
     ) -> Hessian:
-        """The Hessian of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
+        """Return the Hessian of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
 
         Args:
             options: those of the class.
@@ -167,7 +167,7 @@ class Hessian(CurvatureOperator):
 
 
 def trainable(op: str, model: object) -> Iterable[Tensor]:
-    """The parameters of a module that require gradients.
+    """Return the parameters of a module that require gradients.
 
     Raises:
         TypeError: it is no module, or wrapped by DistributedDataParallel.
@@ -183,7 +183,7 @@ def trainable(op: str, model: object) -> Iterable[Tensor]:
 
 
 def scalar(op: str, name: str, loss: object) -> Tensor:
-    """A tensor of one real number."""
+    """Return a loss that is a tensor of one real number."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{op}: {name}: expected a loss (a tensor of one element), got {type(loss).__name__}")
     if loss.numel() != 1 or not loss.is_floating_point():

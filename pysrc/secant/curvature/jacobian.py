@@ -92,7 +92,7 @@ class Jacobian(_JacobianOperator):
 
     @property
     def shape(self) -> torch.Size:
-        """(m, n); evaluates the closure where that was not done at this point."""
+        """Return (m, n); evaluates the closure where that was not done at this point."""
         if self._m is None or (self.keep_graphs and (self._kept is None or self.params.state() != self._state)):
             self._check_surroundings()
             with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
