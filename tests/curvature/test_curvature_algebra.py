@@ -249,7 +249,7 @@ def test_exact_diagonal_adds_over_batches_and_takes_few_passes(monkeypatch):
     def no_product(*_):
         raise AssertionError("a product was made")
 
-    monkeypatch.setattr("secant.curvature._points.Sandwich.product", no_product)
+    monkeypatch.setattr("secant.curvature._matrices.Sandwich.product", no_product)
     assert error(G.diag().value, matrix.diagonal()) < 10 * ROUNDING
 
 

@@ -39,6 +39,18 @@ def _operators(net, x, y, **options):
     }
 
 
+def _point(net, x, y):
+    from torch import nn
+
+    from secant.curvature import EvaluatedPoint
+
+    def closure():
+        outputs = net(x)
+        return outputs, nn.functional.cross_entropy(outputs, y)
+
+    return EvaluatedPoint(closure, net.parameters(), "outputs")
+
+
 def _run(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
     net, x, y = _problem()
@@ -49,6 +61,10 @@ def _run(rank: int, path: str) -> None:
         found[name] = operator @ v, operator.trace(20).value, operator.eigs(2).values
     local = _operators(net, x[half], y[half], process_group=None)["Hessian"]
     found["local"] = local @ torch.linspace(-1, 1, local.shape[0], dtype=torch.float64)
+    point = _point(net, x[half], y[half])
+    v = torch.linspace(-1, 1, point.params.n, dtype=torch.float64)
+    found["point"] = point.value, point.gradient(), point.hessian() @ v
+    found["rows"] = point.jacobian().to_dense()
     torch.save(found, f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -70,6 +86,15 @@ def test_two_processes_make_the_product_of_all_data(tmp_path):
         assert (values - operator.eigs(2).values).abs().max() < 1e-8
         for mine, theirs in zip(first[name], second[name], strict=True):
             assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))  # bit for bit
+    point = _point(net, x, y)
+    v = torch.linspace(-1, 1, point.params.n, dtype=torch.float64)
+    for mine, theirs, want in zip(
+        first["point"], second["point"], (point.value, point.gradient(), point.hessian() @ v), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+        assert (mine - want).abs().max() < 1e-13 * want.abs().max()
+    rows = torch.cat([first["rows"], second["rows"]])  # each has those of its own data
+    assert (rows - point.jacobian().to_dense()).abs().max() < 1e-13 * rows.abs().max()
     mean = (first["local"] + second["local"]) / 2
     assert (mean - first["Hessian"][0]).abs().max() < 1e-13
     assert (first["local"] - second["local"]).abs().max() > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -25,10 +26,13 @@ def test_the_calls_of_the_page_run(tmp_path, monkeypatch):
         "GGN": lambda: (outputs := model(inputs), F.cross_entropy(outputs, targets)),
         "Fisher": lambda: model(inputs),
         "EmpiricalFisher": lambda: (outputs := model(inputs), F.cross_entropy(outputs, targets, reduction="none")),
+        "Jacobian": lambda: (model(inputs) - 1.0, 0.1 * params[0]),
     }
     n = sum(p.numel() for p in params)
     names = {"secant": secant, "nn": nn, "params": params, "model": model, "inputs": inputs, "targets": targets}
-    names |= {"v": torch.randn(n), "V": torch.randn(n, 2)}
+    m = 9 * 2 + params[0].numel()
+    names |= {"v": torch.randn(n), "V": torch.randn(n, 2), "u": torch.randn(m), "U": torch.randn(m, 2)}
+    names["residual_closure"] = closures["Jacobian"]
     block = [line.strip() for line in re.findall(r"^    (.+)$", PAGE, flags=re.M)]
     assert len(block) >= 12
     for line in block:
@@ -41,3 +45,14 @@ def test_the_calls_of_the_page_run(tmp_path, monkeypatch):
         operator = names[name[0]]
         assert isinstance(operator, getattr(secant.curvature, name))
         assert torch.isfinite(operator @ names["v"]).all()
+
+
+def test_the_examples_of_the_docstrings_say_what_comes():
+    for cls in (secant.curvature.EvaluatedPoint, secant.curvature.Jacobian):
+        for test in doctest.DocTestFinder(recurse=False).find(
+            cls, cls.__name__, globs={"secant": secant, "torch": torch}
+        ):
+            runner = doctest.DocTestRunner()
+            runner.run(test)
+            assert runner.tries > 2
+            assert runner.failures == 0

@@ -9,7 +9,7 @@ from torch import nn
 
 from curvature_problems import ROUNDING, Residual, Transformer, data, dense, dense_hessian, error, mlp
 from secant import SecantWarning
-from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, _points
+from secant.curvature import GGN, EmpiricalFisher, Fisher, Hessian, _matrices
 
 
 @pytest.fixture(autouse=True)
@@ -134,13 +134,13 @@ def test_a_hidden_use_of_a_parameter_is_not_trusted_to_forward_mode():
 
 
 def test_a_mode_that_is_a_little_off_is_left_out(monkeypatch):
-    right = _points.ReverseOverForward.product
+    right = _matrices.ReverseOverForward.product
 
     def wrong(self, vector, out):
         right(self, vector, out)
         out[0] += 1e-4 * out.norm()
 
-    monkeypatch.setattr(_points.ReverseOverForward, "product", wrong)
+    monkeypatch.setattr(_matrices.ReverseOverForward, "product", wrong)
     net = Residual().double()
     loss = Counted(net)
     H = Hessian(loss, net.parameters())

@@ -1,15 +1,16 @@
-"""What Hessian, GGN and Fisher share: points that are built once, batches, the choice of a mode, all-reduce."""
+"""What operators of a closure share: points that are evaluated once, batches, the choice of a mode, all-reduce."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from torch.autograd import forward_ad
 
 from secant import _checks
 from secant.curvature import _errors, _estimators, _evaluate, _graph
+from secant.curvature._columns import Columns, Product, agree
 from secant.curvature._evaluate import Evaluator
+from secant.curvature._matrices import BatchMatrix
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
-from secant.curvature._points import Point
 from secant.curvature._random import Meeting, Randomness
 
 #: Products per mode when modes are compared; the first warms up.
@@ -32,11 +34,13 @@ class CurvatureOperator(LinearOperator):
 
     #: Ways to compute a product, the safest first; the others are checked against it.
     _MODES: tuple[str, ...]
+    #: Whether the matrix is one over the parameters on both sides.
+    _SYMMETRIC = True
 
     def __init__(
         self,
         closure: Callable[..., Any],
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Parameters,
         *,
         batches: Iterable[Any] | None = None,
         weights: Sequence[float] | None = None,
@@ -47,10 +51,14 @@ class CurvatureOperator(LinearOperator):
         op = self._name
         if not callable(closure):
             raise TypeError(f"{op}: closure: expected a function, got {_checks.describe(closure)}")
-        with torch.inference_mode(False), torch.enable_grad():
-            self.params = Parameters(op, params)
+        if isinstance(params, Parameters):  # of an evaluated point, which has checked them
+            self.params = params
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.params = Parameters(op, params)
         shapes = [p.shape for p in self.params.tensors]
-        super().__init__(self.params.n, self.params.dtype, self.params.device, shapes)
+        size = self.params.n if self._SYMMETRIC else None
+        super().__init__(size, self.params.dtype, self.params.device, shapes)
         modes = ("auto", "r-operator", *self._MODES)
         if mode not in modes:
             raise _checks.fail(op, "mode", " or ".join(map(repr, modes)), repr(mode))
@@ -59,9 +67,11 @@ class CurvatureOperator(LinearOperator):
         self.keep_graphs, self.process_group = keep_graphs, process_group
         self._requested, self._chosen = mode, None if mode in ("auto", "r-operator") else mode
         self._used = mode
+        self._given: Evaluator | None = None
         #: Of the modes that were compared: seconds per product, or why it cannot be used.
         self.timings: dict[str, float | str] = {}
-        self._points: list[Point] | None = None
+        self._columns = Columns(op)
+        self._kept: list[BatchMatrix] | None = None
         self._state: tuple[tuple[int, int], ...] = ()
         self._warned = False
         self._slots: _graph.Slots = {}
@@ -71,8 +81,19 @@ class CurvatureOperator(LinearOperator):
         self._start()
 
     def _start(self) -> None:
-        """Begin a new point."""
-        self._points = None
+        """Begin a new point.
+
+        Raises:
+            RuntimeError: the operator is that of an evaluated point, which is another.
+        """
+        if self._given is not None and self._state not in ((), self.params.state()):
+            raise RuntimeError(
+                f"{self._name}: params: expected the values at the evaluated point of this operator, got others: they "
+                "were written since; evaluate the closure again"
+            )
+        self._kept = None
+        if self._given is not None:
+            return
         self._randomness = Randomness(self.device)
         self._first_values: dict[Any, Tensor] = {}
 
@@ -93,17 +114,53 @@ class CurvatureOperator(LinearOperator):
 
     @property
     def mode(self) -> str:
-        """How products are computed: as asked for, or as chosen at the first product."""
+        """Tell how products are computed: as asked for, or as chosen at the first product."""
         return self._used
 
+    @property
+    def columns(self) -> str | None:
+        """Tell how several vectors are multiplied, once they were: "together", or why one after the other."""
+        return self._columns.said
+
+    @property
+    def chosen_mode(self) -> str | None:
+        """Get or set the mode that `mode="auto"` has settled on, None before the first product.
+
+        Modes are compared by timing, so that another run may choose another one, which differs in rounding. Give an
+        operator of a resumed run what the first one chose, and it makes the same products bit for bit and times
+        nothing. "r-operator" is not a choice but read from the graph; given that, the next product looks again, and
+        given None, it chooses again.
+
+        Raises:
+            ValueError: what is assigned is no mode of this operator, or not the one that it was made with.
+
+        Example:
+            >>> state = {"mode": H.chosen_mode}
+            >>> H.chosen_mode = state["mode"]
+        """
+        if self._chosen is None and self._used == "r-operator":
+            return self._used
+        return self._chosen
+
+    @chosen_mode.setter
+    def chosen_mode(self, mode: str | None) -> None:
+        asked = self._requested
+        modes = ("r-operator", *self._MODES) if asked == "auto" else (asked,)
+        if mode is not None and mode not in modes:
+            raise _checks.fail(self._name, "chosen_mode", " or ".join(map(repr, (*modes, None))), repr(mode))
+        if asked == "auto":
+            self._chosen = None if mode == "r-operator" else mode
+            self._used = mode or "auto"
+            self._start()
+
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors in the shapes of the parameters as one flat vector (n,)."""
-        out = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
+        """Join tensors in the shapes of the parameters to one flat vector (n,)."""
+        out = torch.empty(self.params.n, dtype=self.dtype, device=self.device)
         self.params.join(tensors, out)
         return out
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views of a flat vector (n,) in the shapes of the parameters."""
+        """Split a flat vector (n,) into views in the shapes of the parameters."""
         return self.params.split(vector)
 
     def refresh(self) -> None:
@@ -117,17 +174,48 @@ class CurvatureOperator(LinearOperator):
     # Points -----------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _point(self, evaluator: Evaluator) -> Point:
-        """The matrix of one batch at the current parameters."""
+    def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
+        """Build the matrix of one batch at the current parameters."""
+
+    @classmethod
+    def _at(cls, evaluator: Evaluator, params: Parameters, state: tuple[Any, ...], **options: Any) -> Self:
+        """Make the operator of a point that has been evaluated.
+
+        Args:
+            evaluator: gives what was found there, and evaluates again with other parameters. state: of them there.
+        """
+        operator = cls(evaluator, params, **options)
+        operator._given, operator._state = evaluator, state
+        operator._randomness = evaluator.randomness
+        return operator
+
+    #: What is found out once per operator, and holds at other points of the same problem.
+    _LEARNT = (
+        "timings", "_columns", "_chosen", "_used", "_used_slots", "_in_parts", "_is_visible", "_is_checked", "_eps",
+        "_warned",
+    )  # fmt: skip
+
+    def _learnt(self) -> dict[str, Any]:
+        return {name: copy.copy(getattr(self, name)) for name in self._LEARNT}
+
+    def _learn(self, learnt: Mapping[str, Any]) -> None:
+        """Take over what another operator of the same problem has found out."""
+        for name, value in learnt.items():
+            setattr(self, name, copy.copy(value))
 
     def _evaluators(self) -> Iterator[Evaluator]:
-        if self.batches is None:
+        if self._given is not None:
+            yield self._given
+        elif self.batches is None:
             yield self._evaluator(0, self.closure)
-            return
+        else:
+            yield from self._evaluators_of(self.batches)
+
+    def _evaluators_of(self, batches: Iterable[Any]) -> Iterator[Evaluator]:
         iterator: Iterator[Any] | None = None
         for key in itertools.count():
             with self._randomness.section(("batch", key)) as meet, Meeting(meet):  # a loader that shuffles repeats it
-                iterator = iter(self.batches) if iterator is None else iterator
+                iterator = iter(batches) if iterator is None else iterator
                 try:
                     batch = next(iterator)
                 except StopIteration:
@@ -139,7 +227,7 @@ class CurvatureOperator(LinearOperator):
         return Evaluator(closure, key, self._randomness, tensors, self._warn, in_parts=self._in_parts)
 
     def _evaluated(self, evaluator: Evaluator, read: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
-        """What the closure returns, and of it what is differentiated.
+        """Evaluate the closure, and read of what it returns what is differentiated.
 
         Args:
             read: the latter from the former.
@@ -167,6 +255,7 @@ class CurvatureOperator(LinearOperator):
         used = found.used
         self._used_slots |= used
         self._eps = max(self._eps, found.eps)
+        self._columns.note(found)
         for i, p in enumerate(self.params.tensors):
             if not p.is_leaf and i not in used:
                 got = f"one made before ({_graph.name_of(p.grad_fn)}) that it does not: was it computed again within?"
@@ -222,26 +311,26 @@ class CurvatureOperator(LinearOperator):
             self._warned = True
             _evaluate.warn_of_attention(self._name)
 
-    def _iterate(self) -> Iterator[Point]:
-        """The points of all batches: those that are kept, or new ones."""
+    def _iterate(self) -> Iterator[BatchMatrix]:
+        """Yield the matrices of all batches: those that are kept, or new ones."""
         state = self.params.state()
         if state != self._state:
             self._start()
             self._state = state
-        if self._points is not None:
-            yield from self._points
+        if self._kept is not None:
+            yield from self._kept
             return
-        points, count = [], 0
+        kept, count = [], 0
         for evaluator in self._evaluators():
-            point = self._point(evaluator)
+            matrix = self._batch_matrix(evaluator)
             if self.keep_graphs:
-                points.append(point)
+                kept.append(matrix)
             count += 1
-            yield point
+            yield matrix
         if count and not self._used_slots:
             raise _checks.fail(self._name, "params", "tensors that the closure uses", "none that it does")
         if self.keep_graphs:
-            self._points = points
+            self._kept = kept
         self._state = self.params.state()
 
     def _rows(self, vectors: Tensor) -> Tensor:
@@ -251,16 +340,16 @@ class CurvatureOperator(LinearOperator):
                 vectors = vectors.clone()
             return self._sum(functools.partial(self._write, vectors), vectors)
 
-    def _sum(self, write: Callable[[Point, Tensor], None], like: Tensor) -> Tensor:
+    def _sum(self, write: Callable[[BatchMatrix, Tensor], None], like: Tensor) -> Tensor:
         """Over batches and processes.
 
         Args:
-            write: puts the part of a point into a tensor like `like`.
+            write: puts the part of a batch into a tensor like `like`.
         """
         total = torch.empty_like(like)
         if self.batches is None:
-            for point in self._iterate():
-                write(point, total)
+            for matrix in self._iterate():
+                write(matrix, total)
         else:
             self._accumulate(write, total)
         return self._reduced(total)
@@ -285,19 +374,22 @@ class CurvatureOperator(LinearOperator):
             for p, gradient in retained:
                 p.grad = gradient
 
-    def _write(self, vectors: Tensor, point: Point, out: Tensor) -> None:
+    def _write(self, vectors: Tensor, matrix: BatchMatrix, out: Tensor) -> None:
+        self._multiply(Product("A v", matrix.together, matrix.product, matrix.products), vectors, out)
+
+    def _multiply(self, product: Product, vectors: Tensor, out: Tensor) -> None:
+        """Write the products of all rows."""
         try:
-            for i in range(len(vectors)):
-                point.product(vectors[i], out[i])
+            self._columns.multiply(product, vectors, out, self._used, self._eps)
         except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
 
-    def _accumulate(self, write: Callable[[Point, Tensor], None], total: Tensor) -> None:
+    def _accumulate(self, write: Callable[[BatchMatrix, Tensor], None], total: Tensor) -> None:
         """Write the weighted sum over the batches."""
         part, count = torch.empty_like(total), 0
         total.zero_()
-        for point in self._iterate():
-            write(point, part)
+        for matrix in self._iterate():
+            write(matrix, part)
             total.add_(part, alpha=1.0 if self.weights is None else self._weight(count))
             count += 1
         if count == 0:
@@ -314,21 +406,14 @@ class CurvatureOperator(LinearOperator):
         return float(self.weights[i])
 
     def _reduced(self, total: Tensor) -> Tensor:
-        """The mean over the processes of the group."""
-        dist, group = torch.distributed, self.process_group
-        if group is None or not dist.is_available() or not dist.is_initialized():
-            return total
-        group = None if group == "auto" else group
-        size = dist.get_world_size(group)
-        if size > 1:
-            dist.all_reduce(total, group=group)
-            total /= size
-        return total
+        return mean_over_processes(total, self.process_group)
 
     # Modes ------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, candidates: dict[str, Callable[[], Point]], nodes: Sequence[Any], size: Tensor) -> Point:
-        """The point of the fastest mode, and that mode from now on.
+    def _choose(
+        self, candidates: dict[str, Callable[[], BatchMatrix]], nodes: Sequence[Any], size: Tensor
+    ) -> BatchMatrix:
+        """Return the matrix by the fastest mode, and use that mode from now on.
 
         Each makes a few products with one random vector; one that fails, that is not symmetric, or that disagrees with
         the first that works, is left out, and `timings` says why. Such cases are a closure that hides a use of the
@@ -339,17 +424,17 @@ class CurvatureOperator(LinearOperator):
         """
         op, (u, v) = self._name, self._random_pair()
         reference: Tensor | None = None
-        best: tuple[float, str, Point] | None = None
+        best: tuple[float, str, BatchMatrix] | None = None
         finite = True
         for mode, make in candidates.items():
             out = torch.empty_like(v)
             try:
-                point = make()
-                seconds = min(self._timed(point, v, out) for _ in range(_TRIALS))
-                if reference is not None and finite and not _agree(out, reference, self._eps):
+                matrix = make()
+                seconds = min(self._timed(matrix, v, out) for _ in range(_TRIALS))
+                if reference is not None and finite and not agree(out, reference, self._eps):
                     self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
                     continue
-                asymmetry = self._asymmetry(point, u, v, out, size)
+                asymmetry = self._asymmetry(matrix, u, v, out, size)
             except RuntimeError as error:
                 self.timings[mode] = _errors.reason(op, mode, error, nodes)
                 continue
@@ -360,7 +445,7 @@ class CurvatureOperator(LinearOperator):
                 reference, finite = out, bool(torch.isfinite(out).all())
             self.timings[mode] = seconds
             if best is None or seconds < best[0]:
-                best = seconds, mode, point
+                best = seconds, mode, matrix
         if best is None:
             raise RuntimeError("; ".join(str(why) for why in self.timings.values()))
         self._used, self._is_checked = best[1], True
@@ -368,8 +453,8 @@ class CurvatureOperator(LinearOperator):
             self._chosen = best[1]
         return best[2]
 
-    def _checked(self, point: Point, mode: str, nodes: Sequence[Any], size: Tensor) -> Point:
-        """The point of a mode that no other is compared with: once per operator, u.H v against v.H u.
+    def _checked(self, matrix: BatchMatrix, mode: str, nodes: Sequence[Any], size: Tensor) -> BatchMatrix:
+        """Check the matrix by a mode that no other is compared with: once per operator, u.H v against v.H u.
 
         Raises:
             RuntimeError: they differ; the message names what can be the cause.
@@ -378,18 +463,18 @@ class CurvatureOperator(LinearOperator):
             self._is_checked = True
             u, v = self._random_pair()
             out = torch.empty_like(v)
-            point.product(v, out)
-            asymmetry = self._asymmetry(point, u, v, out, size)
+            matrix.product(v, out)
+            asymmetry = self._asymmetry(matrix, u, v, out, size)
             if asymmetry is not None:
                 raise RuntimeError(_errors.asymmetric(self._name, mode, asymmetry, nodes))
-        return point
+        return matrix
 
     def _random_pair(self) -> tuple[Tensor, Tensor]:
-        generator, n = self.generator(0), self.shape[0]
+        generator, n = self.generator(0), self.params.n
         v, u = (torch.randn(n, dtype=self.dtype, device=self.device, generator=generator) for _ in range(2))
         return u, v
 
-    def _asymmetry(self, point: Point, u: Tensor, v: Tensor, product: Tensor, size: Tensor) -> float | None:
+    def _asymmetry(self, matrix: BatchMatrix, u: Tensor, v: Tensor, product: Tensor, size: Tensor) -> float | None:
         """|u.H v - v.H u| / max(|H u|, |H v|) when it is more than half the digits, else None.
 
         For independent normal u and v, u.H v is about |H v|. What rounding leaves of a matrix that is zero, or small
@@ -399,7 +484,7 @@ class CurvatureOperator(LinearOperator):
             product: H v. size: of the loss, a scalar.
         """
         other = torch.empty_like(product)
-        point.product(u, other)
+        matrix.product(u, other)
         u, v, product, other = (x.double() for x in (u, v, product, other))
         eps = self._eps
         norms = torch.stack([torch.linalg.vector_norm(x.double()) for x in self.params.tensors])
@@ -412,17 +497,25 @@ class CurvatureOperator(LinearOperator):
             return float(difference / largest)
         return None
 
-    def _timed(self, point: Point, v: Tensor, out: Tensor) -> float:
+    def _timed(self, matrix: BatchMatrix, v: Tensor, out: Tensor) -> float:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        point.product(v, out)
+        matrix.product(v, out)
         if cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
 
-def _agree(a: Tensor, b: Tensor, eps: float) -> bool:
-    """To half the digits: more than rounding, less than a missing term."""
-    return bool((a - b).norm(dtype=torch.float64) <= eps**0.5 * b.norm(dtype=torch.float64))
+def mean_over_processes(total: Tensor, group: Any) -> Tensor:
+    """Average in place over the processes of a group: "auto" for the default one where there is one, None for none."""
+    dist = torch.distributed
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return total
+    group = None if group == "auto" else group
+    size = dist.get_world_size(group)
+    if size > 1:
+        dist.all_reduce(total, group=group)
+        total /= size
+    return total

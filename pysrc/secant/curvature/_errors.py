@@ -14,7 +14,7 @@ _NO_FORWARD = re.compile(r"forward AD with ([\w:.]+) that does not support it")
 
 
 def reason(op: str, mode: str, error: Exception, nodes: Sequence[Any]) -> str:
-    """One sentence that names the operation at fault where it can be known.
+    """Say in one sentence which operation is at fault, where it can be known.
 
     Args:
         nodes: of the graph, when there is one; they name the custom functions.
@@ -42,7 +42,7 @@ def reason(op: str, mode: str, error: Exception, nodes: Sequence[Any]) -> str:
 
 
 def asymmetric(op: str, mode: str, asymmetry: float, nodes: Sequence[Any]) -> str:
-    """That products are not symmetric, and what the cause may be."""
+    """Say that products are not symmetric, and what the cause may be."""
     found = _graph.survey([(node, 0) for node in nodes if node is not None], {})
     names = ", ".join(found.unreliable or _graph.custom_functions(nodes) or found.higher) or "one of its operations"
     return (

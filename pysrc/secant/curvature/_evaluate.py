@@ -28,13 +28,23 @@ class _Watch(Meeting):
 
     The parameters of a closure are captured by it, so that there is no argument through which others could be passed;
     but each use of one is an argument of some call.
+
+    Args:
+        substitutes: tensors to use in place of those with these ids. meet: told of generators. in_parts: see
+            `Evaluator`. statistics: whether normalisations update their running statistics.
     """
 
     def __init__(
-        self, substitutes: Mapping[int, Tensor] | None, meet: Callable[[torch.Generator], None], *, in_parts: bool
+        self,
+        substitutes: Mapping[int, Tensor] | None,
+        meet: Callable[[torch.Generator], None],
+        *,
+        in_parts: bool,
+        statistics: bool,
     ) -> None:
         super().__init__(meet)
-        self.substitutes, self.in_parts, self.attention = substitutes, in_parts, False
+        self.substitutes, self.in_parts, self.statistics = substitutes, in_parts, statistics
+        self.attention = self.backward = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -44,13 +54,18 @@ class _Watch(Meeting):
             func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
         ):
             self.attention = True
+        elif func is Tensor.backward:
+            self.backward = True
         self.look(args, kwargs)
         if self.substitutes:
             table = self.substitutes
             args, kwargs = tree_map_only(Tensor, lambda x: table.get(id(x), x), (args, kwargs))
         if func in _norms.PARTS:
             in_parts = self.in_parts or _norms.is_differentiated((*args, *kwargs.values()))
-            func = _norms.PARTS[func] if in_parts else _norms.FUSED.get(func, func)
+            if in_parts:
+                func = _norms.PARTS[func]
+            elif not self.statistics:
+                func = _norms.FUSED.get(func, func)
         return func(*args, **kwargs)
 
 
@@ -77,38 +92,110 @@ class Evaluator:
         in_parts: bool = False,
     ) -> None:
         self.closure, self.key, self.randomness, self.warn, self.in_parts = closure, key, randomness, warn, in_parts
+        self.called_backward = False
         self._params = {id(p) for p in params}
+        self._before: Buffers | None = None
 
     def __call__(self, substitutes: Mapping[int, Tensor] | None = None) -> Any:
-        """What the closure returns; dropout and sampling repeat those of the first evaluation.
+        """Return what the closure does; dropout and sampling repeat those of the first evaluation.
 
         Args:
             substitutes: tensors to use in place of those with these ids.
         """
+        return self._evaluate(substitutes)
+
+    def _evaluate(self, substitutes: Mapping[int, Tensor] | None, *, write: bool = False) -> Any:
+        """Evaluate the closure.
+
+        Args:
+            write: whether this is an evaluation of the program itself: its generators go on, and modules in training
+                keep what they write into their buffers.
+        """
+        section = self.randomness.own_section if write else self.randomness.section
         fused = any(getattr(torch.backends.cuda, name, lambda: False)() for name in _FUSED)
         with (
             torch.enable_grad(),
-            self.randomness.section(("closure", self.key)) as meet,
-            _own_buffers(self._params),
+            section(("closure", self.key)) as meet,
+            _own_buffers(self._params, self._before, write=write),
             sdpa_kernel(SDPBackend.MATH),
-            _Watch(substitutes, meet, in_parts=self.in_parts) as watch,
+            _Watch(substitutes, meet, in_parts=self.in_parts, statistics=write) as watch,
         ):
             result = self.closure()
+        self.called_backward |= watch.backward
         if watch.attention and fused:
             self.warn()
         return result
 
 
+class KeptEvaluator(Evaluator):
+    """An evaluator whose first evaluation is the one that the program makes anyway, and is made once.
+
+    It leaves the program's generators where the closure has brought them, and buffers as modules in training wrote
+    them. Asked again, it gives what was returned, graph and all; only with substitutes, or where normalisations have to
+    be made in parts, the closure is evaluated again, from the same random numbers and buffers, and leaves no trace.
+    """
+
+    _results: dict[bool, Any]
+
+    def __call__(self, substitutes: Mapping[int, Tensor] | None = None) -> Any:
+        """Return what the closure does, or did."""
+        if substitutes is not None:
+            return self._evaluate(substitutes)
+        if self._before is None:
+            self._before, self._results = {}, {}
+            self._results[self.in_parts] = self._evaluate(None, write=True)
+        elif self.in_parts not in self._results:
+            self._results[self.in_parts] = self._evaluate(None)
+        return self._results[self.in_parts]
+
+
+class Adapted(Evaluator):
+    """Reads something of the results of another evaluator."""
+
+    def __init__(self, evaluator: Evaluator, read: Callable[[Any], Any]) -> None:
+        self._evaluator, self._read = evaluator, read
+        self.key, self.randomness = evaluator.key, evaluator.randomness
+
+    @property
+    def in_parts(self) -> bool:
+        """Return that of the other evaluator."""
+        return self._evaluator.in_parts
+
+    @in_parts.setter
+    def in_parts(self, value: bool) -> None:
+        self._evaluator.in_parts = value
+
+    def __call__(self, substitutes: Mapping[int, Tensor] | None = None) -> Any:
+        """Return what is read."""
+        with torch.enable_grad():
+            return self._read(self._evaluator(substitutes))
+
+
+#: Buffers by their ids, and what they held before a point.
+Buffers = dict[int, tuple[Tensor, Tensor]]
+
+
 @contextlib.contextmanager
-def _own_buffers(kept: Collection[int]) -> Iterator[None]:
+def _own_buffers(kept: Collection[int], before: Buffers | None, *, write: bool) -> Iterator[None]:
     """Give every module in training that is called within copies of its buffers, and its own back at the end.
 
-    What it writes there (running statistics, counts, the vectors of a spectral norm) is then gone; a graph that holds
-    such a copy stays right. A copy rather than the old values written back: those would be a change in place.
+    What it writes there (running statistics, counts, the vectors of a spectral norm) is then gone, or copied into its
+    own with `write`; a graph that holds such a copy stays right. A copy rather than the old values written back: those
+    would be a change in place.
+
+    Args:
+        kept: ids of buffers to leave alone. before: what the copies are made of, and where a buffer is entered that is
+            not in it; None: of the buffers as they are.
     """
     thread, changed = threading.get_ident(), []
     copies: dict[int, Tensor] = {}
     seen: set[int] = set()
+
+    def copy_of(buffer: Tensor) -> Tensor:
+        if before is not None:
+            old = before.setdefault(id(buffer), (buffer, buffer.clone() if write else buffer))
+            return copies.setdefault(id(buffer), old[1].clone())
+        return copies.setdefault(id(buffer), buffer.clone())
 
     def lend(module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling() or threading.get_ident() != thread:
@@ -120,22 +207,30 @@ def _own_buffers(kept: Collection[int]) -> Iterator[None]:
             if buffer is None or buffer.requires_grad or id(buffer) in kept:
                 continue
             changed.append((module, name, buffer))
-            module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+            module._buffers[name] = copy_of(buffer)
 
     handle = nn.modules.module.register_module_forward_pre_hook(lend)
+    done = False
     try:
         yield
+        done = True
     finally:
         handle.remove()
         for module, name, buffer in changed:
+            now = module._buffers.get(name)
+            if write and done and now is not copies[id(buffer)]:
+                continue  # the module has put another tensor there
             module._buffers[name] = buffer
+            if write and done:
+                with torch.no_grad():
+                    buffer.copy_(copies[id(buffer)])
 
 
 _NOTHING = contextlib.nullcontext()
 
 
 def plain(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The state in which products are made, whatever the caller's: no inference mode, no autocast."""
+    """Enter the state in which products are made, whatever the caller's: no inference mode, no autocast."""
     autocast = torch.is_autocast_enabled("cpu") or (device.type != "cpu" and torch.is_autocast_enabled(device.type))
     return _plain(device) if autocast or torch.is_inference_mode_enabled() else _NOTHING
 
@@ -162,7 +257,7 @@ def plainly(method: Method) -> Method:
 
 
 def warn_of_attention(op: str) -> None:
-    """The fused kernels have no second derivative (pytorch/pytorch#116350, #117974, #128971)."""
+    """Warn that fused kernels have no second derivative (pytorch/pytorch#116350, #117974, #128971)."""
     warnings.warn(
         f"{op}: scaled_dot_product_attention runs its 'math' implementation here: the fused kernels cannot be "
         "differentiated twice. To choose it yourself, and silence this, take the products within "

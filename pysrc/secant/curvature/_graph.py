@@ -35,18 +35,18 @@ Slots = Mapping[Edge, int]
 
 
 def edge_of(x: Tensor) -> Edge:
-    """Where a tensor that requires gradients stands in the graph."""
+    """Return where a tensor that requires gradients stands in the graph."""
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 
 def below(node: Node) -> list[Edge]:
-    """The arguments of a node that have a gradient."""
+    """Return the arguments of a node that have a gradient."""
     return [(n, nr) for n, nr in node.next_functions if n is not None]
 
 
 def name_of(node: Node) -> str:
-    """As the error messages of torch call it."""
+    """Return the name by which the error messages of torch call it."""
     return str(node.name())
 
 
@@ -114,13 +114,14 @@ ELEMENTWISE: dict[str, Callable[[Node], Derivatives]] = {
 
 
 def derivatives(chain: Sequence[Node]) -> Derivatives | None:
-    """Of the composition of elementwise nodes, innermost first; None of none.
+    """Derive the composition of elementwise nodes, innermost first; None of none.
 
     (g o f)' = g'(f) f',    (g o f)'' = g''(f) f'^2 + g'(f) f''.
     """
     total: Derivatives | None = None
     for node in chain:
         factor = scalar_factor(node)
+        factor = shift_factor(node) if factor is None else factor
         outer = (factor, 0.0) if factor is not None else ELEMENTWISE[name_of(node)](node)
         if total is None:
             total = outer
@@ -130,7 +131,7 @@ def derivatives(chain: Sequence[Node]) -> Derivatives | None:
 
 
 def scalar_factor(node: Node) -> float | None:
-    """c where the node multiplies its one differentiable argument by a constant scalar c, else None."""
+    """Return c where the node multiplies its one differentiable argument by a constant scalar c, else None."""
     name = name_of(node)
     if name == "NegBackward0":
         return -1.0
@@ -149,8 +150,26 @@ def scalar_factor(node: Node) -> float | None:
     return 1 / float(other) if name == "DivBackward0" else float(other)
 
 
+def shift_factor(node: Node) -> float | None:
+    """Return c where the node adds a constant of its own shape, or smaller, to c times its argument, else None."""
+    name = name_of(node)
+    if name == "RsubBackward1":  # a number less the value
+        return -float(node._saved_alpha)
+    if name not in ("AddBackward0", "SubBackward0") or len(node.next_functions) != 2:
+        return None
+    places = [i for i, (n, _) in enumerate(node.next_functions) if n is not None]
+    if len(places) != 1:
+        return None
+    below_it, number = node.next_functions[places[0]]
+    if tuple(below_it._input_metadata[number].shape) != tuple(node._input_metadata[0].shape):  # it was expanded
+        return None
+    if places[0] == 0:
+        return 1.0
+    return float(node._saved_alpha) * (-1.0 if name == "SubBackward0" else 1.0)
+
+
 def argument(node: Node) -> Edge | None:
-    """The one value below a node of one differentiable argument."""
+    """Return the one value below a node of one differentiable argument."""
     edges = below(node)
     return edges[0] if len(edges) == 1 else None
 
@@ -165,19 +184,22 @@ class Survey(NamedTuple):
     """What is below a value: slots of the parameters used, and names of nodes that are derivatives of derivatives.
 
     unreliable: those of them that torch differentiates wrongly. eps: of the coarsest type that values were cast to.
+    numel: of all values together. convolves: whether one is a convolution.
     """
 
     used: set[int]
     higher: list[str]
     unreliable: list[str]
     eps: float
+    numel: int
+    convolves: bool
 
 
 def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
     """Walk the graph below these values, to the parameters and no further."""
     used: set[int] = set()
     higher: dict[str, None] = {}
-    eps = 0.0
+    eps, numel, convolves = 0.0, 0, False
     seen: set[Node] = set()
     waiting = list(edges)
     while waiting:
@@ -190,15 +212,16 @@ def survey(edges: Sequence[Edge], slots: Slots) -> Survey:
         if node in seen:
             continue
         seen.add(node)
-        name = name_of(node)
+        name, values = name_of(node), node._input_metadata
+        numel += sum(math.prod(made.shape) for made in values)
         if "BackwardBackward" in name:
             higher[name] = None
         elif name == "ToCopyBackward0":
-            eps = max(
-                eps, *(torch.finfo(made.dtype).eps for made in node._input_metadata if made.dtype.is_floating_point)
-            )
+            eps = max(eps, *(torch.finfo(made.dtype).eps for made in values if made.dtype.is_floating_point))
+        convolves |= "Convolution" in name
         waiting += below(node)
-    return Survey(used, list(higher), [name for name in higher if _UNRELIABLE.search(name)], eps)
+    unreliable = [name for name in higher if _UNRELIABLE.search(name)]
+    return Survey(used, list(higher), unreliable, eps, numel, convolves)
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------
@@ -233,7 +256,7 @@ def _matrix_edges(node: Node) -> tuple[Edge | None, Edge | None, Edge | None]:
 
 
 def read_layers(edge: Edge | None, slots: Slots, tensors: Sequence[Tensor]) -> list[Affine] | str:
-    """The layers, first to last, that made a value, or the name of the first node that is not recognised.
+    """Read the layers, first to last, that made a value, or the name of the first node that is not recognised.
 
     Args:
         edge: of a tensor. slots: of the parameters. tensors: the parameters.
@@ -250,7 +273,11 @@ def read_layers(edge: Edge | None, slots: Slots, tensors: Sequence[Tensor]) -> l
         name = name_of(node)
         if name in _VIEWS:
             edge = argument(node)
-        elif name in ELEMENTWISE or scalar_factor(node) is not None:
+        elif (
+            name in ELEMENTWISE
+            or scalar_factor(node) is not None
+            or (not layers and shift_factor(node) is not None)  # residuals: outputs - targets
+        ):
             chain.insert(0, node)
             edge = argument(node)
         elif name in ("AddmmBackward0", "MmBackward0"):
@@ -316,17 +343,17 @@ class Term(NamedTuple):
 
     @property
     def node(self) -> Node:
-        """What made it."""
+        """Return what made it."""
         return self.at[0]
 
     @property
     def edge(self) -> GradientEdge:
-        """What `torch.autograd.grad` takes as an output."""
+        """Return what `torch.autograd.grad` takes as an output."""
         return GradientEdge(*self.at)
 
 
 def terms(edge: Edge, slots: Slots, factor: float = 1.0) -> list[Term]:
-    """The summands of a scalar loss: sums, differences and multiples by constants, taken apart down to parameters."""
+    """Take a scalar loss apart: sums, differences and multiples by constants, down to parameters."""
     if edge in slots:
         return [Term(edge, factor)]
     node = edge[0]
@@ -348,7 +375,7 @@ def terms(edge: Edge, slots: Slots, factor: float = 1.0) -> list[Term]:
 
 
 def boundary(edge: Edge, slots: Slots) -> Node | None:
-    """The one matrix product through which the parameters reach a value; None when there are others."""
+    """Find the one matrix product through which the parameters reach a value; None when there are others."""
     tops: dict[Node, None] = {}
     seen: set[Node] = set()
     waiting = [edge]
@@ -368,12 +395,12 @@ def boundary(edge: Edge, slots: Slots) -> Node | None:
 
 
 def reaches(edge: Edge, target: Edge) -> bool:
-    """Whether a value was computed from another."""
+    """Tell whether a value was computed from another."""
     return bool(survey([edge], {target: 0}).used)
 
 
 def below_views(edge: Edge | None) -> Node | None:
-    """The first node that is no view."""
+    """Return the first node that is no view."""
     while edge is not None and name_of(edge[0]) in _VIEWS:
         edge = argument(edge[0])
     return None if edge is None else edge[0]
@@ -390,7 +417,7 @@ _MEAN, _SUM = 1, 2  # at::Reduction
 
 
 def read_cross_entropy(node: Node, logits: Node | None, factor: float = 1.0) -> CrossEntropy | None:
-    """The cross-entropy of class labels that `node` is, of the logits that come out of the node `logits`."""
+    """Read the cross-entropy of class labels that `node` is, of the logits that come out of the node `logits`."""
     if name_of(node) != "NllLossBackward0" or node._saved_reduction not in (_MEAN, _SUM):
         return None
     softmax = node.next_functions[0][0]
@@ -433,7 +460,7 @@ def custom_functions(nodes: Sequence[Node], *, once: bool = False) -> list[str]:
 
 
 def _is_once_differentiable(backward: Any) -> bool:
-    """Whether one of the decorators around it is torch's."""
+    """Tell whether one of the decorators around it is torch's."""
     while hasattr(backward, "__wrapped__"):
         if backward.__code__.co_filename == torch.autograd.function.__file__:
             return True

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from secant import _checks
 from secant.curvature import _estimators
+from secant.curvature._algebra import Damped
 from secant.curvature._evaluate import plainly
-from secant.curvature._operator import Damped, LinearOperator
+from secant.curvature._operator import LinearOperator
 from secant.result import Status
 from secant.solvers.cg import CGResult, cg
 
@@ -22,7 +23,8 @@ class Inverse(LinearOperator):
     and `residuals` tell of the vectors of the last product.
 
     Args:
-        operator: A. damping: lambda, a finite number or a tensor of one element.
+        operator: A, symmetric.
+        damping: lambda, a finite number, a tensor of one element, or of one per row (a diagonal).
         tol: |b - (A + lambda I) x| / |b| in the norm of the preconditioner, see `secant.solvers.cg`; None: 1e-4 of
             float32, 1e-8 of float64.
         max_iter: products with A per vector, >= 1; None: min(10 n, 1000).
@@ -52,16 +54,17 @@ class Inverse(LinearOperator):
         op = self._name
         if not isinstance(operator, LinearOperator):
             raise TypeError(f"{op}: operator: expected a LinearOperator, got {_checks.describe(operator)}")
+        n = operator._square(op, symmetric=True)
         if tol is None:
             tol = 1e-8 if operator.dtype is torch.float64 else 1e-4
         if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
             raise _checks.fail(op, "tol", "a number between 0 and 1, or None", _estimators.brief(tol))
         if max_iter is None:
-            max_iter = max(1, min(10 * operator.shape[0], 1000))
+            max_iter = max(1, min(10 * n, 1000))
         _estimators.check_count(op, "max_iter", max_iter, 1)
         if preconditioner is not None and not callable(preconditioner):
             raise TypeError(f"{op}: preconditioner: expected a function, got {_checks.describe(preconditioner)}")
-        super().__init__(operator.shape[0], operator.dtype, operator.device, operator.shapes)
+        super().__init__(n, operator.dtype, operator.device, operator.shapes)
         self.operator = Damped(operator, damping) if isinstance(damping, Tensor) or damping != 0 else operator
         self.tol, self.max_iter, self.preconditioner = float(tol), max_iter, preconditioner
         #: Of the last product: `secant.Status` (k,), products made (k,), both int32, and the norms of what is left
@@ -72,7 +75,7 @@ class Inverse(LinearOperator):
 
     @property
     def converged(self) -> bool:
-        """Whether every vector of the last product reached `tol` (waits for the device)."""
+        """Tell whether every vector of the last product reached `tol` (waits for the device)."""
         return bool((self.status == Status.CONVERGED).all())
 
     @plainly

@@ -58,6 +58,12 @@ def _paired(
         dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
 
 
+def parts_of(vectors: Tensor, params: Parameters) -> list[Tensor]:
+    """Split the rows of (k, n) into views in the shapes of the parameters behind a first dimension of k."""
+    parts = zip(vectors.split(params.sizes, 1), params.tensors, strict=True)
+    return [part.view(len(vectors), *p.shape) for part, p in parts]
+
+
 class _Layer:
     """What one layer keeps at a point, and its rooms, in every view that a product asks for.
 
@@ -153,7 +159,7 @@ class Layers:
         return self.layers[-1].room
 
     def blocks_fit(self, blocks: int) -> bool:
-        """Whether the rows of every layer are as many, or a multiple, so that each belongs to one block."""
+        """Tell whether the rows of every layer are as many, or a multiple, so that each belongs to one block."""
         return blocks > 0 and all(layer.room.shape[0] % blocks == 0 for layer in self.layers)
 
     def add_squares(self, cotangent: Tensor, sign: Tensor, out: Tensor) -> None:
@@ -219,3 +225,79 @@ class Layers:
             _paired(delta, layer.weight, c, e, under.back_up, scale=under.slope_up, p=p, q=q)
             delta = under.back
             delta_t = delta.t()
+
+    def push_columns(self, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute J v for k directions at once.
+
+        Args:
+            parts: the directions, in the shapes of the parameters behind a first dimension of k.
+
+        Returns:
+            (k, N, O), and the tangents a._l of all layers, None for zero: for `pull_columns`.
+        """
+        k, rooms = len(parts[0]), list[Tensor | None]()
+        live: Tensor | None = None
+        for layer in self.layers:
+            room, (rows, width) = None, layer.room.shape
+            if layer.weight_slot is not None:
+                room = torch.bmm(layer.inputs.expand(k, -1, -1), parts[layer.weight_slot].mT)
+            if live is not None:
+                flat = live.reshape(k * rows, -1)
+                if room is None:
+                    room = (flat @ layer.weight_t).view(k, rows, width)
+                else:
+                    room.view(k * rows, width).addmm_(flat, layer.weight_t)
+            if layer.bias_slot is not None:
+                bias = parts[layer.bias_slot].unsqueeze(1)
+                room = bias.expand(k, rows, width).clone() if room is None else room.add_(bias)
+            if room is not None and layer.slope is not None:
+                room.mul_(layer.slope)
+            rooms.append(room)
+            live = None if room is None else room.view(k, *layer.room_up.shape)
+        assert rooms[-1] is not None
+        return rooms[-1], rooms
+
+    def pull_columns(
+        self,
+        cotangents: Tensor,
+        out: Tensor,
+        parts: Sequence[Tensor] | None = None,
+        rooms: Sequence[Tensor | None] = (),
+    ) -> None:
+        """Write J^T u for k cotangents at once; or products with the Hessian, as `pull` does.
+
+        Args:
+            cotangents: u, or the tangents of dL/da_L, behind a first dimension of k. out: (k, n). parts, rooms: the
+                directions, and what `push_columns` had of them.
+        """
+        k, results = len(out), parts_of(out, self.params)
+        for i in self.untouched:
+            results[i].zero_()
+        top = self.layers[-1]
+        delta = cotangents.reshape(k, *top.room.shape)
+        if top.slope is not None:
+            delta = delta * top.slope
+            if parts is not None and top.bend is not None and rooms[-1] is not None:
+                delta.addcmul_(top.bend, rooms[-1])
+        for i in range(len(self.layers) - 1, -1, -1):
+            layer, below = self.layers[i], rooms[i - 1] if parts is not None and i > 0 else None
+            if below is not None:
+                below = below.view(k, *self.layers[i - 1].room_up.shape)
+            if layer.weight_slot is not None:
+                target = results[layer.weight_slot]
+                torch.bmm(delta.mT, layer.inputs.expand(k, -1, -1), out=target)
+                if below is not None:
+                    target.baddbmm_(layer.delta_t.expand(k, -1, -1), below)
+            if layer.bias_slot is not None:
+                torch.sum(delta, 1, out=results[layer.bias_slot])
+            if layer.first:
+                return
+            under = self.layers[i - 1]
+            back = (delta.reshape(-1, delta.shape[2]) @ layer.weight).view(k, *under.back_up.shape)
+            if parts is not None and layer.weight_slot is not None:
+                back.baddbmm_(layer.delta.expand(k, -1, -1), parts[layer.weight_slot])
+            if under.slope_up is not None:
+                back.mul_(under.slope_up)
+            if below is not None and under.bend_up is not None:
+                back.addcmul_(under.bend_up, below)
+            delta = back.view(k, *under.room.shape)

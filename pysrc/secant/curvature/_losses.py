@@ -26,7 +26,7 @@ class Middle(Protocol):
     """M, symmetric on the outputs."""
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u, in the shape of u."""
+        """Compute M u, in the shape of u."""
 
     def factors(self, like: Tensor) -> Iterator[Factor] | None:
         """S_f, whose block b is a vector s_fb, such that block b of M is sum_f sign_fb s_fb s_fb^T.
@@ -38,6 +38,28 @@ class Middle(Protocol):
         """
 
 
+def several(middle: Middle, u: Tensor) -> Tensor:
+    """Compute M u for each of (k, ...)."""
+    return middle.several(u) if isinstance(middle, FoundMiddle) else torch.stack([middle(x) for x in u])
+
+
+class IdentityMiddle:
+    """I, of half the squared sum of the outputs."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Return u."""
+        return u
+
+    def factors(self, like: Tensor) -> Iterator[Factor]:
+        """Yield the unit vectors of each row at a time."""
+        width = like.shape[-1] if like.dim() > 1 else 1
+        signs = torch.ones(like.numel() // max(1, width), device=like.device)
+        for c in range(width):
+            factor = torch.zeros_like(like)
+            factor.view(-1, width)[:, c] = 1
+            yield factor, signs
+
+
 class CrossEntropyMiddle:
     """weight (diag(p) - p p^T) = weight sum_c p_c (e_c - p)(e_c - p)^T per row."""
 
@@ -46,7 +68,7 @@ class CrossEntropyMiddle:
         self._product = _of_cross_entropy(found)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u."""
+        """Compute M u."""
         return self._product(u)
 
     def factors(self, like: Tensor) -> Iterator[Factor]:
@@ -60,14 +82,33 @@ class CrossEntropyMiddle:
 
 
 class FoundMiddle:
-    """Of any loss: whether M has blocks, one per row of the outputs, is found by products and checked by another."""
+    """Of any loss: whether M has blocks, one per row of the outputs, is found by products and checked by another.
 
-    def __init__(self, product: LossProduct) -> None:
-        self._product = product
+    Args:
+        gradient: of the loss with respect to `at`, with its graph; None for zero. at: the outputs, or their edge.
+    """
+
+    def __init__(self, gradient: Tensor | None, at: Any) -> None:
+        # A loss that is linear in the outputs has a gradient without a graph.
+        self._gradient, self._at = None if gradient is None or not gradient.requires_grad else gradient, at
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u."""
-        return self._product(u)
+        """Compute M u."""
+        return self._product(u, batched=False)
+
+    def several(self, u: Tensor) -> Tensor:
+        """Compute M u for each of (k, ...)."""
+        return self._product(u, batched=True)
+
+    def _product(self, u: Tensor, *, batched: bool) -> Tensor:
+        gradient = self._gradient
+        if gradient is None:
+            return torch.zeros_like(u)
+        along = u.reshape(len(u), *gradient.shape) if batched else u.reshape(gradient.shape)
+        (found,) = torch.autograd.grad(
+            gradient, [self._at], along, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        return torch.zeros_like(u) if found is None else found.reshape(u.shape)
 
     def factors(self, like: Tensor) -> Iterator[Factor] | None:
         """The eigenvectors of each block, times the roots of the magnitudes of their eigenvalues."""
@@ -104,7 +145,7 @@ class OuterMiddle:
         self._factors, self._blocks, self._product = factors, blocks, product
 
     def __call__(self, u: Tensor) -> Tensor:
-        """M u."""
+        """Compute M u."""
         return self._product(u)
 
     def factors(self, like: Tensor) -> Iterator[Factor]:
@@ -127,16 +168,6 @@ def _of_cross_entropy(found: _graph.CrossEntropy) -> LossProduct:
     return product
 
 
-def _by_autograd(gradient: Tensor | None, at: Any) -> LossProduct:
-    def product(u: Tensor) -> Tensor:
-        if gradient is None or not gradient.requires_grad:  # linear in the outputs
-            return torch.zeros_like(u)
-        (found,) = torch.autograd.grad(gradient, [at], u.reshape(gradient.shape), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if found is None else found.reshape(u.shape)
-
-    return product
-
-
 def gradients(
     terms: Sequence[_graph.Term], inputs: Sequence[Any], like: Tensor, *, create_graph: bool = False
 ) -> list[Tensor | None]:
@@ -153,7 +184,7 @@ def gradients(
 
 
 def curvature(terms: Sequence[_graph.Term], node: _graph.Node, at: Any, like: Tensor) -> tuple[Tensor | None, Middle]:
-    """The gradient of a sum of terms with respect to a value that they depend on, and the product with the Hessian.
+    """Find the gradient of a sum of terms with respect to a value that they depend on, and the Hessian's products.
 
     Args:
         node: what made the value, views aside. at: the value, or its gradient edge. like: as for `gradients`.
@@ -162,4 +193,4 @@ def curvature(terms: Sequence[_graph.Term], node: _graph.Node, at: Any, like: Te
     if found is not None:
         return gradients(terms, [at], like)[0], CrossEntropyMiddle(found)
     (gradient,) = gradients(terms, [at], like, create_graph=True)
-    return None if gradient is None else gradient.detach(), FoundMiddle(_by_autograd(gradient, at))
+    return None if gradient is None else gradient.detach(), FoundMiddle(gradient, at)

@@ -149,7 +149,7 @@ FUSED: dict[Any, Callable[..., Tensor]] = {
 
 
 def is_differentiated(args: Sequence[Any]) -> bool:
-    """Whether a derivative is being taken around this call: by a transform of torch.func or by forward mode."""
+    """Tell whether a derivative is being taken around this call: by a transform of torch.func or by forward mode."""
     for x in args:
         if isinstance(x, Tensor) and (
             torch._C._functorch.is_gradtrackingtensor(x)

@@ -1,24 +1,26 @@
-"""A symmetric linear operator over flat vectors, and what can be found out by multiplying with it."""
+"""Matrices over flat vectors that are known by their products, and what can be found out by multiplying."""
 
 from __future__ import annotations
 
 import abc
-import sys
+import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.curvature import _estimators, _evaluate, _index
+from secant.curvature import _estimators, _evaluate
 from secant.curvature._estimators import Diagonal, Estimate
-from secant.curvature._index import Submatrix
 from secant.curvature._spectrum import SpectralDensity
 from secant.solvers import lanczos
 from secant.solvers.lanczos import Eigenpairs
 
 if TYPE_CHECKING:
+    from secant.curvature._algebra import Damped
+    from secant.curvature._index import Submatrix
     from secant.curvature._inverse import Inverse
 
 Seed = int | torch.Generator
@@ -26,35 +28,81 @@ Vectors = Tensor | Sequence[Tensor]
 _WHICH = ("LA", "SA", "LM")
 #: Basis vectors that the probes of `spectrum` may hold at a time, in bytes.
 _BASIS_BYTES = 2**28
+#: Unit vectors multiplied together.
+_TOGETHER = 16
 
 
 class LinearOperator(abc.ABC):
-    """A symmetric matrix A of (n, n), known by its products with flat vectors.
+    """A matrix A of (m, n), known by its products with flat vectors; symmetric unless its shape is given as a pair.
 
-    `A @ v` and `A.matvec(v)` take a vector (n,), `A @ V` and `A.matmat(V)` k vectors as columns (n, k); `v @ A` takes a
-    vector, or k as rows (k, n). Where the operator is over tensors of some `shapes`, a list of tensors of these shapes
-    is a vector too, and the product is such a list; with a last dimension k each (a first one in `[...] @ A`) it is k
-    vectors. `A.T` and `A.adjoint()` are A itself. `A + 0.1` is the operator A + 0.1 I (`Damped`), as is `0.1 + A`;
-    `A - 0.1` is A - 0.1 I. `A[rows, columns]` is a dense block, `A.submatrix(rows, columns)` the operator.
+    **Products.** `A @ v` and `A.matvec(v)` take a vector (n,), `A @ V` and `A.matmat(V)` k vectors as columns (n, k);
+    `v @ A` takes a vector (m,), or k as rows (k, m), as `A.rmatvec(v)` does, and `A.rmatmat(V)` columns (m, k). Where
+    the operator is over tensors of some `shapes`, a list of tensors of these shapes is a vector too, and the product is
+    such a list where the result has `out_shapes`; with a last dimension k each (a first one in `[...] @ A`) it is k
+    vectors.
 
-    Subclasses implement `_rows`.
+    **Algebra.** `A.T` (also `A.mT`, `A.adjoint()`) is the transpose, A itself where A is symmetric; `A @ B` the chain
+    v -> A (B v); `A + B`, `A - B`, `-A`, `2.0 * A` and `A / 2.0` what they say. `A.damped(d)` is A + d I for a number
+    d, or A + diag(d) for a vector (n,), and so are `A + d`, `d + A` and `A - d`. All of them are operators: nothing is
+    formed. A chain is known to be symmetric where it reads the same backwards, as `J.T @ J` and `J.T @ M @ J` do.
+    `A[rows, columns]` is a dense block, `A.submatrix(rows, columns)` the operator.
+
+    **What takes which.** `diag` and `trace` need a square matrix; `eigs`, `spectrum` and `inverse` one that is known to
+    be symmetric.
+
+    Subclasses implement `_rows`, which returns a new tensor, and where they are not symmetric `_transposed_rows`.
+
+    Args:
+        size: n of a symmetric matrix; (m, n) of any other; None where a subclass has `shape` as a property.
+        shapes: of the tensors that make up a vector (n,), or None. out_shapes: of those that make up a product (m,).
+        symmetric: whether A = A^T is known; None: of an n.
 
     Attributes:
-        shape: (n, n). dtype, device: of the vectors. shapes: of the tensors that make up a vector, or None.
+        shape: (m, n). symmetric: whether A = A^T is known. dtype, device: of the vectors. shapes, out_shapes: as given.
+
+    Example:
+        >>> J = secant.curvature.Jacobian(residuals, params)
+        >>> step = (J.T @ J).damped(1e-3).inverse() @ -gradient
     """
 
     #: numpy leaves `array @ A` to the operator, which names the type.
     __array_ufunc__ = None
 
     def __init__(
-        self, n: int, dtype: torch.dtype, device: torch.device, shapes: Sequence[torch.Size] | None = None
+        self,
+        size: int | tuple[int, int] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        shapes: Sequence[torch.Size] | None = None,
+        *,
+        out_shapes: Sequence[torch.Size] | None = None,
+        symmetric: bool | None = None,
     ) -> None:
-        self.shape = torch.Size((n, n))
+        self.symmetric = isinstance(size, int) if symmetric is None else symmetric
+        if size is not None:
+            self._shape = torch.Size((size, size) if isinstance(size, int) else size)
         self.dtype, self.device, self.shapes = dtype, device, shapes
+        self.out_shapes = shapes if self.symmetric else out_shapes
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n)."""
+        return self._shape
 
     @abc.abstractmethod
     def _rows(self, vectors: Tensor) -> Tensor:
-        """The product of each row of (k, n), k >= 1, contiguous."""
+        """Return the product of each row of (k, n), k >= 1, contiguous, as rows (k, m) of a new tensor."""
+
+    def _transposed_rows(self, vectors: Tensor) -> Tensor:
+        """Return the product of A^T with each row of (k, m), as rows (k, n) of a new tensor."""
+        if self.symmetric:
+            return self._rows(vectors)
+        raise TypeError(f"{self._name}.T: operator: expected one with products with its transpose, got {self!r}")
+
+    @property
+    def _has_transpose(self) -> bool:
+        """Tell whether there are products with the transpose."""
+        return self.symmetric or type(self)._transposed_rows is not LinearOperator._transposed_rows
 
     @property
     def _name(self) -> str:
@@ -63,57 +111,80 @@ class LinearOperator(abc.ABC):
     # Products ---------------------------------------------------------------------------------------------------------
 
     def matvec(self, v: Tensor) -> Tensor:
-        """A v.
+        """Multiply a vector: A v.
 
         Args:
             v: (n,), of the operator's dtype and device.
 
         Returns:
-            (n,), without a graph.
+            (m,), without a graph.
 
         Raises:
             TypeError, ValueError: `v` does not fit.
         """
         op = f"{self._name}.matvec"
-        v = _checks.shaped(op, "v", _unnested(op, v), (self.shape[0],), self.dtype, self.device)
+        v = _checks.shaped(op, "v", _unnested(op, v), (self.shape[1],), self.dtype, self.device)
         return self._rows(v.detach().contiguous().unsqueeze(0))[0]
 
     def matmat(self, v: Tensor) -> Tensor:
-        """A V for k vectors at once.
+        """Multiply k vectors at once: A V.
 
         Args:
             v: (n, k), of the operator's dtype and device.
 
         Returns:
-            (n, k), without a graph.
+            (m, k), without a graph.
 
         Raises:
             TypeError, ValueError: `v` does not fit.
         """
-        op = f"{self._name}.matmat"
+        op, (m, n) = f"{self._name}.matmat", self.shape
         _checks.tensor(op, "v", _unnested(op, v), (self.dtype,), self.device)
-        if v.dim() != 2 or v.shape[0] != self.shape[0]:
-            raise _checks.fail(op, "v", f"shape ({self.shape[0]}, k)", f"shape {tuple(v.shape)}")
+        if v.dim() != 2 or v.shape[0] != n:
+            raise _checks.fail(op, "v", f"shape ({n}, k)", f"shape {tuple(v.shape)}")
         if v.shape[1] == 0:
-            return torch.empty_like(v)
+            return v.new_empty(m, 0)
         return self._rows(v.detach().t().contiguous()).t()
 
-    def __matmul__(self, v: Vectors) -> Any:
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Multiply a vector by the transpose: A^T v, v (m,) to (n,).
+
+        Raises:
+            TypeError, ValueError: `v` does not fit.
+        """
+        return self.T.matvec(v)
+
+    def rmatmat(self, v: Tensor) -> Tensor:
+        """Multiply k vectors by the transpose: A^T V, V (m, k) to (n, k).
+
+        Raises:
+            TypeError, ValueError: `v` does not fit.
+        """
+        return self.T.matmat(v)
+
+    def __matmul__(self, v: Vectors | LinearOperator) -> Any:
+        if isinstance(v, Tensor):
+            return self.matmat(v) if v.dim() == 2 else self.matvec(v)
         if isinstance(v, (list, tuple)):
             flat, count = self._joined(v, last=True)
             found = self.matvec(flat) if count is None else self.matmat(flat)
             return self._parted(found, () if count is None else (count,), last=True)
-        return self.matmat(v) if isinstance(v, Tensor) and v.dim() == 2 else self.matvec(v)  # type: ignore[arg-type]
+        if isinstance(v, LinearOperator):
+            return _algebra().chain(self, v)
+        return self.matvec(v)  # type: ignore[arg-type]
 
     def __rmatmul__(self, v: Vectors) -> Any:
+        turned = self.T
         if isinstance(v, (list, tuple)):
-            flat, count = self._joined(v, last=False)
-            found = self.matvec(flat) if count is None else self.matmat(flat.t()).t()
-            return self._parted(found, () if count is None else (count,), last=False)
-        return self.matmat(v.t()).t() if isinstance(v, Tensor) and v.dim() == 2 else self.matvec(v)  # type: ignore[arg-type]
+            flat, count = turned._joined(v, last=False)
+            found = turned.matvec(flat) if count is None else turned.matmat(flat.t()).t()
+            return turned._parted(found, () if count is None else (count,), last=False)
+        if isinstance(v, Tensor) and v.dim() == 2:
+            return turned.matmat(v.t()).t()
+        return turned.matvec(v)  # type: ignore[arg-type]
 
     def _joined(self, parts: Sequence[Tensor], *, last: bool) -> tuple[Tensor, int | None]:
-        """A list of tensors as one vector, or as k columns (rows, unless `last`), and k."""
+        """Join a list of tensors to one vector, or to k columns (rows, unless `last`), and k."""
         op, shapes = f"{self._name}.matmul", self.shapes
         if shapes is None:
             raise TypeError(f"{op}: v: expected a tensor, got a list: this operator is over flat vectors")
@@ -142,32 +213,83 @@ class LinearOperator(abc.ABC):
             [part.detach().reshape(count, shape.numel()) for part, shape in zip(parts, shapes, strict=True)], 1
         ), count
 
-    def _parted(self, found: Tensor, count: tuple[int, ...], *, last: bool) -> list[Tensor]:
-        """The reverse."""
-        shapes = self.shapes or ()
+    def _parted(self, found: Tensor, count: tuple[int, ...], *, last: bool) -> Any:
+        """Take a product apart into tensors, where it is made of some."""
+        shapes = self.out_shapes
+        if shapes is None:
+            return found
         parts = found.split([shape.numel() for shape in shapes], 0 if last else -1)
         return [
             part.reshape((*shape, *count) if last else (*count, *shape))
             for part, shape in zip(parts, shapes, strict=True)
         ]
 
+    # Algebra ----------------------------------------------------------------------------------------------------------
+
     @property
     def T(self) -> LinearOperator:
-        """The transpose: the operator itself, which is symmetric."""
-        return self
+        """Return the transpose; the operator itself where it is symmetric."""
+        return self if self.symmetric else _algebra().Transposed(self)
+
+    @property
+    def mT(self) -> LinearOperator:
+        """Return the transpose, by the name that torch has for that of matrices."""
+        return self.T
 
     def adjoint(self) -> LinearOperator:
-        """The transpose: the operator itself, which is symmetric."""
-        return self
+        """Return the transpose."""
+        return self.T
 
-    def submatrix(self, rows: Any, columns: Any) -> Submatrix:
-        """A[rows, columns] as an operator, rows and columns chosen independently (as by `numpy.ix_`).
+    def damped(self, damping: float | Tensor) -> Damped:
+        """Return A + damping I, or A + diag(damping), as an operator.
 
         Args:
-            rows, columns: a slice, a sequence of indices or an integer tensor (k,), or a mask (n,); an int is one.
+            damping: a finite number, a tensor of one element, or one per row (n,). A tensor is used as it is at each
+                product, so that it may be changed in place.
+
+        Raises:
+            TypeError, ValueError: it is something else, or A is not square.
+
+        Example:
+            >>> G.damped(1e-3 * G.diag().value).inverse() @ -gradient     # Marquardt's scaling
+        """
+        return _algebra().Damped(self, damping)
+
+    def __add__(self, other: LinearOperator | float | Tensor) -> LinearOperator:
+        if isinstance(other, LinearOperator):
+            return _algebra().added(self, other, "+")
+        return self.damped(other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: LinearOperator | float | Tensor) -> LinearOperator:
+        if isinstance(other, LinearOperator):
+            return _algebra().added(self, other, "-")
+        return self.damped(-other if isinstance(other, (Real, Tensor)) and not isinstance(other, bool) else other)
+
+    def __rsub__(self, other: float | Tensor) -> LinearOperator:
+        return (-self).damped(other)
+
+    def __neg__(self) -> LinearOperator:
+        return _algebra().Scaled(self, -1.0)
+
+    def __mul__(self, factor: float | Tensor) -> LinearOperator:
+        return _algebra().Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> LinearOperator:
+        return _algebra().divided(self, divisor)
+
+    def submatrix(self, rows: Any, columns: Any) -> Submatrix:
+        """Return A[rows, columns] as an operator, rows and columns chosen independently (as by `numpy.ix_`).
+
+        Args:
+            rows, columns: a slice, a sequence of indices or an integer tensor (k,), or a mask; an int is one. The block
+                of a symmetric A is known to be symmetric where one object is given for both.
 
         Returns:
-            `Submatrix` of shape (r, c): `@` on either side, `T`, `to_dense()`.
+            `Submatrix` of shape (r, c).
 
         Raises:
             TypeError, IndexError: something else, or out of range.
@@ -175,19 +297,23 @@ class LinearOperator(abc.ABC):
         Example:
             >>> H.submatrix(range(10), [0, 5]) @ torch.ones(2)
         """
-        op, n = f"{self._name}.submatrix", self.shape[0]
-        return Submatrix(
-            self,
-            _index.indices(op, "rows", rows, n, self.device)[0],
-            _index.indices(op, "columns", columns, n, self.device)[0],
-        )
+        return _index().submatrix(f"{self._name}.submatrix", self, rows, columns)
 
     def __getitem__(self, key: Any) -> Tensor:
-        return _index.block(f"{self._name}[]", self, key)
+        return _index().block(f"{self._name}[]", self, key)
 
     def to_dense(self) -> Tensor:
-        """The matrix (n, n), by n products."""
-        return self.submatrix(slice(None), slice(None)).to_dense()
+        """Return the matrix (m, n), by n products, or by m with the transpose where these are fewer."""
+        m, n = self.shape
+        if m < n and self._has_transpose:
+            return self.T.to_dense().mT
+        out = torch.empty(m, n, dtype=self.dtype, device=self.device)
+        for first in range(0, n, _TOGETHER):
+            places = torch.arange(min(_TOGETHER, n - first), device=self.device)
+            unit = torch.zeros(len(places), n, dtype=self.dtype, device=self.device)
+            unit[places, first + places] = 1
+            out[:, first : first + _TOGETHER] = self._rows(unit).t()
+        return out
 
     def inverse(
         self,
@@ -197,13 +323,13 @@ class LinearOperator(abc.ABC):
         max_iter: int | None = None,
         preconditioner: Callable[[Tensor], Tensor] | None = None,
     ) -> Inverse:
-        """(A + damping I)^-1 as an operator whose products solve by conjugate gradients.
+        """Return (A + damping I)^-1 as an operator whose products solve by conjugate gradients.
 
         Args:
             damping, tol, max_iter, preconditioner: see `Inverse`.
 
         Raises:
-            TypeError, ValueError: an argument is invalid.
+            TypeError, ValueError: an argument is invalid, or A is not known to be symmetric.
 
         Example:
             >>> G.inverse(damping=1e-3) @ gradient
@@ -212,19 +338,24 @@ class LinearOperator(abc.ABC):
 
         return Inverse(self, damping=damping, tol=tol, max_iter=max_iter, preconditioner=preconditioner)
 
-    def __add__(self, damping: float | Tensor) -> Damped:
-        return Damped(self, damping)
+    def _square(self, op: str, *, symmetric: bool = False) -> int:
+        """Return n.
 
-    __radd__ = __add__
-
-    def __sub__(self, damping: float | Tensor) -> Damped:
-        return Damped(self, -damping if isinstance(damping, (int, float, Tensor)) and damping is not True else damping)
+        Raises:
+            ValueError: the matrix is not square, or not known to be symmetric where it has to be.
+        """
+        m, n = self.shape
+        if m != n or (symmetric and not self.symmetric):
+            kind = "symmetric" if symmetric else "square"
+            got = f"one of shape {(m, n)}" if m != n else "one that is not known to be"
+            raise _checks.fail(op, "operator", f"a {kind} matrix", got)
+        return n
 
     def __repr__(self) -> str:
         return f"{self._name}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def to_scipy(self) -> Any:
-        """The same operator for `scipy.sparse.linalg`: vectors come as numpy arrays and are moved to the device.
+        """Return the same operator for `scipy.sparse.linalg`: vectors come as numpy arrays and are moved to the device.
 
         Returns:
             `scipy.sparse.linalg.LinearOperator` of float32 or float64.
@@ -237,20 +368,22 @@ class LinearOperator(abc.ABC):
         """
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-        def product(x: Any) -> Any:
-            v = torch.as_tensor(x.reshape(self.shape[0], -1).copy()).to(self.device, self.dtype)
-            return self.matmat(v).to("cpu", wide).numpy().reshape(x.shape)
+        def times(operator: LinearOperator, x: Any) -> Any:
+            m, n = operator.shape
+            v = torch.as_tensor(x.reshape(n, -1).copy()).to(self.device, self.dtype)
+            return operator.matmat(v).to("cpu", wide).numpy().reshape(m, *x.shape[1:])
 
         wide = torch.promote_types(self.dtype, torch.float32)
         dtype = torch.empty(0, dtype=wide).numpy().dtype
+        product, turned = functools.partial(times, self), functools.partial(times, self.T)
         return ScipyOperator(
-            tuple(self.shape), matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype
+            tuple(self.shape), matvec=product, rmatvec=turned, matmat=product, rmatmat=turned, dtype=dtype
         )
 
     # Estimates --------------------------------------------------------------------------------------------------------
 
     def generator(self, seed: Seed) -> torch.Generator:
-        """The generator of the probes: the one given, or a new one with this seed on the operator's device."""
+        """Return the generator of the probes: the one given, or a new one with this seed on the operator's device."""
         if isinstance(seed, torch.Generator):
             if seed.device.type != self.device.type:
                 raise _checks.fail(self._name, "seed", f"a generator on {self.device}", f"one on {seed.device}")
@@ -261,7 +394,7 @@ class LinearOperator(abc.ABC):
         return torch.Generator(self.device).manual_seed(seed)
 
     def _wide_rows(self, vectors: Tensor) -> Tensor:
-        """Products of rows in `wide`, what estimates and Lanczos compute in."""
+        """Multiply rows in `wide`, what estimates and Lanczos compute in."""
         return self._rows(vectors.to(self.dtype).contiguous()).to(vectors.dtype)
 
     @property
@@ -270,7 +403,7 @@ class LinearOperator(abc.ABC):
 
     @_evaluate.plainly
     def diag(self, num_probes: int | None = 100, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
-        """Unbiased estimate of the diagonal by random probes z, or the diagonal itself.
+        """Estimate the diagonal without bias, by random probes z, or compute it.
 
             E[z * A z] = diag(A),        Var[(z * A z)_i] = sum_(j != i) A_ij^2   (+ 2 A_ii^2 for normal probes).
 
@@ -292,7 +425,8 @@ class LinearOperator(abc.ABC):
         Example:
             >>> H.diag(100).value.clamp(min=1e-3).rsqrt()     # a preconditioner
         """
-        op, n = f"{self._name}.diag", self.shape[0]
+        op = f"{self._name}.diag"
+        n = self._square(op)
         _estimators.check_distribution(op, distribution)
         if num_probes is None:
             value = self._exact_diagonal()
@@ -314,7 +448,7 @@ class LinearOperator(abc.ABC):
         distribution: str = "rademacher",
         seed: Seed = 0,
     ) -> Estimate:
-        """Unbiased estimate of the trace, with its standard error.
+        """Estimate the trace without bias, and the standard error of that.
 
         Args:
             num_probes: products to make; >= 2, and >= 6 for "hutch++".
@@ -339,14 +473,15 @@ class LinearOperator(abc.ABC):
             >>> value, stderr, _ = H.trace(90, method="hutch++")
         """
         op = f"{self._name}.trace"
+        n = self._square(op)
         methods = {"hutchinson": (_estimators.hutchinson, 2), "hutch++": (_estimators.hutch_plus_plus, 6)}
         if not isinstance(method, str) or method not in methods:
             raise _checks.fail(op, "method", "'hutchinson' or 'hutch++'", _estimators.brief(method))
         _estimators.check_distribution(op, distribution)
         estimator, least = methods[method]
         _estimators.check_count(op, "num_probes", num_probes, least)
-        draw = _estimators.draw(distribution, self.shape[0], self._wide, self.device, self.generator(seed))
-        return estimator(self._wide_rows, self.shape[0], num_probes, draw)
+        draw = _estimators.draw(distribution, n, self._wide, self.device, self.generator(seed))
+        return estimator(self._wide_rows, n, num_probes, draw)
 
     @_evaluate.plainly
     def eigs(
@@ -358,7 +493,7 @@ class LinearOperator(abc.ABC):
         max_iter: int | None = None,
         seed: Seed = 0,
     ) -> Eigenpairs:
-        """k extreme eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
+        """Find k extreme eigenvalues and their vectors, by Lanczos with full reorthogonalisation.
 
         Args:
             k: how many, 1 to n. which: "LA" the largest, "SA" the smallest, "LM" the largest in magnitude.
@@ -380,7 +515,8 @@ class LinearOperator(abc.ABC):
             >>> sharpness = H.eigs(1).values[0]
             >>> direction = H.eigs(1, "SA").vectors[:, 0]     # of most negative curvature
         """
-        op, n = f"{self._name}.eigs", self.shape[0]
+        op = f"{self._name}.eigs"
+        n = self._square(op, symmetric=True)
         _estimators.check_count(op, "k", k, 1, n)
         if which not in _WHICH:
             raise _checks.fail(op, "which", "'LA', 'SA' or 'LM'", _estimators.brief(which))
@@ -397,7 +533,7 @@ class LinearOperator(abc.ABC):
 
     @_evaluate.plainly
     def spectrum(self, num_probes: int = 10, *, steps: int = 80, seed: Seed = 0) -> SpectralDensity:
-        """The distribution of the eigenvalues, by stochastic Lanczos quadrature.
+        """Estimate the distribution of the eigenvalues, by stochastic Lanczos quadrature.
 
         For a random unit vector v, n E[v.f(A) v] = tr f(A). From each of `num_probes` Rademacher vectors Lanczos gives
         nodes theta_i and weights w_i with v.f(A) v close to sum_i w_i f(theta_i).
@@ -421,7 +557,8 @@ class LinearOperator(abc.ABC):
         Example:
             >>> H.spectrum().plot("spectrum.png")
         """
-        op, n = f"{self._name}.spectrum", self.shape[0]
+        op = f"{self._name}.spectrum"
+        n = self._square(op, symmetric=True)
         _estimators.check_count(op, "num_probes", num_probes, 1)
         _estimators.check_count(op, "steps", steps, 1)
         steps, generator = min(steps, n), self.generator(seed)
@@ -447,37 +584,15 @@ def _unnested(op: str, v: Any) -> Any:
     return v
 
 
-class Damped(LinearOperator):
-    """A + lambda I.
+def _algebra() -> Any:
+    """Import the classes of sums, chains and the like, which are operators themselves."""
+    from secant.curvature import _algebra
 
-    Args:
-        operator: A. damping: lambda, a number or a tensor of one element.
+    return _algebra
 
-    Raises:
-        TypeError, ValueError: `damping` is something else.
-    """
 
-    def __init__(self, operator: LinearOperator, damping: float | Tensor) -> None:
-        scalar = isinstance(damping, Tensor) and not damping.is_nested and damping.numel() == 1
-        scalar = scalar and isinstance(damping, Tensor) and not (damping.is_complex() or damping.is_meta)
-        if not scalar and (isinstance(damping, (bool, Tensor)) or not isinstance(damping, (int, float))):
-            raise TypeError(
-                f"{operator._name}: damping: expected a number or a tensor of one element, got "
-                f"{'a nested one' if isinstance(damping, Tensor) and damping.is_nested else _checks.describe(damping)}"
-            )
-        if not isinstance(damping, Tensor) and not abs(damping) <= sys.float_info.max:
-            raise _checks.fail(operator._name, "damping", "a finite number", _estimators.brief(damping))
-        super().__init__(operator.shape[0], operator.dtype, operator.device, operator.shapes)
-        self.operator = operator
-        self.damping = damping.detach().reshape(()).to(self.device) if isinstance(damping, Tensor) else float(damping)
+def _index() -> Any:
+    """Import the class of submatrices, likewise."""
+    from secant.curvature import _index
 
-    def diag(self, num_probes: int | None = 100, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
-        """That of A, to which lambda is added; see `LinearOperator.diag`."""
-        value, stderr = self.operator.diag(num_probes, distribution=distribution, seed=seed)
-        return Diagonal(value + self.damping, stderr)
-
-    def _rows(self, vectors: Tensor) -> Tensor:
-        found = self.operator._rows(vectors)
-        if isinstance(self.damping, Tensor):
-            return found.addcmul_(vectors, self.damping.to(found.dtype))
-        return found.add_(vectors, alpha=self.damping)
+    return _index

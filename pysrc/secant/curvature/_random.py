@@ -24,7 +24,7 @@ class _States(NamedTuple):
 
 
 class Randomness:
-    """What the closure draws at one point, section by section: the closure at one batch, or the reading of a batch.
+    """Keeps what a closure draws at one point, section by section: the closure at one batch, the reading of a batch.
 
     A section that is entered for the first time goes on where the one before it ended, the first of all where the
     program stands; entered again, it starts from the same numbers. After each the program finds its generators as they
@@ -51,6 +51,23 @@ class Randomness:
             None if numpy is None else numpy.random.get_state(),
             {key: generator.get_state() for key, generator in self._explicit.items()},
         )
+
+    @contextlib.contextmanager
+    def own_section(self, key: Hashable) -> Iterator[Callable[[torch.Generator], None]]:
+        """Draw within as the program does: its generators go on, or back to where they were if something is raised."""
+        start = self._states()
+        self._starts[key] = start
+
+        def meet(generator: torch.Generator) -> None:
+            if id(generator) not in self._explicit:
+                start.explicit[id(generator)] = generator.get_state()
+                self._explicit[id(generator)] = generator
+
+        try:
+            yield meet
+        except BaseException:
+            self._set(start, self._states(), {})
+            raise
 
     def _set(self, states: _States, now: _States, met: dict[int, torch.Generator]) -> None:
         """Go from the states `now` to others."""
@@ -100,7 +117,7 @@ class Randomness:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two states of numpy's global generator are the same."""
+    """Tell whether two states of numpy's global generator are the same."""
     return b is not None and a[2:] == b[2:] and bool((a[1] == b[1]).all())
 
 

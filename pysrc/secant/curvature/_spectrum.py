@@ -33,7 +33,7 @@ class SpectralDensity:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The outermost nodes that carry weight; they lie within the spectrum, and close to its ends."""
+        """Return the outermost nodes that carry weight; they lie within the spectrum, and close to its ends."""
         carried = self.nodes[self.weights > torch.finfo(torch.float64).eps]
         return float(carried.min()), float(carried.max())
 
@@ -43,7 +43,7 @@ class SpectralDensity:
         return Estimate(float(samples.mean()), stderr, count)
 
     def mean(self, f: Any) -> Estimate:
-        """The mean of f over the eigenvalues, tr f(A) / n, with its standard error over the random vectors.
+        """Estimate the mean of f over the eigenvalues, tr f(A) / n, and its standard error over the random vectors.
 
         Args:
             f: takes and returns a float64 tensor (p, m).
@@ -54,16 +54,16 @@ class SpectralDensity:
         return self._estimate((self.weights * f(self.nodes)).sum(1))
 
     def trace(self) -> Estimate:
-        """The sum of the eigenvalues. By Rademacher vectors, this is Hutchinson's estimate."""
+        """Estimate the sum of the eigenvalues. By Rademacher vectors, this is Hutchinson's estimate."""
         value, stderr, count = self.mean(lambda x: x)
         return Estimate(self.n * value, self.n * stderr, count)
 
     def fraction_below(self, x: float) -> Estimate:
-        """The share of the eigenvalues that are below x, in [0, 1]; of the share of a jump, the resolution decides."""
+        """Estimate the share of eigenvalues below x, in [0, 1]; of the share of a jump, the resolution decides."""
         return self.mean(lambda nodes: (nodes < x).double())
 
     def negative_share(self) -> Estimate:
-        """Negative curvature: the sum of the negative eigenvalues' magnitudes over that of all, in [0, 1].
+        """Estimate the sum of the negative eigenvalues' magnitudes over that of all, in [0, 1].
 
         Unlike a count of negative eigenvalues it does not depend on how many round to zero. A ratio of means; the
         standard error is a jackknife's.
@@ -80,7 +80,7 @@ class SpectralDensity:
         return Estimate(value, stderr, count)
 
     def density(self, x: Tensor, *, width: float | None = None) -> Tensor:
-        """The density at x, a mixture of normal distributions around the nodes; it integrates to 1.
+        """Compute the density at x, a mixture of normal distributions around the nodes; it integrates to 1.
 
         Args:
             x: of any shape. width: their standard deviation; None: a hundredth of the range.

@@ -86,7 +86,7 @@ class Fisher(_JacobianOperator):
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, **options: Any) -> Fisher:
-        """The Fisher information of the predictions model(inputs).
+        """Return the Fisher information of the predictions model(inputs).
 
         Args:
             options: those of the class.

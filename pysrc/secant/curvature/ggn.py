@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from secant import _checks
-from secant.curvature import _errors, _evaluate, _graph, _losses, _points
+from secant.curvature import _errors, _evaluate, _graph, _losses, _matrices
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._estimators import Diagonal
 from secant.curvature._evaluate import Evaluator
+from secant.curvature._matrices import BatchJacobian, BatchMatrix
 from secant.curvature._operator import Seed
-from secant.curvature._points import Jacobian, Point
 from secant.curvature.hessian import scalar, trainable
 
 
@@ -25,7 +25,7 @@ class _JacobianOperator(CurvatureOperator):
     _MODES = ("double-backward", "forward")
 
     def _outputs(self, result: Any) -> Tensor:
-        """What the Jacobian is taken of, from what the closure returns."""
+        """Read what the Jacobian is taken of, from what the closure returns."""
         first = result[0] if isinstance(result, (tuple, list)) and len(result) == 2 else None
         if not isinstance(first, Tensor):
             raise TypeError(f"{self._name}: closure: expected a pair {self._PAIR}, got {type(result).__name__}")
@@ -37,7 +37,7 @@ class _JacobianOperator(CurvatureOperator):
 
     @abc.abstractmethod
     def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
-        """M u in the shape of u, from an evaluation with its graph."""
+        """Build M, which maps u to M u in its shape, from an evaluation with its graph."""
 
     def _rooted(self, result: Any) -> Tensor:
         outputs = self._outputs(result)
@@ -47,7 +47,7 @@ class _JacobianOperator(CurvatureOperator):
             )
         return outputs
 
-    def _point(self, evaluator: Evaluator) -> Point:
+    def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
         op, requested, chosen = self._name, self._requested, self._chosen
         result, outputs = self._evaluated(evaluator, self._rooted)
         nodes = [_graph.edge_of(outputs)[0]]
@@ -55,40 +55,40 @@ class _JacobianOperator(CurvatureOperator):
             middle = self._middle(outputs, result)
         if requested in ("auto", "r-operator"):
             with _errors.explained(op, "r-operator", nodes):
-                found = _points.layered_jacobian(outputs, self.params, self._slots)
+                found = _matrices.layered_jacobian(outputs, self.params, self._slots)
             if not isinstance(found, str):
                 self._used = "r-operator"
-                return _points.Sandwich(found, middle, outputs.detach())
+                return _matrices.Sandwich(found, middle, outputs.detach())
             if requested == "r-operator":
                 raise _checks.fail(op, "mode", "'auto' or another mode here", f"'r-operator', not for {found}")
 
-        def forward() -> Jacobian:
+        def forward() -> BatchJacobian:
             self._visible(evaluator, self._rooted)
 
             def repeated(value: Tensor) -> None:
                 self._repeated((evaluator.key, "root"), value)
 
-            return _points.ForwardJacobian(outputs, self.params, lambda ids: self._outputs(evaluator(ids)), repeated)
+            return _matrices.ForwardJacobian(outputs, self.params, lambda ids: self._outputs(evaluator(ids)), repeated)
 
-        makers: dict[str, Callable[[], Jacobian]] = {
-            "double-backward": lambda: _points.GraphJacobian(outputs, self.params),
+        makers: dict[str, Callable[[], BatchJacobian]] = {
+            "double-backward": lambda: _matrices.GraphJacobian(outputs, self.params),
             "forward": forward,
         }
         size = self._size(result)
         if chosen is not None:
             self._used = chosen
             with _errors.explained(op, chosen, nodes):
-                point = _points.Sandwich(makers[chosen](), middle, outputs.detach())
+                matrix = _matrices.Sandwich(makers[chosen](), middle, outputs.detach())
                 # On the kept graph J is the transpose of J^T by the way it is made.
-                return self._checked(point, chosen, nodes, size) if chosen == "forward" else point
-        candidates: dict[str, Callable[[], Point]] = {
-            mode: lambda make=make: _points.Sandwich(make(), middle, outputs.detach())  # type: ignore[misc]
+                return self._checked(matrix, chosen, nodes, size) if chosen == "forward" else matrix
+        candidates: dict[str, Callable[[], BatchMatrix]] = {
+            mode: lambda make=make: _matrices.Sandwich(make(), middle, outputs.detach())  # type: ignore[misc]
             for mode, make in makers.items()
         }
         return self._choose(candidates, nodes, size)
 
     def diag(self, num_probes: int | None = None, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
-        """The diagonal, exact unless `num_probes` are asked for.
+        """Compute the diagonal, exactly unless `num_probes` are asked for.
 
             diag(J^T M J) = sum_b sum_f sign_fb (J_b^T s_fb)^2,      block b of M = sum_f sign_fb s_fb s_fb^T
 
@@ -118,18 +118,18 @@ class _JacobianOperator(CurvatureOperator):
     def _exact_diagonal(self) -> Tensor:
         self._check_surroundings()
         with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
-            found = self._sum(self._write_diagonal, torch.empty(self.shape[0], dtype=self.dtype, device=self.device))
+            found = self._sum(self._write_diagonal, torch.empty(self.params.n, dtype=self.dtype, device=self.device))
             return found.to(self._wide)
 
-    def _write_diagonal(self, point: Point, out: Tensor) -> None:
-        assert isinstance(point, _points.Sandwich)
+    def _write_diagonal(self, matrix: BatchMatrix, out: Tensor) -> None:
+        assert isinstance(matrix, _matrices.Sandwich)
         try:
-            point.diagonal(out)
+            matrix.diagonal(out)
         except RuntimeError as error:
             raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
 
     def _size(self, result: Any) -> Tensor:
-        """How large the loss is, for `_asymmetry`."""
+        """Tell how large the loss is, for `_asymmetry`."""
         loss = result[1] if isinstance(result, (tuple, list)) else None
         if isinstance(loss, Tensor):
             return loss.detach().abs().sum()
@@ -175,7 +175,7 @@ class GGN(_JacobianOperator):
     def of(
         cls, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **options: Any
     ) -> GGN:
-        """The GGN of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
+        """Return the GGN of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
 
         Args:
             options: those of the class.
@@ -193,8 +193,19 @@ class GGN(_JacobianOperator):
     def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
         loss = scalar(self._name, "closure", result[1])
         top = _graph.edge_of(outputs)
-        terms = _points.split_terms(loss, {**self._slots, top: -1}) if loss.requires_grad else []
+        terms = _matrices.split_terms(loss, {**self._slots, top: -1}) if loss.requires_grad else []
         terms = [term for term in terms if _graph.reaches(term.at, top)]
         if not terms:
             raise _checks.fail(self._name, "closure", "a loss computed from the outputs", "one that does not use them")
         return _losses.curvature(terms, _graph.below_views(top), outputs, loss)[1]
+
+
+class SquaresGGN(GGN):
+    """J^T J, of half the squared sum of the outputs: the GGN whose H_L is known to be I."""
+
+    @property
+    def _name(self) -> str:
+        return "GGN"
+
+    def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
+        return _losses.IdentityMiddle()

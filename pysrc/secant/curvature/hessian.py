@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secant import _checks
-from secant.curvature import _errors, _graph, _points
+from secant.curvature import _errors, _graph, _matrices
 from secant.curvature._curvature import CurvatureOperator
 from secant.curvature._evaluate import Evaluator
-from secant.curvature._points import Point
+from secant.curvature._matrices import BatchMatrix
 
 
 class Hessian(CurvatureOperator):
@@ -34,7 +34,14 @@ class Hessian(CurvatureOperator):
     "double-backward" on the kept graph, "forward-over-reverse" and "reverse-over-forward", which evaluate the closure
     at every product (with the same random numbers) and keep no graph. One that is not symmetric for two random vectors,
     or that disagrees with the first to half the digits, is not used. `timings` has the seconds, or the reason. Where
-    no other mode is compared (one chosen by `mode`, terms beside recognised layers) the symmetry is checked once.
+    no other mode is compared (one chosen by `mode`, terms beside recognised layers) the symmetry is checked once. The
+    choice is `chosen_mode`, which can be kept and given to another operator.
+
+    **Several vectors** (`matmat`, estimates) are multiplied at once: by batched matrix products where layers are
+    recognised, by one backward pass for all in "double-backward" unless there are convolutions, by one evaluation for
+    all in "forward-over-reverse"; one after the other in "reverse-over-forward", and where torch cannot, or the first
+    column disagrees with its product alone. `columns` says which. As many are taken as fit their intermediate values
+    into 128 MB, 32 at most. The result differs from that of single products by rounding.
 
     **Normalisations.** torch 2.13 has wrong third derivatives of layer_norm, instance_norm and batch_norm in training,
     and wrong forward modes. In forward modes, and where the loss contains a derivative of such a layer, they are made
@@ -96,7 +103,7 @@ class Hessian(CurvatureOperator):
     def of(
         cls, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, **options: Any
     ) -> Hessian:
-        """The Hessian of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
+        """Return the Hessian of loss_fn(model(inputs), targets) with respect to the parameters that require gradients.
 
         Args:
             options: those of the class.
@@ -117,41 +124,41 @@ class Hessian(CurvatureOperator):
             )
         return loss
 
-    def _point(self, evaluator: Evaluator) -> Point:
+    def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
         op, requested = self._name, self._requested
         if self._chosen in ("forward-over-reverse", "reverse-over-forward"):
             self._used = self._chosen
             with _errors.explained(op, self._chosen):
-                point = self._forward(self._chosen, evaluator)
+                matrix = self._forward(self._chosen, evaluator)
                 size = torch.zeros((), device=self.device) if self._is_checked else self._loss(evaluator()).detach()
-                return self._checked(point, self._chosen, (), size.reshape(()))
+                return self._checked(matrix, self._chosen, (), size.reshape(()))
         loss = self._evaluated(evaluator, self._loss)[1]
         nodes, size = [_graph.edge_of(loss)[0]], loss.detach().reshape(())
         if requested in ("auto", "r-operator"):
             with _errors.explained(op, "r-operator", nodes):
-                found = _points.layered_hessian(loss, self.params, self._slots)
+                found = _matrices.layered_hessian(loss, self.params, self._slots)
                 if not isinstance(found, str):
                     self._used = "r-operator"
                     return found if found.rest is None else self._checked(found, self._used, nodes, size)
             if requested == "r-operator":
                 raise _checks.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
-        terms = [_points.whole(loss)]
+        terms = [_matrices.whole(loss)]
         with torch.enable_grad():
             if self._chosen is not None:
                 self._used = self._chosen
                 with _errors.explained(op, self._chosen, nodes):
-                    point = _points.DoubleBackward(terms, loss, self.params)
-                    return self._checked(point, self._chosen, nodes, size)
-            candidates: dict[str, Callable[[], Point]] = {
-                "double-backward": lambda: _points.DoubleBackward(terms, loss, self.params)
+                    matrix = _matrices.DoubleBackward(terms, loss, self.params)
+                    return self._checked(matrix, self._chosen, nodes, size)
+            candidates: dict[str, Callable[[], BatchMatrix]] = {
+                "double-backward": lambda: _matrices.DoubleBackward(terms, loss, self.params)
             }
         for mode in self._MODES[1:]:
             candidates[mode] = functools.partial(self._forward, mode, evaluator)
         return self._choose(candidates, nodes, size)
 
-    def _forward(self, mode: str, evaluator: Evaluator) -> Point:
+    def _forward(self, mode: str, evaluator: Evaluator) -> BatchMatrix:
         self._visible(evaluator, self._loss)
-        cls = _points.ForwardOverReverse if mode == "forward-over-reverse" else _points.ReverseOverForward
+        cls = _matrices.ForwardOverReverse if mode == "forward-over-reverse" else _matrices.ReverseOverForward
 
         def repeated(value: Tensor) -> None:
             self._repeated((evaluator.key, "root"), value)
@@ -160,7 +167,7 @@ class Hessian(CurvatureOperator):
 
 
 def trainable(op: str, model: object) -> Iterable[Tensor]:
-    """The parameters of a module that require gradients.
+    """Return the parameters of a module that require gradients.
 
     Raises:
         TypeError: it is no module, or wrapped by DistributedDataParallel.
@@ -176,7 +183,7 @@ def trainable(op: str, model: object) -> Iterable[Tensor]:
 
 
 def scalar(op: str, name: str, loss: object) -> Tensor:
-    """A tensor of one real number."""
+    """Return a loss that is a tensor of one real number."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{op}: {name}: expected a loss (a tensor of one element), got {type(loss).__name__}")
     if loss.numel() != 1 or not loss.is_floating_point():
