@@ -469,35 +469,13 @@ void update_team(const Problem<T, S>& p, const Team& team, UpdateScratch<T, S>& 
 
 // Asks for what a problem will read and write.
 template <class T, class S>
-SECANT_INLINE void prefetch(const Problem<T, S>& p) {
+SECANT_INLINE void prefetch(const Problem<T, S>& p, bool grams) {
   const int64_t ring = p.m * p.n * static_cast<int64_t>(sizeof(S)), vector = p.n * static_cast<int64_t>(sizeof(T));
   const int64_t gram = p.m * p.m * static_cast<int64_t>(sizeof(double));
   for (const T* x : {p.grad, p.s, p.y, p.y_prev, static_cast<const T*>(p.out)}) ask_for(x, vector);
   for (const S* x : {p.s_ring, p.y_ring}) ask_for(x, ring);
+  if (!grams) return;
   for (const double* x : {p.sy, p.yy}) ask_for(x, gram);
-}
-
-template <class T, class S>
-void update(const LbfgsUpdate& a) {
-  const int64_t bytes = 2 * a.m * a.n * static_cast<int64_t>(sizeof(S));
-  if (a.batch > 1) {
-    const int threads = static_cast<int>(std::min<int64_t>(team_size(a.threads, a.batch * bytes), a.batch));
-    secant::run_team(threads, [&](const Team& team) {
-      UpdateScratch<T, S> w;
-      reserve(w, a.m, 1);
-      const auto [begin, end] = team.share(a.batch, 1);
-      for (int64_t b = begin; b < end; ++b) {
-        if (bytes <= kPrefetchBytes && b + 1 < end) prefetch(Problem<T, S>(a, b + 1));
-        update_team(Problem<T, S>(a, b), Team{0, 1, nullptr}, w);
-      }
-    });
-    return;
-  }
-  const int threads = team_size(a.threads, bytes);
-  UpdateScratch<T, S> w;
-  reserve(w, a.m, threads);
-  const Problem<T, S> p(a, 0);
-  secant::run_team(threads, [&](const Team& team) { update_team(p, team, w); });
 }
 
 // -------------------------------------------------------------------------------------------------------- two_loop
@@ -884,20 +862,17 @@ SECANT_INLINE void prefetch(const LbfgsTwoLoop& p, int64_t b) {
   ask_for(static_cast<const T*>(p.grad) + b * p.n, p.n * static_cast<int64_t>(sizeof(T)));
 }
 
-template <class T, class S>
-void two_loop_short(const LbfgsTwoLoop& p, int64_t b, ShortScratch& w) {
-  const int64_t m = p.m, n = p.n;
-  const S* s = static_cast<const S*>(p.s) + b * p.s_batch;
-  const S* y = static_cast<const S*>(p.y) + b * p.y_batch;
-  T* out = static_cast<T*>(p.out) + b * n;
-  convert(static_cast<const T*>(p.grad) + b * n, static_cast<int>(n), w.q);
-  bool have_gamma = !std::isnan(p.gamma);
-  double gamma = have_gamma ? p.gamma : 1;
+// The recursion on w.q, which holds g on entry and d on return; row(i) gives the i-th pair, oldest first. Returns
+// gamma.
+template <class S, class Row>
+double short_recursion(int64_t m, int64_t n, double given, const Row& row, ShortScratch& w) {
+  bool have_gamma = !std::isnan(given);
+  double gamma = have_gamma ? given : 1;
   double scale = -1, c = 0;  // what the next pass does to q: q = scale q + c x
   const S* x = nullptr;
   PanelSums r;
   for (int64_t i = m - 1; i >= 0; --i) {  // newest to oldest
-    const S *si = s + i * p.s_row, *yi = y + i * p.y_row;
+    const auto [si, yi] = row(i);
     r.yy[0] = 0;
     if (have_gamma && sizeof(S) < 8) {
       short_pass<Dots::kGram, false>(w.q, scale, c, x, si, yi, n, r);
@@ -915,11 +890,23 @@ void two_loop_short(const LbfgsTwoLoop& p, int64_t b, ShortScratch& w) {
   scale *= gamma, c *= gamma;
   for (int64_t i = 0; i < m; ++i) {  // oldest to newest
     if (w.rho[i] == 0) continue;
-    short_pass<Dots::kRows, false>(w.q, scale, c, x, s, y + i * p.y_row, n, r);
-    scale = 1, c = w.alpha[i] - w.rho[i] * r.first[0], x = s + i * p.s_row;
+    const auto [si, yi] = row(i);
+    short_pass<Dots::kRows, false>(w.q, scale, c, x, si, yi, n, r);
+    scale = 1, c = w.alpha[i] - w.rho[i] * r.first[0], x = si;
   }
-  short_pass<Dots::kNone, false>(w.q, scale, c, x, s, y, n, r);
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(w.q[i]);
+  short_pass<Dots::kNone, false, S>(w.q, scale, c, x, nullptr, nullptr, n, r);
+  return gamma;
+}
+
+template <class T, class S>
+void two_loop_short(const LbfgsTwoLoop& p, int64_t b, ShortScratch& w) {
+  const S* s = static_cast<const S*>(p.s) + b * p.s_batch;
+  const S* y = static_cast<const S*>(p.y) + b * p.y_batch;
+  T* out = static_cast<T*>(p.out) + b * p.n;
+  convert(static_cast<const T*>(p.grad) + b * p.n, static_cast<int>(p.n), w.q);
+  const auto row = [&](int64_t i) { return std::pair(s + i * p.s_row, y + i * p.y_row); };
+  short_recursion<S>(p.m, p.n, p.gamma, row, w);
+  for (int64_t i = 0; i < p.n; ++i) out[i] = static_cast<T>(w.q[i]);
 }
 
 template <class T, class S>
@@ -960,6 +947,66 @@ void two_loop(const LbfgsTwoLoop& a) {
   TwoLoopScratch<T, S> w;
   reserve(w, a.m, panel, threads);
   secant::run_team(threads, [&](const Team& team) { two_loop_team(a, 0, panel, team, w); });
+}
+
+// ------------------------------------------------------------------------------------------------ update, launched
+
+// A direction alone, of a history so short that the recursion over coefficients would take longer than two passes over
+// the rows in the cache: the recursion on the ring itself, which needs no Gram matrix.
+constexpr int64_t kShortDirection = 256;
+
+template <class T, class S>
+void direction_short(const Problem<T, S>& p, ShortScratch& w) {
+  const int len = static_cast<int>(p.n);
+  convert(p.grad, len, w.q);
+  const double gg = dot(p.grad, p.grad, len);
+  const double top = std::isnan(gg) ? gg : static_cast<double>(largest(p.grad, len, T(0)));
+  const int64_t oldest = *p.head;
+  const auto row = [&](int64_t i) {
+    const int64_t k = oldest + i < p.m ? oldest + i : oldest + i - p.m;
+    return std::pair<const S*, const S*>(p.s_ring + k * p.n, p.y_ring + k * p.n);
+  };
+  const double gamma = short_recursion<S>(p.m, p.n, std::numeric_limits<double>::quiet_NaN(), row, w);
+  std::fill(p.stats, p.stats + 8, 0.0);
+  p.stats[0] = dot(p.grad, w.q, len), p.stats[1] = std::sqrt(gg), p.stats[2] = top, p.stats[7] = gamma;
+  if (p.prev_out != nullptr) std::copy(p.grad, p.grad + len, p.prev_out);
+  for (int i = 0; i < len; ++i) p.out[i] = static_cast<T>(w.q[i]);
+}
+
+template <class T, class S>
+void update(const LbfgsUpdate& a) {
+  const int64_t bytes = 2 * a.m * a.n * static_cast<int64_t>(sizeof(S));
+  if (!a.pair && a.phases == secant::kAllPhases && a.n <= kShortDirection && bytes < kSerialBytes) {
+    const int threads = static_cast<int>(std::min<int64_t>(team_size(a.threads, a.batch * bytes), a.batch));
+    secant::run_team(threads, [&](const Team& team) {
+      ShortScratch w;
+      w.alpha.resize(a.m), w.rho.resize(a.m);
+      const auto [begin, end] = team.share(a.batch, 1);
+      for (int64_t b = begin; b < end; ++b) {
+        if (bytes <= kPrefetchBytes && b + 1 < end) prefetch(Problem<T, S>(a, b + 1), false);
+        direction_short(Problem<T, S>(a, b), w);
+      }
+    });
+    return;
+  }
+  if (a.batch > 1) {
+    const int threads = static_cast<int>(std::min<int64_t>(team_size(a.threads, a.batch * bytes), a.batch));
+    secant::run_team(threads, [&](const Team& team) {
+      UpdateScratch<T, S> w;
+      reserve(w, a.m, 1);
+      const auto [begin, end] = team.share(a.batch, 1);
+      for (int64_t b = begin; b < end; ++b) {
+        if (bytes <= kPrefetchBytes && b + 1 < end) prefetch(Problem<T, S>(a, b + 1), true);
+        update_team(Problem<T, S>(a, b), Team{0, 1, nullptr}, w);
+      }
+    });
+    return;
+  }
+  const int threads = team_size(a.threads, bytes);
+  UpdateScratch<T, S> w;
+  reserve(w, a.m, threads);
+  const Problem<T, S> p(a, 0);
+  secant::run_team(threads, [&](const Team& team) { update_team(p, team, w); });
 }
 
 }  // namespace

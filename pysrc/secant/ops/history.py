@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secant import _checks, backends
 from secant.kernels.lbfgs.contract import Pair, State
-from secant.ops import _gate, _register
+from secant.ops import _register
 from secant.ops.lbfgs import MAX_HISTORY, STORAGE
 
 
@@ -312,9 +312,10 @@ class LBFGSHistory:
             pair = None if s is None or y is None else Pair(s, y, y_prev, t)
             backend = backends.resolve("lbfgs", self.device, self.dtype)
             backend.update(self._state, pair, grad, self.curvature_tol, out, prev_out)
-            torch.autograd.graph.increment_version(self._versioned)
-            if out is not None:
-                _gate.written(out) if prev_out is None else _gate.written(out, prev_out)
+            written = self._versioned
+            if out is not None and not out.is_inference():
+                written = [*written, out] if prev_out is None else [*written, out, prev_out]
+            torch.autograd.graph.increment_version(written)
 
     def reset(self) -> None:
         """Forget every pair; the next direction is -grad."""
