@@ -135,8 +135,13 @@ class CurvatureOperator(LinearOperator):
             ValueError: what is assigned is no mode of this operator, or not the one that it was made with.
 
         Example:
-            >>> state = {"mode": H.chosen_mode}
-            >>> H.chosen_mode = state["mode"]
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> product = H @ torch.ones(3)             # compares the modes
+            >>> again = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])
+            >>> again.chosen_mode = H.chosen_mode       # compares nothing
+            >>> bool((again @ torch.ones(3) == product).all())
+            True
         """
         if self._chosen is None and self._used == "r-operator":
             return self._used

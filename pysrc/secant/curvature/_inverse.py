@@ -37,9 +37,12 @@ class Inverse(LinearOperator):
         Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems, J. Res. NBS 49 (1952).
 
     Example:
-        >>> solve = secant.curvature.inverse(G, damping=1e-3)
-        >>> step = solve @ -gradient
-        >>> solve.converged, solve.iterations          # True, tensor([17], dtype=torch.int32)
+        >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+        >>> solve = H.inverse(damping=1.0)
+        >>> x = solve @ torch.tensor([2.0, 5.0, 10.0])          # (1, 1, 1)
+        >>> solve.converged, solve.iterations.tolist()
+        (True, [3])
     """
 
     def __init__(

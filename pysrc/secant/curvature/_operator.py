@@ -61,8 +61,12 @@ class LinearOperator(abc.ABC):
         shape: (m, n). symmetric: whether A = A^T is known. dtype, device: of the vectors. shapes, out_shapes: as given.
 
     Example:
-        >>> J = secant.curvature.Jacobian(residuals, params)
-        >>> step = (J.T @ J).damped(1e-3).inverse() @ -gradient
+        >>> t, w = torch.arange(4.0), torch.zeros(2, requires_grad=True)
+        >>> J = secant.curvature.Jacobian(lambda: w[0] + w[1] * t - 2 * t - 1, [w])
+        >>> gradient = J.T @ (-2 * t - 1)
+        >>> step = (J.T @ J).damped(1e-6).inverse() @ -gradient     # (1, 2), the line through the points
+        >>> [round(x, 3) for x in step.tolist()]
+        [1.0, 2.0]
     """
 
     #: numpy leaves `array @ A` to the operator, which names the type.
@@ -251,7 +255,10 @@ class LinearOperator(abc.ABC):
             TypeError, ValueError: it is something else, or A is not square.
 
         Example:
-            >>> G.damped(1e-3 * G.diag().value).inverse() @ -gradient     # Marquardt's scaling
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> (H.damped(H.diag().value) @ torch.ones(3)).tolist()     # Marquardt's scaling
+            [2.0, 8.0, 18.0]
         """
         return _algebra().Damped(self, damping)
 
@@ -295,7 +302,10 @@ class LinearOperator(abc.ABC):
             TypeError, IndexError: something else, or out of range.
 
         Example:
-            >>> H.submatrix(range(10), [0, 5]) @ torch.ones(2)
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> (H.submatrix([0, 2], [1, 2]) @ torch.ones(2)).tolist()
+            [0.0, 9.0]
         """
         return _index().submatrix(f"{self._name}.submatrix", self, rows, columns)
 
@@ -332,7 +342,9 @@ class LinearOperator(abc.ABC):
             TypeError, ValueError: an argument is invalid, or A is not known to be symmetric.
 
         Example:
-            >>> G.inverse(damping=1e-3) @ gradient
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> x = H.inverse(damping=1.0) @ torch.tensor([2.0, 5.0, 10.0])      # (1, 1, 1)
         """
         from secant.curvature._inverse import Inverse
 
@@ -364,7 +376,10 @@ class LinearOperator(abc.ABC):
             ImportError: scipy is missing.
 
         Example:
-            >>> top = scipy.sparse.linalg.eigsh(H.to_scipy(), k=3, return_eigenvectors=False)
+            >>> from scipy.sparse.linalg import eigsh
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> top = eigsh(H.to_scipy(), k=1, return_eigenvectors=False)        # 9
         """
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
@@ -423,7 +438,10 @@ class LinearOperator(abc.ABC):
             Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57 (2007).
 
         Example:
-            >>> H.diag(100).value.clamp(min=1e-3).rsqrt()     # a preconditioner
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> H.diag().value.tolist()
+            [1.0, 4.0, 9.0]
         """
         op = f"{self._name}.diag"
         n = self._square(op)
@@ -470,7 +488,9 @@ class LinearOperator(abc.ABC):
             Meyer, Musco, Musco and Woodruff, Hutch++: optimal stochastic trace estimation, SOSA (2021), Algorithm 1.
 
         Example:
-            >>> value, stderr, _ = H.trace(90, method="hutch++")
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> value, stderr, _ = H.trace(90, method="hutch++")        # 14
         """
         op = f"{self._name}.trace"
         n = self._square(op)
@@ -512,8 +532,10 @@ class LinearOperator(abc.ABC):
             Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
 
         Example:
-            >>> sharpness = H.eigs(1).values[0]
-            >>> direction = H.eigs(1, "SA").vectors[:, 0]     # of most negative curvature
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> sharpness = H.eigs(1).values[0]               # 9
+            >>> direction = H.eigs(1, "SA").vectors[:, 0]     # of least curvature, (1, 0, 0) or its opposite
         """
         op = f"{self._name}.eigs"
         n = self._square(op, symmetric=True)
@@ -555,7 +577,9 @@ class LinearOperator(abc.ABC):
             eigenvalue density, ICML (2019).
 
         Example:
-            >>> H.spectrum().plot("spectrum.png")
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> density = H.spectrum(num_probes=20).density(torch.linspace(0, 10, 100))
         """
         op = f"{self._name}.spectrum"
         n = self._square(op, symmetric=True)

@@ -49,7 +49,10 @@ class SpectralDensity:
             f: takes and returns a float64 tensor (p, m).
 
         Example:
-            >>> spectrum.mean(lambda x: torch.log1p(x.clamp(min=0) / 0.1))    # log det(I + A / 0.1) / n
+            >>> w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+            >>> H = secant.curvature.Hessian(lambda: (w**4).sum() / 12, [w])        # diag(1, 4, 9)
+            >>> spectrum = H.spectrum(num_probes=20)
+            >>> log_det = 3 * spectrum.mean(torch.log)        # about log 36
         """
         return self._estimate((self.weights * f(self.nodes)).sum(1))
 

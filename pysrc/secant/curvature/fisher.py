@@ -57,8 +57,10 @@ class Fisher(_JacobianOperator):
         Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020).
 
     Example:
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(50, 3)
         >>> F = secant.curvature.Fisher(lambda: model(x), model.parameters(), samples=10)
-        >>> F @ v
+        >>> (F @ torch.ones(8)).shape
+        torch.Size([8])
     """
 
     _PAIR = "(outputs, loss), or the outputs"
@@ -174,11 +176,13 @@ class EmpiricalFisher(_JacobianOperator):
         Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation, NeurIPS (2019): what it is not.
 
     Example:
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(50, 3)
+        >>> y = torch.randint(2, (50,))
         >>> def closure():
         ...     outputs = model(x)
-        ...     return outputs, F.cross_entropy(outputs, y, reduction="none")
+        ...     return outputs, torch.nn.functional.cross_entropy(outputs, y, reduction="none")
         >>> E = secant.curvature.EmpiricalFisher(closure, model.parameters())
-        >>> E.trace(100)        # the mean squared norm of the samples' gradients
+        >>> size = E.trace(100)        # the mean squared norm of the samples' gradients
     """
 
     _PAIR = "(outputs, losses)"

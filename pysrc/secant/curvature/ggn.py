@@ -111,7 +111,12 @@ class _JacobianOperator(CurvatureOperator):
             Dangel, Kunstner and Hennig, BackPACK: packing more into backprop, ICLR (2020), section 2.3.
 
         Example:
-            >>> G.diag().value
+            >>> w, x = torch.zeros(2, requires_grad=True), torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+            >>> def closure():
+            ...     outputs = x @ w
+            ...     return outputs, outputs.square().sum() / 2
+            >>> secant.curvature.GGN(closure, [w]).diag().value.tolist()        # of X^T X
+            [5.0, 9.0]
         """
         return super().diag(num_probes, distribution=distribution, seed=seed)
 
@@ -164,11 +169,14 @@ class GGN(_JacobianOperator):
         (2002). Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020), section 8.
 
     Example:
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(50, 3)
+        >>> y = torch.randint(2, (50,))
         >>> def closure():
         ...     outputs = model(x)
-        ...     return outputs, F.cross_entropy(outputs, y)
+        ...     return outputs, torch.nn.functional.cross_entropy(outputs, y)
         >>> G = secant.curvature.GGN(closure, model.parameters())
-        >>> (G + 1e-3) @ v
+        >>> ((G + 1e-3) @ torch.ones(8)).shape
+        torch.Size([8])
     """
 
     @classmethod

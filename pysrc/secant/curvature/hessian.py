@@ -89,11 +89,12 @@ class Hessian(CurvatureOperator):
         Dagreou, Ablin, Vaiter and Moreau, How to compute Hessian-vector products?, ICLR blog posts (2024).
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> from torch.nn import Linear, Sequential, Tanh, functional
+        >>> model = Sequential(Linear(3, 8), Tanh(), Linear(8, 1))
         >>> x, y = torch.randn(50, 3), torch.randn(50, 1)
-        >>> H = secant.curvature.Hessian(lambda: F.mse_loss(model(x), y), model.parameters())
-        >>> v = torch.randn(H.shape[0])
-        >>> H @ v, H.mode                       # (41,), 'r-operator'
+        >>> H = secant.curvature.Hessian(lambda: functional.mse_loss(model(x), y), model.parameters())
+        >>> v = torch.randn(41)
+        >>> product = H @ v
         >>> newton = torch.linalg.solve(H @ torch.eye(41) + torch.eye(41), v)
     """
 
@@ -112,7 +113,8 @@ class Hessian(CurvatureOperator):
             TypeError, ValueError: an argument is invalid.
 
         Example:
-            >>> H = secant.curvature.Hessian.of(model, nn.CrossEntropyLoss(), images, labels)
+            >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(50, 3), torch.randint(2, (50,))
+            >>> H = secant.curvature.Hessian.of(model, torch.nn.CrossEntropyLoss(), x, y)
         """
         return cls(lambda: loss_fn(model(inputs), targets), trainable(cls.__name__, model), **options)
 

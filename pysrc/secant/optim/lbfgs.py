@@ -165,7 +165,9 @@ class LBFGS(FlatOptimizer):
         ...     loss = (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
         ...     loss.backward()
         ...     return loss
-        >>> optimizer.step(closure)     # the loss at the start, 24.2; x is now (1, 1) to 1e-4
+        >>> loss = optimizer.step(closure)      # at the start, 24.2; x is now (1, 1) to 1e-4
+        >>> str(optimizer.status)
+        'small_change'
     """
 
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
