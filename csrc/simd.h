@@ -379,8 +379,8 @@ template <class T>
 constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
 
 // Piece i from p[i * step] + offset.
-template <class T>
-SECANT_INLINE vec<T> load_pieces(const T* const* p, int step, int64_t offset) {
+template <class T, class P>
+SECANT_INLINE vec<T> load_pieces(const P& p, int step, int64_t offset) {
 #if defined(__AVX2__)
   const auto at = [&](int i) __attribute__((always_inline)) {
     return _mm_loadu_ps(reinterpret_cast<const float*>(p[i * step] + offset));
@@ -398,8 +398,8 @@ SECANT_INLINE vec<T> load_pieces(const T* const* p, int step, int64_t offset) {
 #endif
 }
 
-template <class T>
-SECANT_INLINE void store_pieces(T* const* p, int step, int64_t offset, const vec<T>& v) {
+template <class T, class P>
+SECANT_INLINE void store_pieces(const P& p, int step, int64_t offset, const vec<T>& v) {
 #if defined(__AVX2__)
   const auto at = [&](int i) __attribute__((always_inline)) { return reinterpret_cast<float*>(p[i * step] + offset); };
 #endif

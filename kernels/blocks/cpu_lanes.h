@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -62,8 +63,20 @@ struct Group {
   }
 
   SECANT_INLINE void store_info(const vec<T>& code, int32_t* info) const {
+    if (!any<T>(less<T>(vec<T>{}, absolute<T>(code)))) {  // as most often: without 16 conversions
+      std::memset(info + first, 0, static_cast<size_t>(count) * sizeof(int32_t));
+      return;
+    }
     for (int l = 0; l < count; ++l) info[first + l] = static_cast<int32_t>(code[l]);
   }
+};
+
+// The matrices of a whole group that lie side by side, N * N elements each: places that are constants, not an array.
+template <class T, int kStride>
+struct Even {
+  T* base;
+  SECANT_INLINE T* operator[](int l) const { return base + l * kStride; }
+  SECANT_INLINE Even operator+(int l) const { return {base + l * kStride}; }
 };
 
 // The diagonal under damping, a_ii * times + plus: one rounding whether it is A + lambda I or A + lambda diag(A).
@@ -204,10 +217,12 @@ struct Square {
   static constexpr int out(int i, int j) { return i * N + j; }
 };
 
-template <class Slots, class T, int N>
-SECANT_INLINE void load_unrolled(const T* const* matrices, vec<T>* x) {
+template <class Slots, class T, int N, class P>
+SECANT_INLINE void load_unrolled(const P& matrices, vec<T>* x) {
   constexpr int Q = kPiece<T>, total = N * N;
-  if constexpr (total < Q) {
+  if constexpr (total == 1 && __is_same(P, Even<const T, 1>)) {
+    x[0] = load<vec<T>>(matrices.base);
+  } else if constexpr (total < Q) {
     vec<T> v{};
     for (int l = 0; l < kLanes<T>; ++l) v[l] = matrices[l][0];
     x[0] = v;
@@ -225,10 +240,12 @@ SECANT_INLINE void load_unrolled(const T* const* matrices, vec<T>* x) {
   }
 }
 
-template <class Slots, class T, int N>
-SECANT_INLINE void store_unrolled(const vec<T>* x, T* const* matrices) {
+template <class Slots, class T, int N, class P>
+SECANT_INLINE void store_unrolled(const vec<T>* x, const P& matrices) {
   constexpr int Q = kPiece<T>, total = N * N;
-  if constexpr (total < Q) {
+  if constexpr (total == 1 && __is_same(P, Even<T, 1>)) {
+    store(matrices.base, x[0]);
+  } else if constexpr (total < Q) {
     for (int l = 0; l < kLanes<T>; ++l) matrices[l][0] = x[0][l];
   } else {
     unroll<(total + Q - 1) / Q>([&](auto unit) SECANT_LAMBDA {

@@ -205,22 +205,31 @@ template <class T, int N>
 void inv_small(const Blocks& c) {
   constexpr int kEntries = triangle(N);
   for_groups<T>(c, kLanes<T> * N * N * 0.5, 0, N * N, [&](const Group<T>& group, vec<T>*, Ahead& ahead) {
-    const T* in[kLanes<T>];
-    T* out[kLanes<T>];
-    group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
-    group.pointers(static_cast<T*>(c.out), N * N, out);
-    vec<T> a[kEntries];
-    load_unrolled<LowerTriangle, T, N>(in, a);
-    ahead.fetch_all();
-    const Damping<T> damped(c, group);
-    unroll<N>([&](auto i) SECANT_LAMBDA { a[lower(i, i)] = damped(a[lower(i, i)]); });
-    Pivots<T> pivots;
-    sweep_small<T, N>(a, pivots);
-    if (pivots.bad()) {
-      for (vec<T>& x : a) poison<T>(x, pivots.lanes());
+    const auto invert = [&](const auto& in, const auto& out) SECANT_LAMBDA {
+      vec<T> a[kEntries];
+      load_unrolled<LowerTriangle, T, N>(in, a);
+      if constexpr (N > 1) ahead.fetch_all();  // a stream of single numbers is one that the hardware sees
+      const Damping<T> damped(c, group);
+      unroll<N>([&](auto i) SECANT_LAMBDA { a[lower(i, i)] = damped(a[lower(i, i)]); });
+      Pivots<T> pivots;
+      sweep_small<T, N>(a, pivots);
+      if (pivots.bad()) {
+        for (vec<T>& x : a) poison<T>(x, pivots.lanes());
+      }
+      store_unrolled<LowerTriangle, T, N>(a, out);
+      group.store_info(pivots.code, c.info);
+    };
+    const T* const a = static_cast<const T*>(c.a);
+    T* const out = static_cast<T*>(c.out);
+    if (group.count == kLanes<T> && c.a_batch == N * N) {
+      invert(Even<const T, N * N>{a + group.first * N * N}, Even<T, N * N>{out + group.first * N * N});
+    } else {
+      const T* from[kLanes<T>];
+      T* to[kLanes<T>];
+      group.pointers(a, c.a_batch, from);
+      group.pointers(out, N * N, to);
+      invert(from, to);
     }
-    store_unrolled<LowerTriangle, T, N>(a, out);
-    group.store_info(pivots.code, c.info);
   });
 }
 

@@ -31,8 +31,12 @@ using secant::ptr;
 
 using secant::dlpack::Tensor;
 
-// Histories of more bytes go by panels of many pairs; `secant.defaults` sets it for the processor.
+// Choices for the processor, which `secant.defaults` makes: histories of more bytes go by panels of many pairs;
+// elements of a row that are read at a time.
 int64_t panel_bytes = int64_t(8) << 20;
+int block = 1024;
+
+void lbfgs_tune(int64_t bytes, int elements) { panel_bytes = bytes, block = elements; }
 
 // history: s, y, sy, yy, head, count, stats; vectors: grad, s, y, y_prev, out, prev_out; sums: dots, coefs. Addresses,
 // 0 where there is none.
@@ -48,7 +52,7 @@ void lbfgs_update(int vectors, int rings, int64_t batch, int64_t m, int64_t n, c
   a.out = ptr(operands[4]), a.prev_out = ptr(operands[5]);
   a.dots = ptr<double>(sums[0]), a.coefs = ptr<double>(sums[1]);
   a.t_ptr = ptr<double>(t_ptr), a.t_stride = t_stride, a.t = t, a.tol = tol;
-  a.pair = pair, a.direction = direction, a.phases = phases, a.threads = threads;
+  a.pair = pair, a.direction = direction, a.phases = phases, a.block = block, a.threads = threads;
   py::gil_scoped_release release;
   kernels().update[vectors][rings](a);
 }
@@ -105,9 +109,7 @@ void define(py::module_& m) {
   m.def("lbfgs_update", &lbfgs_update);
   m.def("lbfgs_two_loop", &lbfgs_two_loop);
   m.def("lbfgs_two_loop_plain", &lbfgs_two_loop_plain, "Takes four tensors; False when the gate has to look at them.");
-  m.def(
-      "lbfgs_panel_bytes", [](int64_t bytes) { panel_bytes = bytes; },
-      "Histories of more bytes go by panels of many pairs.");
+  m.def("lbfgs_tune", &lbfgs_tune, "Bytes from which on histories go by panels of pairs; elements of a row at a time.");
 }
 
 const secant::Family family(define);

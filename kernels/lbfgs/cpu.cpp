@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "buffer.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -19,7 +20,8 @@ using secant::LbfgsUpdate;
 using secant::Team;
 
 // Elements per block. A row is read in bursts of one block, long enough for the hardware prefetcher, and the two
-// float64 copies of a block that pass 1 keeps (g and y) stay in the first-level cache.
+// float64 copies of a block that pass 1 keeps (g and y) stay in the first-level cache. For long vectors a processor may
+// ask for longer ones (`secant.defaults`).
 constexpr int kBlock = 1024;
 // Rows of the panel Gram matrix are converted to float64 first; 2 * kPanel rows of this many elements stay in the
 // second level.
@@ -65,12 +67,19 @@ template <class T, class S>
 using Product = std::conditional_t<__is_same(T, float) && __is_same(S, bf16), float, double>;
 constexpr int kRun = 256;
 
+constexpr int kLine = 64;
+
+// To the second level of cache.
+SECANT_INLINE void ask_for_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // Four dots in one walk over four sums of two chains each. kBoth: r[0] += x0.v, r[1] += x1.v, r[2] += x0.w, r[3] +=
 // x1.w; else r[i] += xi.v.
-template <bool kBoth, class A, class S>
+// kAsk: the rows that come after these, next[0..3] (kBoth: two), are asked for as these are read.
+template <bool kBoth, bool kAsk, class A, class S>
 SECANT_INLINE void four_dots(const S* x0, const S* x1, const S* x2, const S* x3, const A* v, const A* w, int len,
-                             double* r) {
+                             const S* const* next, double* r) {
   using V = vec<A>;
+  constexpr int kStep = 2 * kLanes<A>;
   vd sum[4] = {};
   int i = 0;
   while (i + kLanes<A> <= len) {
@@ -89,7 +98,12 @@ SECANT_INLINE void four_dots(const S* x0, const S* x1, const S* x2, const S* x3,
       }
     };
     const int end = __is_same(A, float) ? std::min(len, i + kRun) : len;
-    for (; i + 2 * kLanes<A> <= end; i += 2 * kLanes<A>) {
+    for (; i + kStep <= end; i += kStep) {
+      if constexpr (kAsk) {
+        for (int row = 0; row < (kBoth ? 2 : 4); ++row) {
+          for (int at = 0; at < kStep; at += kLine / static_cast<int>(sizeof(S))) ask_for_line(next[row] + i + at);
+        }
+      }
       add(i, a[0]);
       add(i + kLanes<A>, a[1]);
     }
@@ -171,7 +185,6 @@ SECANT_INLINE void combine(const std::vector<const S*>& rows, const std::vector<
 constexpr int64_t kPrefetchBytes = 64 * 1024;
 
 SECANT_INLINE void ask_for(const void* p, int64_t bytes) {
-  constexpr int kLine = 64;
   if (p == nullptr) return;
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(p) + at);
 }
@@ -259,7 +272,7 @@ struct Problem {
   T *out, *prev_out;
   double *dots, *coefs;
   bool pair, direction;
-  int phases;
+  int phases, block;
   T t;
   double tol;
 
@@ -284,6 +297,7 @@ struct Problem {
         pair(a.pair),
         direction(a.direction),
         phases(a.phases),
+        block(a.block),
         t(static_cast<T>(a.t_ptr != nullptr ? a.t_ptr[b * a.t_stride] : a.t)),
         tol(a.tol) {}
 
@@ -299,43 +313,66 @@ struct UpdateScratch {
   std::vector<T> coef;
 };
 
-template <bool G, bool P, class T, class S>
-void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, double* part) {
-  using A = Product<T, S>;
-  alignas(64) A g[kBlock], y[kBlock];
-  S s_new[kBlock], y_new[kBlock];
+// What a thread needs of its own for a block of elements.
+template <class T, class S>
+struct Lines {
+  Product<T, S>*g, *y;
+  S *s_new, *y_new;
+  T* acc;
+  int block;
+};
+
+// The rows after slot j, in this block or the next one.
+template <class S>
+struct Following {
+  const S* rows[4];
+  template <class T>
+  Following(const Problem<T, S>& p, int64_t j, int slots, int64_t at, int64_t block) {
+    for (int k = 0; k < slots; ++k) {
+      const int64_t slot = j + slots + k, over = slot < p.m ? 0 : 1;
+      const int64_t offset = (slot - (over ? std::min<int64_t>(slot, p.m) : 0)) * p.n + at + over * block;
+      rows[2 * k] = p.s_ring + offset, rows[2 * k + 1] = p.y_ring + offset;
+    }
+  }
+};
+
+// A row is read in bursts of a block, and another burst of memory begins with each: where the history is not in the
+// cache, the next burst is asked for while this one is read.
+template <bool G, bool P, bool kAsk, class T, class S>
+void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, const Lines<T, S>& x, double* part) {
   double* scalars = part + 4 * p.m;
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int len = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+  for (int64_t at = begin; at < end; at += x.block) {
+    const int len = static_cast<int>(std::min<int64_t>(x.block, end - at));
     if (G) {
       const T* grad = p.grad + at;
-      convert(grad, len, g);
+      convert(grad, len, x.g);
       scalars[kGMax] = largest(grad, len, static_cast<T>(scalars[kGMax]));
       scalars[kGG] += dot(grad, grad, len);
     }
     if (P) {
-      new_pair(p.s + at, p.y + at, p.y_prev != nullptr ? p.y_prev + at : nullptr, p.t, len, s_new, y_new);
-      convert(y_new, len, y);
-      scalars[kSY] += dot(s_new, y_new, len);
-      scalars[kSS] += dot(s_new, s_new, len);
-      scalars[kYY] += dot(y_new, y_new, len);
+      new_pair(p.s + at, p.y + at, p.y_prev != nullptr ? p.y_prev + at : nullptr, p.t, len, x.s_new, x.y_new);
+      convert(x.y_new, len, x.y);
+      scalars[kSY] += dot(x.s_new, x.y_new, len);
+      scalars[kSS] += dot(x.s_new, x.s_new, len);
+      scalars[kYY] += dot(x.y_new, x.y_new, len);
       if (G) {
-        scalars[kSG] += dot(s_new, p.grad + at, len);
-        scalars[kYG] += dot(y_new, p.grad + at, len);
+        scalars[kSG] += dot(x.s_new, p.grad + at, len);
+        scalars[kYG] += dot(x.y_new, p.grad + at, len);
       }
     }
     for (int64_t j = 0; j < p.m; j += G && P ? 1 : 2) {
       const S *s_row = p.s_ring + j * p.n + at, *y_row = p.y_ring + j * p.n + at;
+      const Following<S> next(p, j, G && P ? 1 : 2, at, x.block);
       double* r = part + 4 * j;
       if (G && P) {
-        four_dots<true>(s_row, y_row, s_row, y_row, g, y, len, r);
+        four_dots<true, kAsk>(s_row, y_row, s_row, y_row, x.g, x.y, len, next.rows, r);
         continue;
       }
-      const int64_t next = j + 1 < p.m ? p.n : 0;
+      const int64_t second = j + 1 < p.m ? p.n : 0;
       double sums[4] = {};
-      four_dots<false>(s_row, y_row, s_row + next, y_row + next, G ? g : y, y, len, sums);
+      four_dots<false, kAsk>(s_row, y_row, s_row + second, y_row + second, G ? x.g : x.y, x.y, len, next.rows, sums);
       r[G ? 0 : 2] += sums[0], r[G ? 1 : 3] += sums[1];
-      if (next != 0) r[G ? 4 : 6] += sums[2], r[G ? 5 : 7] += sums[3];
+      if (second != 0) r[G ? 4 : 6] += sums[2], r[G ? 5 : 7] += sums[3];
     }
   }
 }
@@ -408,14 +445,15 @@ void list_rows(const Problem<T, S>& p, const double* coefs, UpdateScratch<T, S>&
 // Backwards, so that what pass 1 left in the cache is used first. The accepted pair is written here, not in pass 1:
 // until the gate has spoken the slot still holds a pair that a rejection must keep.
 template <class T, class S>
-void pass2(const Problem<T, S>& p, int64_t begin, int64_t end, const double* coefs, const UpdateScratch<T, S>& w) {
-  alignas(64) T acc[kBlock];
-  const int64_t blocks = (end - begin + kBlock - 1) / kBlock;
+void pass2(const Problem<T, S>& p, int64_t begin, int64_t end, const Lines<T, S>& x, const double* coefs,
+           const UpdateScratch<T, S>& w) {
+  T* const acc = x.acc;
+  const int64_t blocks = (end - begin + x.block - 1) / x.block;
   const T scale = static_cast<T>(coefs[kScale]);
   const int64_t slot = static_cast<int64_t>(coefs[kSlot]);
   for (int64_t b = blocks - 1; b >= 0; --b) {
-    const int64_t at = begin + b * kBlock;
-    const int len = static_cast<int>(std::min<int64_t>(kBlock, end - at));
+    const int64_t at = begin + b * x.block;
+    const int len = static_cast<int>(std::min<int64_t>(x.block, end - at));
     if (slot >= 0) {
       new_pair(p.s + at, p.y + at, p.y_prev != nullptr ? p.y_prev + at : nullptr, p.t, len, p.s_ring + slot * p.n + at,
                p.y_ring + slot * p.n + at);
@@ -436,19 +474,43 @@ void reserve(UpdateScratch<T, S>& w, int64_t m, int threads) {
   w.rows.reserve(2 * m), w.coef.reserve(2 * m);
 }
 
+// Histories of more bytes than this, a thread, are asked for ahead: less stays in the second level of cache by itself.
+constexpr int64_t kAskBytes = 1 << 20;
+
+template <bool kAsk, class T, class S>
+void first_pass(const Problem<T, S>& p, int64_t begin, int64_t end, const Lines<T, S>& x, double* part) {
+  if (!p.pair) {
+    pass1<true, false, kAsk>(p, begin, end, x, part);
+  } else if (p.grad == nullptr) {
+    pass1<false, true, kAsk>(p, begin, end, x, part);
+  } else {
+    pass1<true, true, kAsk>(p, begin, end, x, part);
+  }
+}
+
 template <class T, class S>
 void update_team(const Problem<T, S>& p, const Team& team, UpdateScratch<T, S>& w) {
   const auto [begin, end] = team.share(p.n, kBlock);
   const int64_t width = 4 * p.m + kScalars;
+  alignas(64) Product<T, S> g[kBlock], y[kBlock];
+  alignas(64) T acc[kBlock];
+  alignas(64) S s_new[kBlock], y_new[kBlock];
+  Lines<T, S> x{g, y, s_new, y_new, acc, kBlock};
+  const int wide = p.block > kBlock && end - begin >= 16 * p.block ? p.block : 0;
+  const secant::Buffer<Product<T, S>> wide_products(2 * wide);
+  const secant::Buffer<T> wide_acc(wide);
+  const secant::Buffer<S> wide_pair(2 * wide);
+  if (wide > 0) {
+    x = {
+        wide_products.get(), wide_products.get() + wide, wide_pair.get(), wide_pair.get() + wide, wide_acc.get(), wide};
+  }
   if (p.phases & secant::kDots) {
     double* part = w.partial.data() + team.rank * width;
     std::fill(part, part + width, 0.0);
-    if (!p.pair) {
-      pass1<true, false>(p, begin, end, part);
-    } else if (p.grad == nullptr) {
-      pass1<false, true>(p, begin, end, part);
+    if (2 * p.m * (end - begin) * static_cast<int64_t>(sizeof(S)) > kAskBytes) {
+      first_pass<true>(p, begin, end, x, part);
     } else {
-      pass1<true, true>(p, begin, end, part);
+      first_pass<false>(p, begin, end, x, part);
     }
     team.barrier();
   }
@@ -464,7 +526,7 @@ void update_team(const Problem<T, S>& p, const Team& team, UpdateScratch<T, S>& 
   }
   if (!(p.phases & secant::kCombine)) return;
   team.barrier();
-  pass2(p, begin, end, coefs, w);
+  pass2(p, begin, end, x, coefs, w);
 }
 
 // Asks for what a problem will read and write.

@@ -20,6 +20,7 @@ struct LbfgsUpdate {
   double *dots, *coefs;  // (batch, 4 m + 8), (batch, 2 m + 2); null: memory of its own
   bool pair, direction;  // what there is to do: offer s and y, compute out
   int phases;            // kDots, kSolve, kCombine
+  int block;             // elements that are read of a row at a time, where vectors are long
   int threads;           // 0: as many as pay off
 };
 

@@ -26,11 +26,13 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 class _Processor(Protocol):
     @property
     def panel_bytes(self) -> int | None: ...
+    @property
+    def block(self) -> int: ...
 
 
 def tune(processor: _Processor) -> None:
     """Take the choices for a processor, those of `secant.defaults`."""
-    _cpu.lbfgs_panel_bytes(2**62 if processor.panel_bytes is None else processor.panel_bytes)
+    _cpu.lbfgs_tune(2**62 if processor.panel_bytes is None else processor.panel_bytes, processor.block)
 
 
 #: two_loop_plain(grad, s, y, out) -> bool: `two_loop` with gamma None and the checks of the public function.
