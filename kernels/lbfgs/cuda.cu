@@ -4,27 +4,27 @@
 // coefficients are float64, vectors are combined in T. A problem is worked on by a "group" (a warp or a block), or by
 // several blocks that meet in global memory. Every sum has a fixed order, so results repeat bit for bit.
 //
-//   lbfgs_update_block     many blocks a problem: either two plain launches, one a pass, and the last block of the first
-//                          solves; or one cooperative launch of both passes with a grid barrier and part of the history
-//                          kept in shared memory. Or one block a problem. It also does a part of an update by itself:
-//                          the sums, the solve, or the combination.
+//   lbfgs_update_block     many blocks a problem: either two plain launches, one a pass, and the last block of the
+//                          first solves; or one cooperative launch of both passes with a grid barrier and part of the
+//                          history kept in shared memory. Or one block a problem. It also does a part of an update by
+//                          itself: the sums, the solve, or the combination.
 //   lbfgs_update_warp      one warp a problem
 //   lbfgs_panel_dots, lbfgs_panel_line            the two-loop recursion, 16 pairs a launch, many blocks a problem
 //   lbfgs_two_loop_block, lbfgs_two_loop_warp     the two-loop recursion, one group a problem
 //
-// plan.py chooses kernel, grid and shared memory, and packs the two structs below: first what differs from call to call,
-// then what a plan knows.
+// plan.py chooses kernel, grid and shared memory, and packs the two structs below: first what differs from call to
+// call, then what a plan knows.
 
 struct Update {
   u64 s_ring, y_ring, sy, yy, head, count, stats;  // pointers; (B, m, n) x 2, (B, m, m) x 2, (B,) x 2, (B, 8)
   u64 grad, s, y, y_prev, out, prev_out, t, work;  // pointers, 0 where absent
   u64 dots, coefs;                                 // (B, 4 m + 8), (B, 2 m + 2): for the parts, 0 in a whole update
   double step, tol;                                // step: the value of t where it is no tensor
-  int wide, t_stride, pair, direction;             // wide: 16-byte accesses; pair, direction: whether there is one to do
+  int wide, t_stride, pair, direction;             // wide: 16-byte accesses; pair, direction: there is one to do
   i64 batch, n, work_stride;                       // work_stride: doubles of workspace a problem
   int phases, m, resident;                         // phases: kFirst ...; resident: chunks kept in shared memory
-  int spread, group_bytes, unused;                 // spread: the blocks of a grid row share a problem; group_bytes:
-};                                                 // shared memory of a warp
+  int spread, group_bytes, unused;                 // spread: blocks share a problem; bytes: a warp's shared memory
+};
 
 struct TwoLoop {
   u64 grad, s, y, out, work;
