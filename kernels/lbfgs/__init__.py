@@ -1,6 +1,6 @@
 """The `lbfgs` family: quasi-Newton directions from limited-memory pairs.
 
-Each module named below implements the same two functions, `two_loop` and `update`, whose contract is written down in
+Each module named below implements the same functions, those of `contract.Backend`, whose meaning is written down in
 `reference.py`. `BACKENDS` is the table that `secant.backends` reads: name of the backend -> module of this package that
 implements it. A new implementation is one file and one line here.
 """

@@ -4,42 +4,51 @@
 // coefficients are float64, vectors are combined in T. A problem is worked on by a "group" (a warp or a block), or by
 // several blocks that meet in global memory. Every sum has a fixed order, so results repeat bit for bit.
 //
-//   lbfgs_update_block     with a workspace: many blocks a problem. Either two plain launches, one a pass, and the last
-//                          block of the first solves; or one cooperative launch of both passes with a grid barrier and
-//                          part of the history kept in shared memory. Without a workspace: one block a problem.
+//   lbfgs_update_block     many blocks a problem: either two plain launches, one a pass, and the last block of the
+//                          first solves; or one cooperative launch of both passes with a grid barrier and part of the
+//                          history kept in shared memory. Or one block a problem. It also does a part of an update by
+//                          itself: the sums, the solve, or the combination.
 //   lbfgs_update_warp      one warp a problem
 //   lbfgs_panel_dots, lbfgs_panel_line            the two-loop recursion, 16 pairs a launch, many blocks a problem
 //   lbfgs_two_loop_block, lbfgs_two_loop_warp     the two-loop recursion, one group a problem
 //
-// plan.py chooses kernel, grid and shared memory, and packs the two structs below.
+// plan.py chooses kernel, grid and shared memory, and packs the two structs below: first what differs from call to
+// call, then what a plan knows.
 
 struct Update {
   u64 s_ring, y_ring, sy, yy, head, count, stats;  // pointers; (B, m, n) x 2, (B, m, m) x 2, (B,) x 2, (B, 8)
   u64 grad, s, y, y_prev, out, prev_out, t, work;  // pointers, 0 where absent
-  i64 batch, n, work_stride;                       // work_stride: doubles of workspace a problem
+  u64 dots, coefs;                                 // (B, 4 m + 8), (B, 2 m + 2): for the parts, 0 in a whole update
   double step, tol;                                // step: the value of t where it is no tensor
-  int m, wide, resident, t_stride;                 // wide: 16-byte accesses; resident: chunks kept in shared memory
-  int phases, group_bytes;                         // phases: kFirst, kSecond; group_bytes: shared memory of a warp
+  int wide, t_stride, pair, direction;             // wide: 16-byte accesses; pair, direction: there is one to do
+  i64 batch, n, work_stride;                       // work_stride: doubles of workspace a problem
+  int phases, m, resident;                         // phases: kFirst ...; resident: chunks kept in shared memory
+  int spread, group_bytes, unused;                 // spread: blocks share a problem; bytes: a warp's shared memory
 };
 
 struct TwoLoop {
   u64 grad, s, y, out, work;
-  i64 batch, n, s_row, s_batch, y_row, y_batch, work_stride;
+  i64 s_row, s_batch, y_row, y_batch;
   double gamma;  // NaN: s.y / y.y of the newest valid pair
-  int m, wide, resident, step, group_bytes, unused;
+  int wide, unused;
+  i64 batch, n, work_stride;
+  int m, resident, group_bytes, step;
 };
 
 namespace {
 
 constexpr u32 kAll = 0xffffffffu;
-constexpr int kBlock = 256;             // threads of every block
-constexpr int kFirst = 1, kSecond = 2;  // passes of an update in this launch
-constexpr int kStaged = 32;             // up to this m the Gram matrices are solved from shared memory
-constexpr int kExtras = 8;              // sums that concern no row: s'y' s's' y'y' s'g y'g gg, max|g|, unused
-constexpr int kMeetings = 256;          // problems that many blocks work on, in one launch
-constexpr int kPanel = 16;              // pairs of a panel
-constexpr int kTile = 24;               // sums of a 4 x 4 tile: s_i.y_j (16), s_i.q (4), y_i.y_i (4)
-constexpr int kTiles = 10;              // tiles of the upper triangle of a panel
+constexpr int kBlock = 256;     // threads of every block
+constexpr int kStaged = 32;     // up to this m the Gram matrices are solved from shared memory
+constexpr int kExtras = 8;      // sums that concern no row: s'y' s's' y'y' s'g y'g gg, max|g|, unused
+constexpr int kMeetings = 256;  // problems that many blocks work on, in one launch
+constexpr int kPanel = 16;      // pairs of a panel
+constexpr int kTile = 24;       // sums of a 4 x 4 tile: s_i.y_j (16), s_i.q (4), y_i.y_i (4)
+constexpr int kTiles = 10;      // tiles of the upper triangle of a panel
+
+// What of an update this launch does. kFirst: the sums, then the solve, or with `dots` the sums written there; kSolve:
+// the solve, from `dots` into `coefs`; kSecond: the combination, with the coefficients of `coefs` where given.
+constexpr int kFirst = 1, kSecond = 2, kSolve = 4;
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
@@ -311,7 +320,7 @@ SECANT_DEVICE void dots(const Update& a, i64 b, const Scratch& x, const Walk& w,
     double extra[8] = {};
     SECANT_UNROLL
     for (int k = 0; k < each; ++k) g[k] = yn[k] = 0.0;
-    if (a.out) {
+    if (a.grad) {
       T raw[each];
       load<Wide, H, G::size>(reinterpret_cast<const T*>(a.grad) + b * a.n + base, rank, length, raw);
       SECANT_UNROLL
@@ -488,7 +497,7 @@ SECANT_DEVICE void finish(const Update& a, i64 b, const Scratch& x, int rows, do
   int* head = reinterpret_cast<int*>(a.head) + b;
   const int p = *head;
   const double norms = sqrt(extra[1]) * sqrt(extra[2]);
-  const bool accepted = a.s && finite(extra[0]) && finite(extra[1]) && finite(extra[2]) && extra[0] > a.tol * norms;
+  const bool accepted = a.pair && finite(extra[0]) && finite(extra[1]) && finite(extra[2]) && extra[0] > a.tol * norms;
   const bool staged = m <= kStaged;
   double *tsy = sy, *tyy = yy;
   if (staged) {
@@ -539,10 +548,10 @@ SECANT_DEVICE void finish(const Update& a, i64 b, const Scratch& x, int rows, do
     coef[1] = accepted ? double(p) : -1.0;
   }
   G::sync();
-  if (a.out) recursion<G>(tsy, tyy, x.solve, coef, m, oldest);
+  if (a.direction) recursion<G>(tsy, tyy, x.solve, coef, m, oldest);
   if (rank < 32) {
     double gd = 0.0;
-    if (a.out) {  // g.d = -gamma g.g + sum of coefficients times dots
+    if (a.direction) {  // g.d = -gamma g.g + sum of coefficients times dots
       SECANT_LOOP
       for (int i = rank; i < m; i += 32) {
         const double cs = coef[2 + i], cy = coef[2 + m + i];
@@ -554,13 +563,13 @@ SECANT_DEVICE void finish(const Update& a, i64 b, const Scratch& x, int rows, do
     if (rank == 0) {
       double* stats = reinterpret_cast<double*>(a.stats) + 8 * b;
       stats[0] = gd;
-      stats[1] = a.out ? sqrt(extra[5]) : 0.0;
-      stats[2] = a.out ? extra[6] : 0.0;
-      stats[3] = a.s ? extra[0] : 0.0;
-      stats[4] = a.s ? sqrt(extra[1]) : 0.0;
-      stats[5] = a.s ? sqrt(extra[2]) : 0.0;
+      stats[1] = a.direction ? sqrt(extra[5]) : 0.0;
+      stats[2] = a.direction ? extra[6] : 0.0;
+      stats[3] = a.pair ? extra[0] : 0.0;
+      stats[4] = a.pair ? sqrt(extra[1]) : 0.0;
+      stats[5] = a.pair ? sqrt(extra[2]) : 0.0;
       stats[6] = accepted ? 1.0 : 0.0;
-      stats[7] = a.out ? -coef[0] : 0.0;
+      stats[7] = a.direction ? -coef[0] : 0.0;
     }
   }
   G::sync();
@@ -707,34 +716,69 @@ SECANT_DEVICE void gather(const Meeting& x, double* sums, int width, int top) {
   __syncthreads();
 }
 
+// The sums of a problem from the order of the contract, by slot, into x.sums; and from there, with zeros for slots that
+// were not read.
+template <class G>
+SECANT_DEVICE void take_dots(const Update& a, i64 b, const Scratch& x, int rows) {
+  const double* from = reinterpret_cast<const double*>(a.dots) + b * (4 * a.m + kExtras);
+  SECANT_LOOP
+  for (int v = G::rank(); v < 4 * rows + kExtras; v += G::size) {
+    x.sums[v] = from[v < 4 * rows ? 4 * x.rows[v / 4] + v % 4 : 4 * a.m + v - 4 * rows];
+  }
+  G::sync();
+}
+
+template <class G>
+SECANT_DEVICE void give_dots(const Update& a, i64 b, const Scratch& x, int rows) {
+  double* to = reinterpret_cast<double*>(a.dots) + b * (4 * a.m + kExtras);
+  SECANT_LOOP
+  for (int v = G::rank(); v < 4 * a.m + kExtras; v += G::size) {
+    const int at = v < 4 * a.m ? x.place[v / 4] : rows;
+    to[v] = at != 0xffff ? x.sums[4 * at + (v < 4 * a.m ? v % 4 : v - 4 * a.m)] : 0.0;
+  }
+}
+
+SECANT_DEVICE double* given_coefs(const Update& a, i64 b) {
+  return reinterpret_cast<double*>(a.coefs) + b * (2 * a.m + 2);
+}
+
 // The passes of one problem by one group, or (meet) by the gridDim.x blocks of a grid row. Between the passes of a
 // fused launch the blocks wait for the last one to solve; without kSecond the launch ends there, and one of kSecond
-// alone goes on.
+// alone goes on. kSolve is for one block a problem.
 template <class T, class H, class G>
 SECANT_DEVICE void update_problem(const Update& a, i64 b, const Scratch& x, bool meet_blocks) {
   const Meeting meet = meeting(a.work, meet_blocks ? b : 0, a.work_stride, 2 * a.m + 2);
   const i64 first = meet_blocks ? i64(blockIdx.x) : 0, stride = meet_blocks ? i64(gridDim.x) : 1;
   const Walk w = walk(a.n, ChunkOf<H, G::size>::value, first, stride, a.resident);
   const bool second = a.phases & kSecond;
-  if (a.phases & kFirst) {
+  constexpr bool parts = G::warps > 1;  // a warp does nothing but whole updates: it has no registers to spare
+  if (a.phases & (parts ? kFirst | kSolve : kFirst)) {
     u32 turn = 0;  // read before the arrival: it cannot change until then
     if (meet_blocks) turn = *reinterpret_cast<volatile u32*>(meet.turn);
     const int rows = list_rows<G>(a, b, x);
-    if (G::warps > 1 && a.wide) {
-      dots<G::warps != 1, T, H, G>(a, b, x, w, rows);
+    bool last = true;
+    if (parts && (a.phases & kSolve)) {
+      take_dots<G>(a, b, x, rows);
     } else {
-      dots<false, T, H, G>(a, b, x, w, rows);
+      if (G::warps > 1 && a.wide) {
+        dots<G::warps != 1, T, H, G>(a, b, x, w, rows);
+      } else {
+        dots<false, T, H, G>(a, b, x, w, rows);
+      }
+      add_warps<G>(x, a.m, rows);
+      const int width = 4 * rows + kExtras;
+      if (meet_blocks) {
+        last = arrive(meet, x.sums, width, reinterpret_cast<u32*>(x.solve));
+        if (last) gather(meet, x.sums, width, 4 * rows + 6);
+      }
+      if (parts && a.dots) {
+        if (last) give_dots<G>(a, b, x, rows);
+        return;
+      }
     }
-    add_warps<G>(x, a.m, rows);
-    const int width = 4 * rows + kExtras;
-    bool solve = true;
-    if (meet_blocks) {
-      solve = arrive(meet, x.sums, width, reinterpret_cast<u32*>(x.solve));
-      if (solve) gather(meet, x.sums, width, 4 * rows + 6);
-    }
-    if (solve) finish<G>(a, b, x, rows, meet_blocks ? meet.coef : x.coef);
+    if (last) finish<G>(a, b, x, rows, parts && a.coefs ? given_coefs(a, b) : meet_blocks ? meet.coef : x.coef);
     if (meet_blocks && second) {
-      if (solve) {
+      if (last) {
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) atomicAdd(meet.turn, 1u);
@@ -748,9 +792,10 @@ SECANT_DEVICE void update_problem(const Update& a, i64 b, const Scratch& x, bool
     }
   }
   if (!second) return;
-  if (meet_blocks) {
+  if (meet_blocks || (parts && a.coefs)) {
+    const double* from = parts && a.coefs ? given_coefs(a, b) : meet.coef;
     SECANT_LOOP
-    for (int v = G::rank(); v < 2 * a.m + 2; v += G::size) x.coef[v] = meet.coef[v];
+    for (int v = G::rank(); v < 2 * a.m + 2; v += G::size) x.coef[v] = from[v];
   }
   G::sync();
   if (G::warps > 1 && a.wide) {
@@ -763,7 +808,7 @@ SECANT_DEVICE void update_problem(const Update& a, i64 b, const Scratch& x, bool
 template <class T, class H>
 SECANT_DEVICE void update_block(const Update& a, unsigned char* memory) {
   const Scratch x = scratch(memory, a.m, Block::warps);
-  const bool meet_blocks = a.work != 0;
+  const bool meet_blocks = a.spread;
   const i64 first = meet_blocks ? i64(blockIdx.y) : i64(blockIdx.x), stride = meet_blocks ? a.batch : i64(gridDim.x);
   SECANT_LOOP
   for (i64 b = first; b < a.batch; b += stride) {

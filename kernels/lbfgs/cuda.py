@@ -19,3 +19,4 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 _launcher = Launcher(_cuda_driver.AheadOfTime())
 update = _launcher.update
 two_loop = _launcher.two_loop
+dots, solve, combine = _launcher.dots, _launcher.solve, _launcher.combine

@@ -37,3 +37,4 @@ def source(pair: str) -> str:
 _launcher = Launcher(_cuda_driver.RunTime(pair_of, source))
 update = _launcher.update
 two_loop = _launcher.two_loop
+dots, solve, combine = _launcher.dots, _launcher.solve, _launcher.combine

@@ -8,7 +8,8 @@ How a call is mapped:
 * many problems: a warp each (short vectors) or a block each, in one launch, history in shared memory where it fits;
 * few problems: all multiprocessors work on each. `update`: one cooperative launch whose blocks keep their part of the
   history in shared memory between the passes, when at least half of it fits; else, and always while a CUDA graph is
-  being captured, two plain launches. `two_loop`: 16 pairs a launch, 2 ceil(m / 16) + 1 launches (see README.md).
+  being captured, two plain launches. `two_loop`: 16 pairs a launch, 2 ceil(m / 16) + 1 launches (see README.md);
+* `dots`, `solve` and `combine`: one plain launch each, of a block a problem or of all multiprocessors on each.
 
 The thresholds follow from counting bytes and launches; they have not been measured yet.
 """
@@ -17,38 +18,121 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from secant.kernels._cuda_driver import Device, Driver, Launch
-from secant.kernels.lbfgs.contract import Pair, State
+from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
 from torch import Tensor
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
-#: struct Update and struct TwoLoop of cuda.cu.
-UPDATE = struct.Struct("15Q3q2d6i")
-TWO_LOOP = struct.Struct("5Q7qd6i")
+# Members of the structs of cuda.cu, by what `struct` calls their types.
+Pointer = Annotated[int, "Q"]
+Long = Annotated[int, "q"]
+Double = Annotated[float, "d"]
+Int = Annotated[int, "i"]
+
+
+class UpdateCall(NamedTuple):
+    """The members of struct Update that differ from call to call, in their order."""
+
+    s_ring: Pointer
+    y_ring: Pointer
+    sy: Pointer
+    yy: Pointer
+    head: Pointer
+    count: Pointer  # type: ignore[assignment]  # of the pairs, not of equal members
+    stats: Pointer
+    grad: Pointer
+    s: Pointer
+    y: Pointer
+    y_prev: Pointer
+    out: Pointer
+    prev_out: Pointer
+    t: Pointer
+    work: Pointer
+    dots: Pointer
+    coefs: Pointer
+    step: Double
+    tol: Double
+    wide: Int
+    t_stride: Int
+    pair: Int
+    direction: Int
+
+
+class UpdatePlan(NamedTuple):
+    """The other members of struct Update."""
+
+    batch: Long
+    n: Long
+    work_stride: Long
+    phases: Int
+    m: Int
+    resident: Int
+    spread: Int
+    group_bytes: Int
+    unused: Int = 0
+
+
+class TwoLoopCall(NamedTuple):
+    """The members of struct TwoLoop that differ from call to call, in their order."""
+
+    grad: Pointer
+    s: Pointer
+    y: Pointer
+    out: Pointer
+    work: Pointer
+    s_row: Long
+    s_batch: Long
+    y_row: Long
+    y_batch: Long
+    gamma: Double
+    wide: Int
+    unused: Int = 0
+
+
+class TwoLoopPlan(NamedTuple):
+    """The other members of struct TwoLoop."""
+
+    batch: Long
+    n: Long
+    work_stride: Long
+    m: Int
+    resident: Int
+    group_bytes: Int
+    step: Int
+
+
+def layout(members: type[Any]) -> struct.Struct:
+    """Pack members in their order; whole multiples of 8 bytes, those of 8 in front, so that there are no holes."""
+    hints = get_type_hints(members, include_extras=True)
+    found = struct.Struct("".join(hints[name].__metadata__[0] for name in members._fields))
+    assert found.size % 8 == 0
+    return found
+
+
+_UPDATE_CALL, _UPDATE_PLAN = layout(UpdateCall), layout(UpdatePlan)
+_TWO_LOOP_CALL, _TWO_LOOP_PLAN = layout(TwoLoopCall), layout(TwoLoopPlan)
 
 BLOCK = 256  # threads of a block
 OCCUPANCY = 2  # blocks of a multiprocessor, by __launch_bounds__
-EXTRAS = 8  # sums that concern no row
 STAGED = 32  # largest m whose Gram matrices are solved from shared memory
 PANEL, TILE, TILES = 16, 24, 10
 MEETINGS = 256  # problems whose blocks may meet in one launch
-FIRST, SECOND = 1, 2  # passes
+FIRST, SECOND, SOLVE = 1, 2, 4  # what a launch does of an update: kFirst, kSecond, kSolve
 WARP_N = 512  # longest vector of a warp: 16 elements a lane
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 
 
 class Plan(NamedTuple):
-    """The launches of a call and the numbers of the struct that do not change between calls."""
+    """The launches of a call, and what of their structs is the same in every call."""
 
     launches: tuple[Launch, ...]
     work: int  # doubles of workspace, 0 for none
-    work_stride: int  # doubles a problem
     resident: int
-    group_bytes: int
+    packed: tuple[bytes, ...]  # UpdatePlan or TwoLoopPlan of each launch
 
 
 def _chunk(size: int, threads: int) -> int:
@@ -64,6 +148,26 @@ def scratch_bytes(m: int, warps: int) -> int:
     """Shared memory of a group in an update, without the history: `Scratch` of cuda.cu."""
     doubles = warps * (4 * m + EXTRAS) + 6 * m + 2 * m + 2 + (2 * m * m if m <= STAGED else 0)
     return 8 * doubles + _round16(4 * m)
+
+
+def _update_plan(
+    launches: tuple[Launch, ...],
+    batch: int,
+    n: int,
+    m: int,
+    *,
+    resident: int = 0,
+    group_bytes: int = 0,
+    blocks: int = 0,
+) -> Plan:
+    """Plan of an update or a part of it; `blocks` that share a problem, 0 for a group a problem.
+
+    They need counters and, for each problem, room for coefficients and for the sums of each.
+    """
+    stride = 2 * m + 2 + (4 * m + EXTRAS) * blocks if blocks else 0
+    shared = {"work_stride": stride, "resident": resident, "group_bytes": group_bytes, "spread": bool(blocks)}
+    packed = tuple(_UPDATE_PLAN.pack(*UpdatePlan(batch, n, phases=item.phase, m=m, **shared)) for item in launches)
+    return Plan(launches, 2 * MEETINGS + batch * stride if blocks else 0, resident, packed)
 
 
 def plan_update(
@@ -84,31 +188,55 @@ def plan_update(
         warps = max(1, min(8, device.shared // (2 * group)))
         grid = min(-(-batch // warps), sms * max(1, min(16 // warps, device.shared // (group * warps))))
         item = Launch(f"lbfgs_update_warp_{pair}", grid, 1, 32 * warps, group * warps, False, FIRST | SECOND)
-        return Plan((item,), 0, 0, resident, group)
+        return _update_plan((item,), batch, n, m, resident=resident, group_bytes=group)
     kernel, base, row = f"lbfgs_update_block_{pair}", scratch_bytes(m, BLOCK // 32), 2 * m * chunk * size
-    if batch >= sms or batch > MEETINGS or chunks <= 2:
+    if _block_each(device, batch, chunks):
         budget = device.shared // OCCUPANCY - RESERVED if batch > sms else device.shared
         resident = max(0, min(chunks, (budget - base) // row)) if direct else 0
         grid = min(batch, sms * OCCUPANCY)
         item = Launch(kernel, grid, 1, BLOCK, base + resident * row, False, FIRST | SECOND)
-        return Plan((item,), 0, 0, resident, 0)
+        return _update_plan((item,), batch, n, m, resident=resident)
     blocks = max(1, min(chunks, sms // batch))
     resident = max(0, min(-(-chunks // blocks), (device.shared - base) // row)) if direct else 0
     if cooperative is None:
         cooperative = 2 * resident * blocks >= chunks
     if not cooperative:
         blocks, resident = max(1, min(chunks, sms * OCCUPANCY // batch)), 0
-    stride = 2 * m + 2 + (4 * m + EXTRAS) * blocks
     shared = base + resident * row
     phases = (FIRST | SECOND,) if cooperative else (FIRST, SECOND)
     items = tuple(Launch(kernel, blocks, batch, BLOCK, shared, cooperative, phase) for phase in phases)
-    return Plan(items, 2 * MEETINGS + batch * stride, stride, resident, 0)
+    return _update_plan(items, batch, n, m, resident=resident, blocks=blocks)
+
+
+def _block_each(device: Device, batch: int, chunks: int) -> bool:
+    """Tell whether each problem gets one block: there are many problems, or too little in one for several."""
+    return batch >= device.multiprocessors or batch > MEETINGS or chunks <= 2
+
+
+def plan_part(device: Device, pair: str, batch: int, n: int, m: int, size: int, phase: int) -> Plan:
+    """Plan of one part of an update: FIRST for `dots`, SOLVE, or SECOND for `combine`.
+
+    Blocks only, as what is spread over processes is long; nothing is kept in shared memory, as each part reads once.
+    """
+    sms, chunks = device.multiprocessors, -(-n // _chunk(size, BLOCK))
+    kernel, shared = f"lbfgs_update_block_{pair}", scratch_bytes(m, BLOCK // 32)
+    if phase == SOLVE or _block_each(device, batch, chunks):
+        item = Launch(kernel, min(batch, sms * OCCUPANCY), 1, BLOCK, shared, False, phase)
+        return _update_plan((item,), batch, n, m)
+    blocks = max(1, min(chunks, sms * OCCUPANCY // batch))
+    plan = _update_plan((Launch(kernel, blocks, batch, BLOCK, shared, False, phase),), batch, n, m, blocks=blocks)
+    return plan if phase == FIRST else plan._replace(work=0)  # who combines meets nobody
 
 
 def plan_two_loop(device: Device, pair: str, batch: int, n: int, m: int, size: int, vector_size: int) -> Plan:
     """Plan of a two_loop with m >= 1 pairs."""
     sms, chunk = device.multiprocessors, _chunk(size, BLOCK)
     chunks = -(-n // chunk)
+
+    def plan(launches: list[Launch], stride: int = 0, resident: int = 0, group_bytes: int = 0) -> Plan:
+        numbers = {"work_stride": stride, "resident": resident, "group_bytes": group_bytes}
+        packed = (_TWO_LOOP_PLAN.pack(*TwoLoopPlan(batch, n, m=m, step=item.phase, **numbers)) for item in launches)
+        return Plan(tuple(launches), 2 * MEETINGS + batch * stride if stride else 0, resident, tuple(packed))
 
     def group(width: int, warps: int, budget: int) -> tuple[int, int]:
         """(resident, bytes) of a group that handles `width` elements at a time."""
@@ -124,13 +252,13 @@ def plan_two_loop(device: Device, pair: str, batch: int, n: int, m: int, size: i
         warps = max(1, min(8, device.shared // (2 * each)))
         grid = min(-(-batch // warps), sms * max(1, min(16 // warps, device.shared // (each * warps))))
         item = Launch(f"lbfgs_two_loop_warp_{pair}", grid, 1, 32 * warps, each * warps, False, 0)
-        return Plan((item,), 0, 0, resident, each)
-    if batch >= sms or batch > MEETINGS or chunks <= 2:
+        return plan([item], resident=resident, group_bytes=each)
+    if _block_each(device, batch, chunks):
         budget = device.shared // OCCUPANCY - RESERVED if batch > sms else device.shared
         resident, bytes_ = group(chunk, BLOCK // 32, budget)
         grid = min(batch, sms * OCCUPANCY)
         item = Launch(f"lbfgs_two_loop_block_{pair}", grid, 1, BLOCK, bytes_, False, 0)
-        return Plan((item,), 0, 0, resident, 0)
+        return plan([item], resident=resident)
     panels = -(-m // PANEL)
     blocks = max(1, min(chunks, sms * OCCUPANCY // batch))
     stride = 2 + 3 * m + panels * PANEL * PANEL + TILES * TILE * blocks
@@ -138,11 +266,11 @@ def plan_two_loop(device: Device, pair: str, batch: int, n: int, m: int, size: i
     line = 8 * BLOCK // 32 * PANEL + 16
     items = [Launch(f"lbfgs_panel_dots_{pair}", blocks, batch, BLOCK, dots, False, p) for p in range(panels)]
     items += [Launch(f"lbfgs_panel_line_{pair}", blocks, batch, BLOCK, line, False, p) for p in range(panels + 1)]
-    return Plan(tuple(items), 2 * MEETINGS + batch * stride, stride, 0, 0)
+    return plan(items, stride)
 
 
 class Launcher:
-    """`update` and `two_loop` of the contract (see `reference.py`) on a driver."""
+    """The functions of `contract.Backend` on a driver."""
 
     def __init__(self, driver: Driver, cooperative: bool | None = None) -> None:
         self.driver, self.cooperative = driver, cooperative
@@ -169,57 +297,94 @@ class Launcher:
         prev_out: Tensor | None,
     ) -> None:
         """Append a pair and compute a direction: see `reference.update`."""
-        s_ring, y_ring, sy, yy, head, count, stats = state
+        if out is None:
+            grad = prev_out = None
+        self._run(FIRST | SECOND, state, pair, grad, tol, out, prev_out, None, None)
+
+    def dots(self, state: State, pair: Pair | None, grad: Tensor | None, out: Tensor) -> None:
+        """Sum products over the elements at hand: see `reference.dots`."""
+        self._run(FIRST, state, pair, grad, 0.0, None, None, out, None)
+
+    def solve(self, state: State, dots: Tensor, coefs: Tensor, tol: float, pair: bool, direction: bool) -> None:
+        """Compute coefficients from sums: see `reference.solve`."""
+        self._run(SOLVE, state, None, None, tol, None, None, dots, coefs, pair, direction)
+
+    def combine(
+        self,
+        state: State,
+        pair: Pair | None,
+        grad: Tensor | None,
+        coefs: Tensor,
+        out: Tensor | None,
+        prev_out: Tensor | None,
+    ) -> None:
+        """Write an accepted pair and the direction: see `reference.combine`."""
+        self._run(SECOND, state, pair, grad, 0.0, out, prev_out, None, coefs)
+
+    def _run(
+        self,
+        phases: int,
+        state: State,
+        pair: Pair | None,
+        grad: Tensor | None,
+        tol: float,
+        out: Tensor | None,
+        prev_out: Tensor | None,
+        dots: Tensor | None,
+        coefs: Tensor | None,
+        has_pair: bool | None = None,
+        direction: bool | None = None,
+    ) -> None:
+        """Launch an update or a part of it; `has_pair` and `direction` where the tensors do not say so."""
+        s_ring = state.s
         s, y, y_prev, t = (None, None, None, 1.0) if pair is None else pair
-        vector = s if s is not None else grad
-        assert vector is not None
+        if s is not None:
+            vector = s.dtype
+        elif grad is not None:
+            vector = grad.dtype
+        else:  # of no meaning to a solve
+            vector = torch.float64 if s_ring.dtype is torch.float64 else torch.float32
         batch, m, n = s_ring.shape
         index = s_ring.device.index or 0
         cooperative = self.cooperative
         if cooperative is None and self.driver.capturing():
             cooperative = False
-        key = (index, vector.dtype, s_ring.dtype, batch, n, m, cooperative, out is not None)
+        key = (phases, index, vector, s_ring.dtype, batch, n, m, cooperative, out is not None)
         plan = self._plans.get(key)
         if plan is None:
-            names = f"{NAMES[vector.dtype]}_{NAMES[s_ring.dtype]}"
-            plan = self._plans[key] = plan_update(
-                self.driver.device(index), names, batch, n, m, s_ring.element_size(), cooperative, out is not None
-            )
+            device, size = self.driver.device(index), s_ring.element_size()
+            names = f"{NAMES[vector]}_{NAMES[s_ring.dtype]}"
+            if phases == FIRST | SECOND:
+                plan = plan_update(device, names, batch, n, m, size, cooperative, out is not None)
+            else:
+                plan = plan_part(device, names, batch, n, m, size, phases)
+            self._plans[key] = plan
         stream = self.driver.stream(index)
         work = self._workspace(s_ring, stream, plan.work) if plan.work else None
-        if out is None:
-            grad = prev_out = None
-        operands = (s_ring, y_ring, grad, s, y, y_prev, out, prev_out)
-        pointers = [0 if x is None else x.data_ptr() for x in operands]
-        bits = n * s_ring.element_size()
-        for pointer in pointers:
+        tensors = (*state, grad, s, y, y_prev, out, prev_out)
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        bits = n * s_ring.element_size() | pointers[0] | pointers[1]
+        for pointer in pointers[7:]:
             bits |= pointer
         step, t_pointer, t_stride = t, 0, 0
         if isinstance(t, Tensor):
             step, t_pointer, t_stride = 0.0, t.data_ptr(), int(t.numel() > 1)
-        p_rings, p_vectors = pointers[:2], pointers[2:]
-        p_state = (sy.data_ptr(), yy.data_ptr(), head.data_ptr(), count.data_ptr(), stats.data_ptr())
-        p_work = 0 if work is None else work.data_ptr()
-        for item in plan.launches:
-            parameters = UPDATE.pack(
-                *p_rings,
-                *p_state,
-                *p_vectors,
-                t_pointer,
-                p_work,
-                batch,
-                n,
-                plan.work_stride,
-                step,
-                tol,
-                m,
-                bits % 16 == 0,
-                plan.resident,
-                t_stride,
-                item.phase,
-                plan.group_bytes,
-            )
-            self.driver.launch(item, index, stream, parameters)
+        # As UpdateCall has them: by keyword they would cost 2 us more.
+        call = _UPDATE_CALL.pack(
+            *pointers,
+            t_pointer,
+            0 if work is None else work.data_ptr(),
+            0 if dots is None else dots.data_ptr(),
+            0 if coefs is None else coefs.data_ptr(),
+            step,
+            tol,
+            bits % 16 == 0,
+            t_stride,
+            pair is not None if has_pair is None else has_pair,
+            grad is not None if direction is None else direction,
+        )
+        for item, rest in zip(plan.launches, plan.packed, strict=True):
+            self.driver.launch(item, index, stream, call + rest)
 
     def two_loop(self, grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> None:
         """Compute a direction from pairs oldest first: see `reference.two_loop`."""
@@ -240,20 +405,7 @@ class Launcher:
         strides = (s.stride(-2), s.stride(0), y.stride(-2), y.stride(0))
         aligned = n | strides[0] | strides[1] | strides[2] | strides[3]
         wide = aligned * size % 16 == 0 and (pointers[0] | pointers[1] | pointers[2] | pointers[3]) % 16 == 0
-        for item in plan.launches:
-            parameters = TWO_LOOP.pack(
-                *pointers,
-                0 if work is None else work.data_ptr(),
-                batch,
-                n,
-                *strides,
-                plan.work_stride,
-                math.nan if gamma is None else gamma,
-                m,
-                wide,
-                plan.resident,
-                item.phase,
-                plan.group_bytes,
-                0,
-            )
-            self.driver.launch(item, index, stream, parameters)
+        scale = math.nan if gamma is None else gamma
+        call = _TWO_LOOP_CALL.pack(*pointers, 0 if work is None else work.data_ptr(), *strides, scale, wide, 0)
+        for item, rest in zip(plan.launches, plan.packed, strict=True):
+            self.driver.launch(item, index, stream, call + rest)

@@ -8,13 +8,15 @@ Two regimes, told apart by n alone (`_ONE_PROGRAM`):
   the recursion over coefficients, and the next launch combines. `_dots` and `_combine` make an update in two launches;
   `_panel` makes a `two_loop`, which has no Gram matrices to start from, in 2 ceil(m / 16) + 1.
 
+An update in parts is `_dots` without the solve, `_solve` and `_combine`, whatever the length.
+
 The second pass goes over the tiles in the reverse order of the first, to start with what the L2 cache still holds.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +24,7 @@ import triton.language as tl
 from secant.kernels import _triton_support
 from secant.kernels._triton_support import load as _load
 from secant.kernels._triton_support import rounded_to_bfloat16 as _rounded_to_bfloat16
-from secant.kernels.lbfgs.contract import Pair, State
+from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
 from torch import Tensor
 
 #: Longest vector that one program handles alone.
@@ -39,6 +41,8 @@ _COMBINE_TILE, _COMBINE_WARPS, _COMBINE_UNROLL = 1024, 4, 4
 _PANEL, _PANEL_TILE, _PANEL_WARPS = 16, 128, 8
 #: Elements of a tile of partial sums.
 _REDUCTION_TILE = 2048
+#: Sums that concern no slot, in the order of the contract.
+_EXTRAS = tl.constexpr(EXTRAS)
 
 
 def available() -> str | None:
@@ -193,6 +197,15 @@ def _finish(
 
 
 @triton.jit
+def _store_coefficients(coef, cs, cy, gamma, slot, m, index):
+    """Store what `_finish` returns in the order of the contract: -gamma, the new slot, those of S by slot, of Y."""
+    tl.store(coef, -gamma)
+    tl.store(coef + 1, slot.to(tl.float64))
+    tl.store(coef + 2 + index, cs, mask=index < m)
+    tl.store(coef + 2 + m + index, cy, mask=index < m)
+
+
+@triton.jit
 def _total(work, total, parts, used, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Store in `total` the sum of the rows of partial sums, in an order that depends on nothing but their number."""
     column = tl.arange(0, WIDTH)
@@ -275,14 +288,15 @@ def _sums(
 @triton.jit(do_not_specialize=["t_stride", "rows", "tiles", "parts"])
 def _dots(
     s_ring, y_ring, sy, yy, head, count, stats, g, s, y, y_prev, t: tl.float64, t_ptr, t_stride, tol: tl.float64,
-    work, coef, ticket, n, m, rows, tiles, parts,
+    work, coef, sums, ticket, n, m, rows, tiles, parts,
     Y_IS_G: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, PARTS: tl.constexpr, MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
     """First launch of an update: all dot products in one pass over the history, then the solve.
 
     Program (b, part, tile) takes `rows` slots of problem b and every `parts`-th block of columns. A row of `work` holds
-    S.g, Y.g, S.y', Y.y' by slot, then the scalars; `coef` receives what `_combine` needs.
+    S.g, Y.g, S.y', Y.y' by slot, then the scalars; `coef` receives what `_combine` needs. Where there are `sums`, they
+    receive what `_solve` needs instead.
     """
     programs = tiles * parts
     pid = tl.program_id(0)
@@ -322,21 +336,54 @@ def _dots(
         scalar = total + 4 * m
         row = tl.arange(0, MAX_PARTS)
         largest = tl.load(work + (row * used + 4 * m + 6), mask=row < parts, other=0.0, cache_modifier=".cg")
-        cs, cy, gamma, new = _finish(
-            tl.load(total + index, mask=keep, other=0.0),
-            tl.load(total + m + index, mask=keep, other=0.0),
-            tl.load(total + 2 * m + index, mask=keep, other=0.0),
-            tl.load(total + 3 * m + index, mask=keep, other=0.0),
-            tl.load(scalar), tl.load(scalar + 1), tl.load(scalar + 2), tl.load(scalar + 3), tl.load(scalar + 4),
-            tl.load(scalar + 5), tl.max(largest, axis=0),
-            sy + b * m * m, yy + b * m * m, head + b, count + b, stats + b * 8, tol, m, index,
-            g is not None, s is not None,
-        )  # fmt: skip
-        coef += b * (2 * m + 2)
-        tl.store(coef + index, cs, mask=keep)
-        tl.store(coef + m + index, cy, mask=keep)
-        tl.store(coef + 2 * m, gamma)
-        tl.store(coef + 2 * m + 1, new.to(tl.float64))
+        sg = tl.load(total + index, mask=keep, other=0.0)
+        yg = tl.load(total + m + index, mask=keep, other=0.0)
+        sdy = tl.load(total + 2 * m + index, mask=keep, other=0.0)
+        ydy = tl.load(total + 3 * m + index, mask=keep, other=0.0)
+        gg = tl.load(scalar + 5)
+        g_max = tl.max(largest, axis=0)
+        if sums is None:
+            cs, cy, gamma, new = _finish(
+                sg, yg, sdy, ydy, tl.load(scalar), tl.load(scalar + 1), tl.load(scalar + 2), tl.load(scalar + 3),
+                tl.load(scalar + 4), gg, g_max,
+                sy + b * m * m, yy + b * m * m, head + b, count + b, stats + b * 8, tol, m, index,
+                g is not None, s is not None,
+            )  # fmt: skip
+            _store_coefficients(coef + b * (2 * m + 2), cs, cy, gamma, new, m, index)
+        else:
+            sums += b * (4 * m + _EXTRAS)
+            tl.store(sums + 4 * index, sg, mask=keep)
+            tl.store(sums + 4 * index + 1, yg, mask=keep)
+            tl.store(sums + 4 * index + 2, sdy, mask=keep)
+            tl.store(sums + 4 * index + 3, ydy, mask=keep)
+            extra = tl.arange(0, _EXTRAS)
+            value = tl.load(scalar + extra, mask=extra < 6, other=0.0)
+            # max may drop a NaN, the sum of squares keeps it
+            value = tl.where(extra == 6, tl.where(gg == gg, g_max, gg), value)
+            tl.store(sums + 4 * m + extra, value)
+
+
+@triton.jit
+def _solve(
+    sy, yy, head, count, stats, sums, coef, tol: tl.float64, m,
+    HAS_G: tl.constexpr, HAS_PAIR: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The solve by itself, one program per problem: from the sums of `_dots` to what `_combine` needs."""
+    b = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, M)
+    keep = index < m
+    sums += b * (4 * m + _EXTRAS)
+    scalar = sums + 4 * m
+    cs, cy, gamma, slot = _finish(
+        tl.load(sums + 4 * index, mask=keep, other=0.0),
+        tl.load(sums + 4 * index + 1, mask=keep, other=0.0),
+        tl.load(sums + 4 * index + 2, mask=keep, other=0.0),
+        tl.load(sums + 4 * index + 3, mask=keep, other=0.0),
+        tl.load(scalar), tl.load(scalar + 1), tl.load(scalar + 2), tl.load(scalar + 3), tl.load(scalar + 4),
+        tl.load(scalar + 5), tl.load(scalar + 6),
+        sy + b * m * m, yy + b * m * m, head + b, count + b, stats + b * 8, tol, m, index, HAS_G, HAS_PAIR,
+    )  # fmt: skip
+    _store_coefficients(coef + b * (2 * m + 2), cs, cy, gamma, slot, m, index)
 
 
 @triton.jit(do_not_specialize=["t_stride"])
@@ -355,18 +402,18 @@ def _combine(
     y_ring += b * m * n + first
     first += b * n
     coef += b * (2 * m + 2)
-    slot = tl.load(coef + 2 * m + 1).to(tl.int32)
+    slot = tl.load(coef + 1).to(tl.int32)
     gv = None
     if g is not None:
         gv = tl.load(g + first + column, mask=inside, other=0.0)
         T: tl.constexpr = gv.dtype
-        d = -tl.load(coef + 2 * m).to(T) * gv
+        d = tl.load(coef).to(T) * gv
         for base in range(0, m, UNROLL):
             for u in tl.static_range(UNROLL):
                 j = base + u
                 old = (j < m) & (j != slot)
-                cs = tl.load(coef + j, mask=old, other=0.0).to(T)
-                cy = tl.load(coef + m + j, mask=old, other=0.0).to(T)
+                cs = tl.load(coef + 2 + j, mask=old, other=0.0).to(T)
+                cy = tl.load(coef + 2 + m + j, mask=old, other=0.0).to(T)
                 at = tl.full((), 1, tl.int64) * j * n
                 # Rows that take no part are not read: they may hold NaN.
                 d += cs * _load(s_ring + at + column, _only(inside, cs != 0), T)
@@ -379,8 +426,8 @@ def _combine(
         tl.store(s_ring + at + column, sn.to(s_ring.dtype.element_ty), mask=keep)
         tl.store(y_ring + at + column, yn.to(y_ring.dtype.element_ty), mask=keep)
         if g is not None:
-            d += tl.load(coef + slot, mask=slot >= 0, other=0.0).to(T) * sn.to(T)
-            d += tl.load(coef + m + slot, mask=slot >= 0, other=0.0).to(T) * yn.to(T)
+            d += tl.load(coef + 2 + slot, mask=slot >= 0, other=0.0).to(T) * sn.to(T)
+            d += tl.load(coef + 2 + m + slot, mask=slot >= 0, other=0.0).to(T) * yn.to(T)
     if g is not None:
         tl.debug_barrier()  # out may be s or g, and prev_out may be y_prev
         tl.store(out + first + column, d, mask=inside)
@@ -685,6 +732,55 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tenso
         launch(3, 0, panels - 1, -1, from_g=False)
 
 
+class _Operands(NamedTuple):
+    """Arguments of a kernel that a pair and a gradient make; `same`: y is g, and is read once."""
+
+    vectors: tuple[Tensor | None, ...]
+    step: tuple[Any, ...]
+    same: bool
+
+
+def _operands(pair: Pair | None, g: Tensor | None) -> _Operands:
+    """Take a pair apart."""
+    s, y, y_prev, t = (None, None, None, 1.0) if pair is None else pair
+    same = g is not None and y is not None and y.data_ptr() == g.data_ptr()
+    step = (1.0, t, int(t.numel() > 1)) if isinstance(t, Tensor) else (float(t), None, 0)
+    return _Operands((g, s, None if same else y, y_prev), step, same)
+
+
+def _slots(m: int) -> int:
+    """Slots of a tile that has them all."""
+    return max(_FEWEST_SLOTS, triton.next_power_of_2(m))
+
+
+def _launch_dots(state: State, x: _Operands, tol: float, sums: Tensor | None) -> Tensor:
+    """Launch the first pass, which ends in the coefficients that this returns, or else in `sums`."""
+    device = state.s.device
+    batch, m, n = state.s.shape
+    tiles = triton.cdiv(m, _TILE_SLOTS)
+    rows = triton.cdiv(m, tiles)
+    k = max(_FEWEST_SLOTS, triton.next_power_of_2(rows))
+    parts = _share(device, n, _TILE // k, tiles * batch)
+    sizes = (batch * (2 * m + 2), batch * (parts + 1) * (4 * m + 7))
+    coef, work = torch.empty(sum(sizes), dtype=torch.float64, device=device).split(sizes)
+    _dots[(batch * tiles * parts,)](
+        *state, *x.vectors, *x.step, tol, work, coef, sums, _tickets(device, batch), n, m, rows, tiles, parts,
+        Y_IS_G=x.same, K=k, BLOCK=_TILE // k, M=_slots(m), num_warps=_TILE_WARPS, **_reduction(4 * m + 7),
+        MAX_PARTS=triton.next_power_of_2(_programs(device)),
+    )  # fmt: skip
+    return coef
+
+
+def _launch_combine(state: State, x: _Operands, coef: Tensor, out: Tensor | None, prev_out: Tensor | None) -> None:
+    """Launch the second pass; a short vector gets a tile and warps of its size."""
+    batch, m, n = state.s.shape
+    block = min(_COMBINE_TILE, max(32, triton.next_power_of_2(n)))
+    _combine[(batch * triton.cdiv(n, block),)](
+        state.s, state.y, *x.vectors, *x.step, coef, out, prev_out, n, m,
+        Y_IS_G=x.same, BLOCK=block, UNROLL=_COMBINE_UNROLL, num_warps=max(1, _COMBINE_WARPS * block // _COMBINE_TILE),
+    )  # fmt: skip
+
+
 def update(
     state: State,
     pair: Pair | None,
@@ -694,40 +790,57 @@ def update(
     prev_out: Tensor | None,
 ) -> None:
     """Offer a pair to the ring and compute the direction, either of them or both; see `reference.update`."""
-    s_ring, stats = state.s, state.stats
-    s, y, y_prev, t = (None, None, None, 1.0) if pair is None else pair
-    batch, m, n = s_ring.shape
+    batch, m, n = state.s.shape
     g = grad if out is not None else None
-    if g is None and s is None:
-        stats.zero_()
+    if g is None and pair is None:
+        state.stats.zero_()
         return
     prev_out = prev_out if g is not None else None
-    same = g is not None and y is not None and y.data_ptr() == g.data_ptr()
-    step: tuple[Any, ...] = (1.0, t, int(t.numel() > 1)) if isinstance(t, Tensor) else (float(t), None, 0)
-    vectors = (g, s, None if same else y, y_prev)
-    slots = max(_FEWEST_SLOTS, triton.next_power_of_2(m))
-    with _triton_support.on(s_ring.device):
+    x = _operands(pair, g)
+    with _triton_support.on(state.s.device):
         if n <= _ONE_PROGRAM:
             # 8 elements of a tile a thread, as above; rows of at least 8, which is a sector of memory in float32.
+            slots = _slots(m)
             warps = max(1 if n <= 32 else 2 if n <= 128 else 4 if n <= 1024 else 8, slots // 32)
             block = max(8, min(triton.next_power_of_2(n), 256 * warps // slots))
             _update_one[(batch,)](
-                *state, *vectors, *step, float(tol), out, prev_out, n, m,
-                Y_IS_G=same, M=slots, BLOCK=block, num_warps=warps,
+                *state, *x.vectors, *x.step, float(tol), out, prev_out, n, m,
+                Y_IS_G=x.same, M=slots, BLOCK=block, num_warps=warps,
             )  # fmt: skip
             return
-        tiles = triton.cdiv(m, _TILE_SLOTS)
-        rows = triton.cdiv(m, tiles)
-        k = max(_FEWEST_SLOTS, triton.next_power_of_2(rows))
-        parts = _share(s_ring.device, n, _TILE // k, tiles * batch)
-        sizes = (batch * (2 * m + 2), batch * (parts + 1) * (4 * m + 7))
-        coef, work = torch.empty(sum(sizes), dtype=torch.float64, device=s_ring.device).split(sizes)
-        _dots[(batch * tiles * parts,)](
-            *state, *vectors, *step, float(tol), work, coef, _tickets(s_ring.device, batch), n, m, rows, tiles, parts,
-            Y_IS_G=same, K=k, BLOCK=_TILE // k, M=slots, num_warps=_TILE_WARPS, **_reduction(4 * m + 7),
-            MAX_PARTS=triton.next_power_of_2(_programs(s_ring.device)),
+        _launch_combine(state, x, _launch_dots(state, x, float(tol), None), out, prev_out)
+
+
+def dots(state: State, pair: Pair | None, grad: Tensor | None, out: Tensor) -> None:
+    """Sum products over the elements at hand; see `reference.dots`."""
+    if grad is None and pair is None:
+        out.zero_()
+        return
+    with _triton_support.on(state.s.device):
+        _launch_dots(state, _operands(pair, grad), 0.0, out)
+
+
+def solve(state: State, dots: Tensor, coefs: Tensor, tol: float, pair: bool, direction: bool) -> None:
+    """Compute coefficients from sums; see `reference.solve`."""
+    batch, m, _ = state.s.shape
+    slots = _slots(m)
+    with _triton_support.on(state.s.device):
+        _solve[(batch,)](
+            *state[2:], dots, coefs, float(tol), m,
+            HAS_G=direction, HAS_PAIR=pair, M=slots, num_warps=max(1, slots // 32),
         )  # fmt: skip
-        _combine[(batch * triton.cdiv(n, _COMBINE_TILE),)](
-            state.s, state.y, *vectors, *step, coef, out, prev_out, n, m,
-            Y_IS_G=same, BLOCK=_COMBINE_TILE, UNROLL=_COMBINE_UNROLL, num_warps=_COMBINE_WARPS,
-        )  # fmt: skip
+
+
+def combine(
+    state: State,
+    pair: Pair | None,
+    grad: Tensor | None,
+    coefs: Tensor,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+) -> None:
+    """Write an accepted pair and the direction; see `reference.combine`."""
+    if out is None and pair is None:
+        return
+    with _triton_support.on(state.s.device):
+        _launch_combine(state, _operands(pair, grad if out is not None else None), coefs, out, prev_out)

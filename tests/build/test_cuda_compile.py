@@ -67,8 +67,8 @@ def resources(
     compiler: str, directory: Path, family: str, chosen: tuple[int, ...] = ()
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Architecture -> kernel -> registers, static shared memory, stack and spills, as ptxas reports them."""
-    ptx, code = directory / f"{family}.ptx", ROOT / "csrc" / f"cuda_{family}.cu"
-    run(compiler, "-std=c++17", "-ptx", f"-arch=compute_{MINIMUM}", str(code), "-o", str(ptx))
+    ptx, code = directory / f"{family}.ptx", ROOT / "kernels" / family / "bind.cu"
+    run(compiler, "-std=c++17", "-I", str(ROOT / "csrc"), "-ptx", f"-arch=compute_{MINIMUM}", str(code), "-o", str(ptx))
 
     def assemble(arch: str) -> str:
         return run(
@@ -180,7 +180,7 @@ def test_tables_cover_what_is_shipped(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_have_every_kernel_by_name(family):
     """What `secant._cuda` will offer to the planners, as the preprocessor sees it."""
-    text = run(nvcc(), "-std=c++17", "-E", str(ROOT / "csrc" / f"cuda_{family}.cu"))
+    text = run(nvcc(), "-std=c++17", "-E", "-I", str(ROOT / "csrc"), str(ROOT / "kernels" / family / "bind.cu"))
     rows = re.findall(r'\{"([^"]+)", reinterpret_cast<const void\*>\(&(\w+)\), sizeof\((\w+)\)\}', text)
     assert sorted(name for name, _, _ in rows) == expected_kernels(family)
     assert all(name == function for name, function, _ in rows)

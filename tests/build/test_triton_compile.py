@@ -6,6 +6,7 @@ what they would launch: signature, divisibility, block sizes, warps.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -20,10 +21,11 @@ triton = pytest.importorskip("triton")
 from secant.kernels.blocks import triton as blocks  # noqa: E402
 from secant.kernels.hvp import triton as hvp  # noqa: E402
 from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
+from secant.kernels.lbfgs.contract import EXTRAS, Pair, State  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 KERNELS = {
-    lbfgs: ("_dots", "_combine", "_panel", "_update_one", "_two_loop_one"),
+    lbfgs: ("_dots", "_solve", "_combine", "_panel", "_update_one", "_two_loop_one"),
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
     hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish"),
 }
@@ -84,12 +86,18 @@ def gpu(request, monkeypatch):
     vars(driver).update(before)
 
 
-def launch_all(m: int, n: int, vectors: torch.dtype, ring: torch.dtype, main: bool) -> None:
-    """The fused step and a two-loop; unless `main`, also every other way to call `update`."""
+def a_state(m: int, n: int, ring: torch.dtype) -> State:
+    """An empty history of one problem."""
     rings = [torch.zeros(1, m, n, dtype=ring) for _ in range(2)]
     grams = [torch.zeros(1, m, m, dtype=F64) for _ in range(2)]
     counters = [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
-    state = (*rings, *grams, *counters, torch.zeros(1, 8, dtype=F64))
+    return State(*rings, *grams, *counters, torch.zeros(1, 8, dtype=F64))
+
+
+def launch_all(m: int, n: int, vectors: torch.dtype, ring: torch.dtype, main: bool) -> None:
+    """The fused step and a two-loop; unless `main`, also every other way to call `update`."""
+    state = a_state(m, n, ring)
+    rings = state[:2]
     g, d, p = (torch.zeros(1, n, dtype=vectors) for _ in range(3))
     call_update(lbfgs.update, *state, g, d, g, p, 1.0, 1e-7, d, p)
     lbfgs.two_loop(g, *rings, None, d)
@@ -152,6 +160,24 @@ def test_compiles_without_spills(gpu, tmp_path, m, n, vectors, ring):
 @pytest.mark.parametrize(("m", "n", "vectors", "ring"), MORE, ids=str)
 def test_everything_compiles_without_spills(gpu, tmp_path, m, n, vectors, ring):
     check(gpu, tmp_path, m, n, vectors, ring, False)
+
+
+slowly = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["step", slowly("pair"), slowly("direction")])
+@pytest.mark.parametrize(("m", "n", "vectors", "ring"), MAIN[:4], ids=str)
+def test_parts_compile_without_spills(gpu, tmp_path, m, n, vectors, ring, kind):
+    state = a_state(m, n, ring)
+    g, d, p = (torch.zeros(1, n, dtype=vectors) for _ in range(3))
+    sums, coefs = torch.zeros(1, 4 * m + EXTRAS, dtype=F64), torch.zeros(1, 2 * m + 2, dtype=F64)
+    pair = None if kind == "direction" else Pair(d, g, p, 1.0)
+    grad, out, prev = (None, None, None) if kind == "pair" else (g, d, p)
+    lbfgs.dots(state, pair, grad, sums)
+    lbfgs.solve(state, sums, coefs, 1e-7, pair is not None, grad is not None)
+    lbfgs.combine(state, pair, grad, coefs, out, prev)
+    assert [k.metadata.name for k in gpu[1]] == ["_dots", "_solve", "_combine"]
+    check_resources(gpu, tmp_path, f"{kind} in parts m={m} n={n} {vectors} {ring}", lambda registers: 0)
 
 
 @pytest.mark.parametrize("n", [64, LONG])

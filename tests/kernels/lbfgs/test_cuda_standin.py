@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import faulthandler
 import os
-from typing import Any, NamedTuple
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 import torch
 from secant.kernels.lbfgs import plan, reference
+from secant.kernels.lbfgs.contract import Pair
 from torch import Tensor
 
+import parts
 from flat import call_update
 from reruns import under_address_sanitizer
 
@@ -483,6 +487,78 @@ def test_capture_takes_plain_launches(launcher):
     assert not launch._workspaces
 
 
+PARTS = {  # how parts.check is called, and whether several blocks share a problem, for each shard
+    "several blocks": ({"n": 3333}, [True]),
+    "a block a problem": ({"batch": 4, "cuts": (100, 101)}, [False] * 3),
+    "uneven shards": ({"n": 4600, "cuts": (1100, 1101), "kind": "direction"}, [False, False, True]),
+    "several problems": ({"batch": 2, "n": 3334, "kind": "pair"}, [True]),
+    "refused": ({"n": 4608, "cuts": (2304,), "refused": True}, [True, True]),
+    "refused, pairs alone": ({"batch": 3, "refused": True, "kind": "pair"}, [False]),
+    "empty history": ({"n": 701, "cuts": (1,), "kind": "direction", "pairs": 0}, [False, False]),
+    "Gram matrices from global memory": ({"m": 40, "n": 60, "cuts": (21,), "pairs": 42}, [False, False]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts(launcher, name):
+    given, spread = PARTS[name]
+    launch = launcher(SMALL, 8)
+    parts.check(launch, F32, F32, **given)
+    check_launches(launch, spread)
+
+
+def check_launches(launch: plan.Launcher, spread: list[bool]) -> None:
+    """One each, of the kernel for blocks; to solve takes one block a problem."""
+    log = launch.driver.log
+    first, later = log[: len(spread)], log[len(spread) :]
+    assert [item.phase for item in log] == [plan.FIRST] * len(spread) + [plan.SOLVE, plan.SECOND] * len(spread)
+    assert {item.kernel.split("_f")[0] for item in log} == {"lbfgs_update_block"}
+    for item, several, solve, combine in zip(first, spread, later[::2], later[1::2], strict=True):
+        assert combine == item._replace(phase=plan.SECOND)
+        assert several == (item._replace(phase=plan.SOLVE) != solve)
+
+
+@pytest.mark.parametrize(("dtype", "storage"), PAIRS[1:])
+def test_parts_dtypes(launcher, dtype, storage):
+    """Shards of several blocks and of one; rows that are 16 bytes apart and rows that are not."""
+    parts.check(launcher(SMALL, 9), dtype, storage, m=2, n=8304, cuts=(8200,))
+
+
+def test_parts_of_a_gradient_with_nan(launcher):
+    parts.check_nan_gradient(launcher(SMALL, 10), 4000, 700)
+
+
+def test_parts_of_slots_that_hold_anything(launcher):
+    parts.check_slots_that_hold_anything(launcher(SMALL, 11), 2600)
+
+
+def test_one_update_is_the_same_bits_in_parts(launcher):
+    """The same blocks add the same numbers in the same order, whether one launch solves or another."""
+    whole = parts.filled(1, 4, 3100, F32, 6)
+    apart = parts.copied(whole)
+    g = torch.randn(1, 3100, generator=torch.Generator().manual_seed(1))
+    out, prev, out2, prev2 = (torch.empty(1, 3100) for _ in range(4))
+    pair = Pair(0.1 * g, g, None, 0.7)
+    launcher(SMALL, 12, cooperative=False).update(whole, pair, g, 1e-7, out, prev)
+    parts.in_parts(launcher(SMALL, 13), [apart], [pair], [g], [out2], [prev2])
+    for got, want in zip((*apart, out2, prev2), (*whole, out, prev), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [("Update", (plan.UpdateCall, plan.UpdatePlan)), ("TwoLoop", (plan.TwoLoopCall, plan.TwoLoopPlan))],
+)
+def test_members_of_the_structs(name, members):
+    """The planner packs what cuda.cu reads: the same names and types in the same order."""
+    text = (Path(plan.__file__).parent / "cuda.cu").read_text()
+    body = re.sub(r"//[^\n]*", "", re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL).group(1))
+    types = {"u64": plan.Pointer, "i64": plan.Long, "double": plan.Double, "int": plan.Int}
+    groups = re.findall(r"(\w+) ([^;]+);", body)
+    declared = [(member.strip(), types[kind]) for kind, found in groups for member in found.split(",")]
+    assert declared == [x for group in members for x in get_type_hints(group, include_extras=True).items()]
+
+
 def detected(make: Any, case: Case, strided: bool | None, seed: int) -> bool:
     """Whether a run of the (mutated) kernels differs from the reference, is stopped by the stand-in, or crashes.
 
@@ -570,4 +646,5 @@ def test_mutations_are_found(build_standin, standin_driver, name):
 def test_address_sanitizer():
     names = [f"test_update[{name}]" for name in UPDATES if name not in ("two launches", "warp, from global memory")]
     names += [f"test_two_loop[{name}]" for name in TWO_LOOPS] + ["test_unaligned_and_odd"]
+    names += ["test_parts", "test_parts_of_slots_that_hold_anything"]
     under_address_sanitizer(__file__, names)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from secant.kernels.lbfgs import reference
+from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
 
+import parts
 from flat import call_update
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -165,6 +167,49 @@ def test_no_synchronisation_and_another_stream(backend, shape):
     torch.cuda.current_stream().wait_stream(side)
     check_state(p.state, ref)
     check(out, ref_d, shape[2])
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [(F32, F32), (F32, BF16), (F64, F64)])
+@pytest.mark.parametrize("kind", ["both", "pair", "direction"])
+def test_update_in_parts(backend, kind, dtype, storage):
+    """Shards of many blocks, of a few and of one, flat and in a batch."""
+    for given in ({"n": 100_001, "cuts": (60_000, 60_007)}, {"n": 1500, "batch": 200, "cuts": (1000,)}):
+        parts.check(backend, dtype, storage, kind=kind, device=DEVICE, **given)
+
+
+def test_update_in_parts_refused_empty_and_with_nan(backend):
+    parts.check(backend, F32, F32, n=50_000, cuts=(20_000,), refused=True, device=DEVICE)
+    parts.check(backend, F32, F32, n=50_000, cuts=(20_000,), pairs=0, kind="direction", device=DEVICE)
+    parts.check_nan_gradient(backend, 40_000, 7000, DEVICE)
+    parts.check_slots_that_hold_anything(backend, 26_000, DEVICE)
+
+
+def test_graph_of_the_parts(backend):
+    """Captured once, replayed from the state of the start, with the bits of a call; nothing synchronises."""
+    start = parts.copied(parts.filled(1, 4, 100_000, F32, 3), device=DEVICE)
+    g, d = (torch.randn(1, 100_000, device=DEVICE) for _ in range(2))
+    pair = Pair(d, g, None, 0.5)
+
+    def call(state: State, out: torch.Tensor, prev: torch.Tensor) -> None:
+        sums = torch.empty(1, 4 * 4 + EXTRAS, dtype=F64, device=DEVICE)
+        coefs = torch.empty(1, 2 * 4 + 2, dtype=F64, device=DEVICE)
+        backend.dots(state, pair, g, sums)
+        backend.solve(state, sums, coefs, 0.0, True, True)
+        backend.combine(state, pair, g, coefs, out, prev)
+
+    want, state = parts.copied(start, device=DEVICE), parts.copied(start, device=DEVICE)
+    outs = [torch.empty_like(g) for _ in range(4)]
+    call(want, *outs[:2])  # compiles and plans
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(state, *outs[2:])
+    for _ in range(2):
+        for x, y in zip(state, start, strict=True):
+            x.copy_(y)
+        graph.replay()
+        for x, y in zip((*state, *outs[2:]), (*want, *outs[:2]), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_repeats_bit_for_bit(backend):

@@ -8,49 +8,10 @@ import math
 import pytest
 import torch
 from secant.kernels.lbfgs import cpu, reference
-from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
+from secant.kernels.lbfgs.contract import Pair
 from torch import Tensor
 
-F64 = torch.float64
-MAX = 6  # the place of max |g_i| among the sums that concern no slot
-
-
-def a_state(batch: int, m: int, n: int, dtype: torch.dtype) -> State:
-    rings = [torch.zeros(batch, m, n, dtype=dtype) for _ in range(2)]
-    grams = [torch.zeros(batch, m, m, dtype=F64) for _ in range(2)]
-    counters = [torch.zeros(batch, dtype=torch.int32) for _ in range(2)]
-    return State(*rings, *grams, *counters, torch.zeros(batch, 8, dtype=F64))
-
-
-def copied(state: State, columns: slice = slice(None)) -> State:
-    rings = [x[..., columns].clone() for x in (state.s, state.y)]
-    return State(*rings, *(x.clone() for x in state[2:]))
-
-
-def filled(batch: int, m: int, n: int, dtype: torch.dtype, pairs: int) -> State:
-    draw = torch.Generator().manual_seed(5)
-    state = a_state(batch, m, n, dtype)
-    for k in range(pairs):
-        s = torch.randn(batch, n, dtype=F64, generator=draw)
-        sign = torch.ones(batch, 1, dtype=F64)
-        sign[0] = -1.0 if k == 1 else 1.0  # one that the gate refuses
-        pair = Pair(s.to(dtype), (sign * s * torch.linspace(1, 9, n, dtype=F64)).to(dtype), None, 1.0)
-        reference.update(state, pair, None, 1e-7, None, None)
-    return state
-
-
-def in_parts(backend, shards: list[State], pairs: list[Pair | None], grads: list[Tensor | None], outs, prevs) -> None:
-    """Sums added over the shards (the largest entry is a maximum), everybody solves, each combines its own."""
-    batch, m, _ = shards[0].s.shape
-    sums = torch.zeros(len(shards), batch, 4 * m + EXTRAS, dtype=F64)
-    for one, state, pair, grad in zip(sums, shards, pairs, grads, strict=True):
-        backend.dots(state, pair, grad, one.copy_(torch.full_like(one, math.nan)))
-    total = sums.sum(0)
-    total[:, 4 * m + MAX] = sums[:, :, 4 * m + MAX].amax(0)
-    for state, pair, grad, out, prev in zip(shards, pairs, grads, outs, prevs, strict=True):
-        coefs = torch.full((batch, 2 * m + 2), math.nan, dtype=F64)
-        backend.solve(state, total.clone(), coefs, 1e-7, pair is not None, grad is not None)
-        backend.combine(state, pair, grad, coefs, out, prev)
+from parts import F64, copied, filled, in_parts
 
 
 @pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])

@@ -19,8 +19,10 @@ from flat import call_update
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from secant.kernels.lbfgs import reference
+from secant.kernels.lbfgs.contract import Pair
 
 import oracle
+import parts
 from triton_runner import Cases, arguments
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -308,6 +310,52 @@ def results_repeat_bit_for_bit():
 def update_with_256_pairs(regime):
     state = filled(1, 256, 40, F32, 255, F32)
     step(regime, state, F32)
+
+
+# --------------------------------------------------------------------------------------------------------- its parts
+
+PARTS = {  # how parts.check is called
+    "whole": {"n": 301},
+    "uneven shards": {"n": 301, "cuts": (100, 101), "batch": 2},
+    "pair": {"n": 150, "cuts": (31,), "kind": "pair"},
+    "direction": {"n": 150, "cuts": (31,), "kind": "direction", "batch": 3},
+    "refused": {"n": 77, "refused": True, "cuts": (40,)},
+    "empty history": {"n": 77, "kind": "direction", "pairs": 0},
+    "more pairs than a tile": {"n": 70, "m": 17, "pairs": 19},
+}
+
+
+@case(*((name,) for name in PARTS))
+def update_in_parts(name):
+    with kernels("many") as backend:
+        parts.check(backend, F32, F32, **PARTS[name], device=device)
+
+
+@case(*DTYPES[1:])
+def update_in_parts_of_dtypes(vectors, ring):
+    with kernels("many") as backend:
+        parts.check(backend, vectors, ring, m=2, n=150, cuts=(50,), device=device)
+
+
+@case()
+def parts_of_gradients_and_slots_that_hold_anything():
+    with kernels("many") as backend:
+        parts.check_nan_gradient(backend, 200, 70, device)
+        parts.check_slots_that_hold_anything(backend, 90, device)
+
+
+@case()
+def one_update_is_the_same_bits_in_parts():
+    whole = parts.filled(1, 4, 701, F32, 6)
+    apart, whole = parts.copied(whole, device=device), parts.copied(whole, device=device)
+    g = place(oracle.vector(701))
+    pair = Pair(0.1 * g, g, None, 0.7)
+    outs = [torch.full_like(g, math.nan) for _ in range(4)]
+    with kernels("many") as backend:
+        backend.update(whole, pair, g, 1e-7, *outs[:2])
+        parts.in_parts(backend, [apart], [pair], [g], outs[2:3], outs[3:])
+    for got, want in zip((*apart, *outs[2:]), (*whole, *outs[:2]), strict=True):
+        assert torch.equal(got, want)
 
 
 # ------------------------------------------------------------------------------------------------------------ two_loop
