@@ -5,6 +5,10 @@
 #include <array>
 #include <limits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu.h"
 #include "dlpack.h"
 #include "family.h"
@@ -35,6 +39,18 @@ using secant::dlpack::Tensor;
 // elements of a row that are read at a time.
 int64_t panel_bytes = int64_t(8) << 20;
 int block = 1024;
+
+// Asks for huge pages where there are some to ask for: a history is read in many places at once, each with pages of its
+// own. Memory that was written before stays as it is.
+void lbfgs_use_huge_pages(uintptr_t address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (begin < end) madvise(ptr(begin), end - begin, MADV_HUGEPAGE);  // advice: that it is not taken is no error
+#else
+  (void)address, (void)bytes;
+#endif
+}
 
 void lbfgs_tune(int64_t bytes, int elements) { panel_bytes = bytes, block = elements; }
 
@@ -109,6 +125,7 @@ void define(py::module_& m) {
   m.def("lbfgs_update", &lbfgs_update);
   m.def("lbfgs_two_loop", &lbfgs_two_loop);
   m.def("lbfgs_two_loop_plain", &lbfgs_two_loop_plain, "Takes four tensors; False when the gate has to look at them.");
+  m.def("lbfgs_use_huge_pages", &lbfgs_use_huge_pages, "For memory that nobody has written yet.");
   m.def("lbfgs_tune", &lbfgs_tune, "Bytes from which on histories go by panels of pairs; elements of a row at a time.");
 }
 

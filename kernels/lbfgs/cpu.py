@@ -35,6 +35,17 @@ def tune(processor: _Processor) -> None:
     _cpu.lbfgs_tune(2**62 if processor.panel_bytes is None else processor.panel_bytes, processor.block)
 
 
+#: Bytes of a ring from which on it lies in huge pages.
+_HUGE = 16 << 20
+
+
+def prepare(*rings: Tensor) -> None:
+    """Choose the pages of rings that nobody has written yet."""
+    for ring in rings:
+        if ring.nbytes >= _HUGE:
+            _cpu.lbfgs_use_huge_pages(ring.data_ptr(), ring.nbytes)
+
+
 #: two_loop_plain(grad, s, y, out) -> bool: `two_loop` with gamma None and the checks of the public function.
 two_loop_plain = shortcut("lbfgs_two_loop_plain")
 

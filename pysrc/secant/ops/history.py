@@ -133,8 +133,12 @@ class LBFGSHistory:
             raise _checks.fail(op, "device", "a device with memory", "meta")
         b, m = batch or 1, history_size
         kw: dict[str, Any] = {"device": self.device}
-        self._s = torch.zeros(b, m, n, dtype=storage_dtype, **kw)
-        self._y = torch.zeros(b, m, n, dtype=storage_dtype, **kw)
+        self._s = torch.empty(b, m, n, dtype=storage_dtype, **kw)
+        self._y = torch.empty(b, m, n, dtype=storage_dtype, **kw)
+        if self.device.type == "cpu" and (prepare := getattr(self._backend(), "prepare", None)):
+            prepare(self._s, self._y)  # before the zeros are written
+        self._s.zero_()
+        self._y.zero_()
         self._sy = torch.zeros(b, m, m, dtype=torch.float64, **kw)
         self._yy = torch.zeros(b, m, m, dtype=torch.float64, **kw)
         self._head = torch.zeros(b, dtype=torch.int32, **kw)
@@ -153,6 +157,9 @@ class LBFGSHistory:
             f"LBFGSHistory(n={self.n}, history_size={self.history_size}{batch}, dtype={self.dtype}, "
             f"device={self.device}, storage_dtype={self.storage_dtype})"
         )
+
+    def _backend(self) -> Any:
+        return backends.resolve("lbfgs", self.device, self.dtype)
 
     def _view(self, x: Tensor) -> Tensor:
         return x if self.batch is not None else x[0]
@@ -310,8 +317,7 @@ class LBFGSHistory:
             _kernel.registered(*self._state, grad, s, y, y_prev, t, self.curvature_tol, out, prev_out)
         else:
             pair = None if s is None or y is None else Pair(s, y, y_prev, t)
-            backend = backends.resolve("lbfgs", self.device, self.dtype)
-            backend.update(self._state, pair, grad, self.curvature_tol, out, prev_out)
+            self._backend().update(self._state, pair, grad, self.curvature_tol, out, prev_out)
             written = self._versioned
             if out is not None and not out.is_inference():
                 written = [*written, out] if prev_out is None else [*written, out, prev_out]
