@@ -218,3 +218,32 @@ def test_full_runs_have_every_op_over_the_whole_range():
         assert flat == {10**2, 10**3, 10**4, 10**5, 10**6, 3 * 10**6, 10**7}
     assert {case for group in lbfgs.groups(CPU) for case in group} < set(every)
     assert len(every) == len(set(every))
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_steps_go_round_and_read_every_row(storage):
+    """However often: the pair is accepted, nothing grows, and each row has a coefficient that is not zero."""
+    from secant.kernels.lbfgs import cpu
+
+    case = Case("step", 1000, storage=storage)
+    states, lengths = [], []
+    original = secant.LBFGSHistory.step
+
+    def watch(history, grad, prev_grad, direction, t):
+        stats = original(history, grad, prev_grad, direction, t)
+        assert float(stats.accepted) == 1.0
+        states[:] = [history._state]
+        lengths.append(float(direction.norm()))
+        return stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secant.LBFGSHistory, "step", watch)
+        calls, _ = lbfgs._history_calls(case, Problem(case, CPU))
+        for i in range(100):
+            calls[i % len(calls)]()
+    assert max(lengths[20:]) < 4 * min(lengths[20:])
+    m = case.m
+    dots, coefs = torch.empty(1, 4 * m + 8, dtype=torch.float64), torch.empty(1, 2 * m + 2, dtype=torch.float64)
+    cpu.dots(states[0], None, torch.randn(1, 1000), dots)
+    cpu.solve(states[0], dots, coefs, 0.0, False, True)
+    assert bool((coefs[0, 2:] != 0).all())

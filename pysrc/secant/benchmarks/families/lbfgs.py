@@ -253,13 +253,16 @@ def _history_calls(case: Case, problem: Problem) -> tuple[list[Call], Call]:
 
 
 def _step_calls(problem: Problem, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[list[Call], Call]:
-    """Make two calls of `step(grad, prev_grad, direction)` (t = 2) that can go round for ever, and the probe.
+    """Make calls of `step(grad, prev_grad, direction)` (t = 2) that can go round for ever, and the probe.
 
-    Gradients are g, -g, g, ... From g_prev = -g and d.g > 0 come y = 2 g and s = 2 d: the pair is accepted. The next
-    direction satisfies H y = s, so it is -H g = -s / 2 = -d, and the next pair is (-s, -y): numbers stay as they are.
+    Gradients alternate, g, -g, g, ..., each with another small part beside. From g_prev = -g and d.g > 0 come y = 2 g
+    and s = 2 d: the pair is accepted. The next direction satisfies H y = s, so it is -H g = -s / 2 = -d, and the next
+    pair is (-s, -y): numbers stay as they are. With the small parts every pair has a share in every direction; without
+    them the newest says it all, and the other rows would not be read.
     """
     g = problem.g
-    minus, prev_grad, direction = -g, -g, g.clone()
+    gradients = [sign * (g + g.roll(k + 1, -1) / 4) for k, sign in enumerate((1, -1, 1, -1))]
+    prev_grad, direction = gradients[-1].clone(), g.clone()
 
     def turn(grad: Tensor) -> Tensor:
         nonlocal direction
@@ -269,7 +272,7 @@ def _step_calls(problem: Problem, step: Callable[[Tensor, Tensor, Tensor], Tenso
     def probe() -> Tensor:
         return step(g, *(x.clone() for x in problem.probe))
 
-    return [functools.partial(turn, g), functools.partial(turn, minus)], probe
+    return [functools.partial(turn, x) for x in gradients], probe
 
 
 def _peer(case: Case, problem: Problem, name: str) -> Contender:
