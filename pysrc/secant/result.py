@@ -45,7 +45,7 @@ class Status(IntEnum):
 
     @property
     def ok(self) -> bool:
-        """Whether a tolerance was met: CONVERGED or SMALL_CHANGE."""
+        """Tell whether a tolerance was met: CONVERGED or SMALL_CHANGE."""
         return self in (Status.CONVERGED, Status.SMALL_CHANGE)
 
 

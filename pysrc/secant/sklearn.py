@@ -244,7 +244,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return torch.log_softmax(z, 1)
 
     def decision_function(self, X: Any) -> Any:
-        """Linear predictors: (N,) of the second class for two, else (N, K)."""
+        """Compute the linear predictors: (N,) of the second class for two, else (N, K)."""
         return self._result(self._logits(X), X)
 
     def predict(self, X: Any) -> Any:
@@ -255,11 +255,11 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return classes[index if isinstance(classes, torch.Tensor) else index.cpu().numpy()]
 
     def predict_log_proba(self, X: Any) -> Any:
-        """Logarithms of the probabilities, (N, K) in the order of `classes_`; finite wherever the predictors are."""
+        """Predict log-probabilities, (N, K) in the order of `classes_`; finite wherever the predictors are."""
         return self._result(self._log_probabilities(X), X)
 
     def predict_proba(self, X: Any) -> Any:
-        """Probabilities, (N, K) in the order of `classes_`."""
+        """Predict the probabilities, (N, K) in the order of `classes_`."""
         return self._result(self._log_probabilities(X).exp(), X)
 
 

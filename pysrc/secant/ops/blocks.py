@@ -58,7 +58,7 @@ def _check_spd(op: str, assume: str) -> bool:
 
 
 def _per_block(op: str, name: str, x: Tensor, a: Tensor) -> Tensor:
-    """A tensor of one number a block, in the compute dtype and of the batch's shape."""
+    """Return a tensor of one number a block, in the compute dtype and of the batch's shape."""
     _checks.tensor(op, name, x, DTYPES, a.device)
     batch = a.shape[:-2]
     sizes = zip(reversed(x.shape), reversed(batch), strict=False)
@@ -96,7 +96,7 @@ def _refuse_out(op: str, out: Tensor | None) -> None:
 
 
 def _real(a: Tensor) -> Tensor:
-    """Half precision is differentiated in float32, and each result rounded once."""
+    """Take half precision to float32, where it is differentiated; each result is rounded once."""
     return a if a.dtype in _checks.REAL else a.float()
 
 
@@ -104,7 +104,7 @@ def _real(a: Tensor) -> Tensor:
 def block_inv(
     a: Tensor, *, damping: Damping = None, assume: str = "spd", out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Inverses of many small matrices, (A + damping)^-1.
+    """Invert many small matrices, (A + damping)^-1.
 
     Args:
         a: (..., n, n), 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides.
@@ -162,7 +162,7 @@ def block_solve(
     vector: bool | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Solutions of many small linear systems, (A + damping) x = b, with one or several right-hand sides.
+    """Solve many small linear systems, (A + damping) x = b, with one or several right-hand sides.
 
     `b` holds vectors, shape (..., n), or matrices, shape (..., n, k): `vector` says which. Without it, as
     torch.linalg.solve has it, `b` holds one vector a block when it is of shape (n,) or exactly `a.shape[:-1]`, else
@@ -249,7 +249,7 @@ def _broadcast(op: str, a: Tensor, b: Tensor, vector: bool | None) -> tuple[Tens
 
 @_register.whole
 def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of many small symmetric matrices, A = V diag(w) V^T.
+    """Compute eigenvalues and eigenvectors of many small symmetric matrices, A = V diag(w) V^T.
 
     Args:
         a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
@@ -289,7 +289,7 @@ def block_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_function(op: str, f: Any) -> tuple[Any, ...]:
-    """The rule of `_blocks_functions.py` that an argument stands for."""
+    """Find the rule of `_blocks_functions.py` that an argument stands for."""
     expected = f"{', '.join(map(repr, NAMED))}, ('power', p) or callables (f, df) or (f, df, d2f)"
     if isinstance(f, str) and f in NAMED:
         return NAMED[f]
@@ -304,7 +304,7 @@ def _check_function(op: str, f: Any) -> tuple[Any, ...]:
 
 
 def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
-    """Functions of many small symmetric matrices: f(M) = V diag(f(w)) V^T for M = A + damping = V diag(w) V^T.
+    """Compute functions of many small symmetric matrices: f(M) = V diag(f(w)) V^T for M = A + damping = V diag(w) V^T.
 
     Args:
         a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
@@ -367,7 +367,7 @@ def _block_function(a: Tensor, f: SpectralFunction, damping: Damping) -> tuple[T
 
 @_register.whole
 def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses of |A| with its eigenvalues bounded below: V diag(1 / max(|w|, floor)) V^T for A = V diag(w) V^T.
+    """Invert |A| with its eigenvalues bounded below: V diag(1 / max(|w|, floor)) V^T for A = V diag(w) V^T.
 
     That is what takes the place of the inverse Hessian in saddle-free Newton methods: the step along an eigenvector of
     negative curvature is reversed, and none is longer than the gradient / floor.
@@ -415,7 +415,7 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor) -> tuple[Tensor, Tensor]:
 
 @_register.whole
 def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tensor, Tensor]:
-    """Inverse p-th roots of many small symmetric positive definite matrices, (A + damping)^(-1/p).
+    """Compute inverse p-th roots of many small symmetric positive definite matrices, (A + damping)^(-1/p).
 
     p = 4 is what Shampoo asks for, p = 2 whitens, p = 1 is the inverse by way of the eigenvalues (`block_inv` is
     faster).

@@ -28,7 +28,7 @@ _kernel = _register.Kernel(
 
 
 def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, out: Tensor | None = None) -> Tensor:
-    """Quasi-Newton direction d = -H grad from curvature pairs, by the L-BFGS two-loop recursion.
+    """Compute the quasi-Newton direction d = -H grad from curvature pairs, by the L-BFGS two-loop recursion.
 
     H is the inverse-Hessian approximation that m BFGS updates build from H_0 = gamma I,
 
@@ -125,7 +125,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> Tensor:
-    """Checked arguments: canonical layout, launch, and back."""
+    """Go from checked arguments to the canonical layout, launch, and back."""
     g = grad if grad.dtype in _checks.REAL else grad.float()
     if not g.is_contiguous() or g.is_neg():
         g = g.resolve_neg().contiguous()
