@@ -53,7 +53,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Example:
         >>> with secant.use_backend("reference"):
-        ...     d = secant.ops.two_loop(g, s, y)
+        ...     secant.ops.block_inv(torch.tensor([[4.0]]))
+        (tensor([[0.2500]]), tensor(0, dtype=torch.int32))
     """
     token = _chosen.set(_check_name(name, "use_backend(name)"))
     try:

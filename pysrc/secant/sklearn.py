@@ -7,8 +7,10 @@ API dispatch or without: whatever the type of X, attributes and predictions are 
 
 Example:
     >>> from secant.sklearn import LogisticRegression
+    >>> X, y = [[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1]
     >>> model = LogisticRegression(C=0.1).fit(X, y)
-    >>> model.predict_proba(X)
+    >>> model.predict(X), model.predict_proba(X).shape
+    (array([0, 0, 1, 1]), (4, 2))
 """
 
 from __future__ import annotations

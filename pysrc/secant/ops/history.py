@@ -97,9 +97,12 @@ class LBFGSHistory:
         Chen, Wang, Zhou, Large-scale L-BFGS using MapReduce, NIPS 2014, Algorithm 2 (the recursion on coefficients).
 
     Example:
-        >>> history = secant.LBFGSHistory(1000, 10)
-        >>> history.append(s, y)
-        >>> d = history.direction(grad)
+        >>> history = secant.LBFGSHistory(3, 10)
+        >>> accepted = history.append(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([2.0, 0.0, 0.0]))     # curvature 2
+        >>> bool(accepted), int(history.count)
+        (True, 1)
+        >>> history.direction(torch.tensor([4.0, 1.0, 3.0]))        # H_0 = I / 2 where it knows nothing
+        tensor([-2.0000, -0.5000, -1.5000])
     """
 
     def __init__(

@@ -157,8 +157,12 @@ def glm_hvp(
         McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5.
 
     Example:
+        >>> x, y, coef = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0]), torch.zeros(2)
         >>> value, grad, weight = secant.ops.glm_value_grad(x, y, coef, loss="logistic", l2=1.0)
-        >>> hd = secant.ops.glm_hvp(x, direction, weight, l2=1.0)
+        >>> weight                                  # p (1 - p)
+        tensor([0.2500, 0.2500])
+        >>> secant.ops.glm_hvp(x, torch.tensor([4.0, 0.0]), weight, l2=1.0)
+        tensor([5., 2.])
     """
     if out is None and (plain := _plain(l2)) and _shortcut.takes(x, v, weight):
         result = torch.empty_like(v)
@@ -461,8 +465,14 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -
         Schraudolph, Fast curvature matrix-vector products, Neural Computation 14(7), 2002, section 3.
 
     Example:
-        >>> jv = torch.func.jvp(model, (params,), (v,))[1]              # (tokens, vocabulary)
-        >>> hjv = secant.ops.cross_entropy_hvp(logits, jv, lse=lse)     # then back through the model: GGN v
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])                  # two tokens
+        >>> model = lambda w: x @ w                                     # w (features, vocabulary)
+        >>> w, v = torch.zeros(2, 2), torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+        >>> logits, jv = torch.func.jvp(model, (w,), (v,))
+        >>> hjv = secant.ops.cross_entropy_hvp(logits, jv)
+        >>> torch.func.vjp(model, w)[1](hjv)[0].round(decimals=5)       # back through the model: GGN v
+        tensor([[ 1., -1.],
+                [-4.,  4.]])
     """
     op = "cross_entropy_hvp"
     _checks.tensor(op, "logits", logits, DTYPES)

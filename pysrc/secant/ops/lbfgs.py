@@ -57,9 +57,9 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4, p. 178.
 
     Example:
-        >>> g, s = torch.randn(5), torch.randn(3, 5)
-        >>> secant.ops.two_loop(g, s, 2 * s)        # Hessian 2 I: the Newton step
-        >>> # equals -g / 2
+        >>> g, s = torch.tensor([2.0, -4.0, 6.0]), torch.eye(3)[:2]
+        >>> secant.ops.two_loop(g, s, 2 * s)        # pairs of the Hessian 2 I: the Newton step -g / 2
+        tensor([-1.,  2., -3.])
     """
     if gamma is None and not torch.compiler.is_dynamo_compiling():
         plain = _plain()

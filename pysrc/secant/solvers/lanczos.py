@@ -47,7 +47,9 @@ class Lanczos:
 
     Example:
         >>> a = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
-        >>> recurrence = Lanczos(lambda rows: rows @ a, torch.ones(1, 100, dtype=torch.float64), 30)
+        >>> from secant.solvers.lanczos import Lanczos
+        >>> start = torch.ones(1, 100, dtype=torch.float64)
+        >>> recurrence = Lanczos(lambda rows: rows @ a, start, 30)
         >>> recurrence.advance(30)
         >>> round(recurrence.ritz()[0][0, -1].item(), 2)
         100.0
