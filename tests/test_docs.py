@@ -1,4 +1,4 @@
-"""What README, the guides and the docstrings tell a newcomer to type: it exists, it runs, and it gives what they say."""
+"""What README, the guides and the docstrings tell a newcomer to type exists, runs, and gives what they say."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class Lanczos:
         steps: how many columns of them are filled.
 
     Example:
-        >>> a = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
         >>> from secant.solvers.lanczos import Lanczos
+        >>> a = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
         >>> start = torch.ones(1, 100, dtype=torch.float64)
         >>> recurrence = Lanczos(lambda rows: rows @ a, start, 30)
         >>> recurrence.advance(30)
