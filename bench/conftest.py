@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def group_of(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
-    """The `Group(key)` of the module by key; only the last one is kept, as an input may fill the memory."""
+    """Return the `Group(key)` of the module by key; only the last one is kept, as an input may fill the memory."""
     held: dict[Any, Any] = {}
 
     def get(key: Any) -> Any:

@@ -138,13 +138,13 @@ def draw_roofline(path: Path, result: dict[str, Any]) -> bool:
     """Draw every measured kernel as a point under the roofs of the run; False when there is nothing to draw."""
     from secant.benchmarks import roofline
 
-    points = [x for f in FAMILIES for x in roofline.points((family_data(result, f) or {}).get("rows", []))]
-    if not points or not result["rates"]:
+    dots = [x for f in FAMILIES for x in roofline.dots((family_data(result, f) or {}).get("rows", []))]
+    if not dots or not result["rates"]:
         return False
     facts = result["machine"]
     where = facts.get("gpu") or f"a rehearsal on {facts['system']}"
     footer = f"{where}, driver {facts.get('driver')}, torch {facts.get('torch')}"
-    roofline.save(path, points, result["rates"], "Operations and bytes of every kernel", footer)
+    roofline.save(path, dots, result["rates"], "Operations and bytes of every kernel", footer)
     return True
 
 

@@ -22,7 +22,7 @@ def main(picture: Path, files: list[Path]) -> None:
             rates[key] = max(value, rates.get(key, 0.0))
     rows = [row for data in results for row in roofline.rows_of(data)]
     about = machine.summary(results[0]["machine"])
-    roofline.save(picture, roofline.points(rows), rates, "Operations and bytes of every kernel", about)
+    roofline.save(picture, roofline.dots(rows), rates, "Operations and bytes of every kernel", about)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Group:
         self.best = self.value(best.coef.numpy(), float(best.intercept))
 
     def value(self, coef: np.ndarray, intercept: float) -> float:
-        """The objective, from its definition."""
+        """Compute the objective, from its definition."""
         z = self.x @ coef + intercept
         return float((np.logaddexp(0.0, z) - self.y * z).sum() + 0.5 * coef @ coef)
 

@@ -326,7 +326,7 @@ class Normal:
 def step(
     normal: Normal, lam: float, inv: Callable[[Tensor, float], Tensor], tolerance: float = CG_TOLERANCE
 ) -> tuple[Tensor, Tensor, int]:
-    """The step of the cameras (C, 9) and of the points (3, P) at this lambda, and the steps of CG."""
+    """Compute the step of the cameras (C, 9) and of the points (3, P) at this lambda, and the steps of CG."""
     inverse = inv(normal.c, lam).permute(1, 2, 0).contiguous()  # (3, 3, P): points innermost, for long loops
     b = _damped(normal.b, lam)
 
@@ -352,7 +352,7 @@ def step(
 
 
 def half_square(residual: Tensor) -> float:
-    """The cost."""
+    """Compute the cost."""
     return float(residual.square().sum()) / 2
 
 
@@ -408,14 +408,14 @@ def rms(scene: Scene, cost: float) -> float:
 
 
 def largest_difference(a: Solution, b: Solution) -> float:
-    """Of the costs, relatively, over the start and all iterations; infinite where one took more of them."""
+    """Compare the costs, relatively, over the start and all iterations; infinite where one took more of them."""
     if len(a.rows) != len(b.rows):
         return math.inf
     return max(abs(x - y) / abs(y) for x, y in zip(a.costs, b.costs, strict=True))
 
 
 def faster_peer(scene: Scene) -> Blocks:
-    """Which of torch's two ways inverts this scene's point blocks faster, here and now."""
+    """Find which of torch's two ways inverts this scene's point blocks faster, here and now."""
     blocks = Normal(scene, Sight(scene.index, scene.points.shape[1]), scene.cameras, scene.points).c
 
     def seconds(peer: Blocks) -> float:

@@ -22,7 +22,7 @@ def available() -> str | None:
 
 
 def address(x: Tensor | None) -> int:
-    """Of the first element; 0 for None."""
+    """Return the address of the first element; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -36,7 +36,7 @@ _reads_tensors = _exchanges()
 
 
 def shortcut(name: str) -> Any:
-    """A function of the extension that takes tensors, checks them and computes, in one C call; None without it.
+    """Return a function that takes tensors, checks them and computes, in one C call; None without the extension.
 
     It returns False, having done nothing, unless the arguments are right and need no conversion. Tensors are of the
     very class torch.Tensor and not negated.

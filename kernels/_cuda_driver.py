@@ -54,7 +54,7 @@ class Driver(Protocol):
         """Handle of the current stream of a device."""
 
     def capturing(self) -> bool:
-        """Whether the current stream is being captured into a graph."""
+        """Tell whether the current stream is being captured into a graph."""
 
     def launch(self, item: Launch, index: int, stream: int, parameters: bytes) -> None:
         """Launch a kernel with one struct as its parameter."""
@@ -108,7 +108,7 @@ def run_time_supports(device: torch.device) -> str | None:
 
 
 def source(family: str, definitions: str) -> str:
-    """The text that NVRTC compiles: it includes nothing; `definitions` choose which kernels it has."""
+    """Return the text that NVRTC compiles: it includes nothing; `definitions` choose which kernels it has."""
     portable = (KERNELS / "cuda_portable.cuh").read_text().replace("#pragma once\n", "")
     return portable + definitions + (KERNELS / family / "cuda.cu").read_text()
 

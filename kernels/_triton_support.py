@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 def interpreted(kernel: Any) -> bool:
-    """Whether a kernel runs in Triton's interpreter: TRITON_INTERPRET=1 was set when it was defined."""
+    """Tell whether a kernel runs in Triton's interpreter: TRITON_INTERPRET=1 was set when it was defined."""
     return not isinstance(kernel, triton.runtime.JITFunction)
 
 
@@ -54,7 +54,7 @@ def load(ptr, mask, C: tl.constexpr):
 
 @triton.jit
 def rounded_to_bfloat16(x):
-    """A float32 x rounded to nearest even, in float32."""
+    """Round a float32 x to nearest even, in float32."""
     bits = x.to(tl.int32, bitcast=True)
     even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return tl.where(x == x, even.to(tl.float32, bitcast=True), x)

@@ -21,7 +21,7 @@ class Backend(Protocol):
         """out = (A + damping)^-1 b; see the module for `info`."""
 
     def eigh(self, a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
-        """A V = V diag(values), values ascending; see the module for `info`."""
+        """Compute A V = V diag(values), values ascending; see the module for `info`."""
 
     def abs_inv(self, a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:
         """out = V diag(1 / max(|w|, floor)) V^T; see the module for `info`."""

@@ -23,7 +23,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def source(kernel: str) -> str:
-    """The text that NVRTC compiles for a kernel such as "blocks_inv_spd_t3_f32": it includes nothing."""
+    """Return the text that NVRTC compiles for a kernel such as "blocks_inv_spd_t3_f32": it includes nothing."""
     found = re.fullmatch(r"blocks_(\w+)_([twb])(\d+)_(\w+)", kernel)
     assert found
     op, kind, width, tag = found.groups()

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 def kernels() -> list[str]:
-    """The names of all kernels that a plan may ask for."""
+    """Return the names of all kernels that a plan may ask for."""
     names = []
     for op, widths in WIDTHS.items():
         sizes = [f"t{n}" for n in range(1, THREAD_N[op] + 1)]
@@ -175,7 +175,7 @@ class Launcher:
         self._launch(op, a, out, info, b=b, shift=damping, mode=_mode(damping, scaled))
 
     def eigh(self, a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
-        """A V = V diag(values): see `reference.eigh`."""
+        """Compute A V = V diag(values): see `reference.eigh`."""
         self._launch("eigen", a, vectors, info, values=values)
 
     def abs_inv(self, a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:

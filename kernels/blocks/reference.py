@@ -75,12 +75,12 @@ def _diagonal(a: Tensor) -> Tensor:
 
 
 def _mirrored(a: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle is that of `a`; the upper one may hold anything."""
+    """Return the symmetric matrix whose lower triangle is that of `a`; the upper one may hold anything."""
     return a.tril() + a.tril(-1).mT
 
 
 def _damped(a: Tensor, damping: float | Tensor | None, scaled: bool) -> Tensor:
-    """A + damping I or A + damping diag(A), as a copy in float64."""
+    """Compute A + damping I or A + damping diag(A), as a copy in float64."""
     a = a.to(torch.float64, copy=True)
     if damping is not None:
         d = _diagonal(a)
@@ -216,7 +216,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _above(pp: Tensor, qq: Tensor, pq: Tensor) -> Tensor:
-    """Whether |a_pq| > eps sqrt(|a_pp a_qq|), the relative tolerance of Demmel and Veselic."""
+    """Tell whether |a_pq| > eps sqrt(|a_pp a_qq|), the relative tolerance of Demmel and Veselic."""
     eps = torch.finfo(pq.dtype).eps
     return pq * pq > (pp * qq).abs() * (eps * eps)
 
@@ -267,7 +267,7 @@ def _function(values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
-    """A V = V diag(values), values ascending; see the module for `info`."""
+    """Compute A V = V diag(values), values ascending; see the module for `info`."""
     w, v, code = _eigh(a.double())
     values.copy_(w)
     vectors.copy_(v)

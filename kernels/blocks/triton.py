@@ -61,7 +61,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @triton.jit
 def _per_block(value, ptr, m, mask, C: tl.constexpr):
-    """A number, or an entry of a tensor, for each of the blocks m."""
+    """Read a number, or an entry of a tensor, for each of the blocks m."""
     if ptr is None:
         return tl.full(m.shape, value, tl.float64).to(C)
     else:
@@ -89,7 +89,7 @@ def _inverse(x):
 
 @triton.jit
 def _root(x):
-    """The square root to nearest."""
+    """Compute the square root to nearest."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -130,7 +130,7 @@ def _power(e, C: tl.constexpr):
 
 @triton.jit
 def _diagonal_scale(d, C: tl.constexpr):
-    """A power of two near 1 / sqrt(d), 1 where d is not positive and finite; products of two are normal numbers."""
+    """Return a power of two near 1 / sqrt(d), 1 where d is not positive and finite; products of two are normal."""
     LIMIT: tl.constexpr = 511 if C.primitive_bitwidth == 64 else 63
     e = tl.minimum(tl.maximum(-(_exponent(_magnitude(d)) >> 1), -LIMIT), LIMIT)
     return tl.where((d > 0) & _finite(d), _power(e, C), 1.0)
@@ -138,7 +138,7 @@ def _diagonal_scale(d, C: tl.constexpr):
 
 @triton.jit
 def _shift(magnitude, STEP: tl.constexpr, C: tl.constexpr):
-    """A multiple e of STEP such that 2^e brings the largest magnitude near 1 and 2^-e exists; 0 if it is not finite."""
+    """Find a multiple e of STEP such that 2^e brings the largest magnitude near 1 and 2^-e exists; 0 if not finite."""
     LAST: tl.constexpr = 1023 if C.primitive_bitwidth == 64 else 127
     LIMIT: tl.constexpr = (LAST - 1) // STEP * STEP
     e = _exponent(magnitude)
@@ -147,7 +147,7 @@ def _shift(magnitude, STEP: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _above(low, high, off, C: tl.constexpr):
-    """Whether `off` is above the tolerance.
+    """Tell whether `off` is above the tolerance.
 
     It is relative to the two diagonal entries, which keeps small eigenvalues of graded matrices, and stops at eps^2 of
     the largest entry.
@@ -158,7 +158,7 @@ def _above(low, high, off, C: tl.constexpr):
 
 @triton.jit
 def _rotation(low, high, off, first, C: tl.constexpr):
-    """Whether to rotate the pair, and tangent and cosine of the angle that annihilates `off`.
+    """Tell whether to rotate the pair, and tangent and cosine of the angle that annihilates `off`.
 
     `first` tells which of the two takes which sign when both diagonal entries are equal.
     """
@@ -190,7 +190,7 @@ def _function(w, floor, shift, KIND: tl.constexpr, P: tl.constexpr, C: tl.conste
 
 @triton.jit
 def _unpack(x, LEVELS: tl.constexpr):
-    """The columns of a tile (BLOCK, 2^LEVELS) as a tuple of vectors."""
+    """Return the columns of a tile (BLOCK, 2^LEVELS) as a tuple of vectors."""
     parts = (x,)
     if LEVELS == 0:
         parts = (tl.reshape(x, [x.shape[0]]),)
@@ -208,7 +208,7 @@ def _unpack(x, LEVELS: tl.constexpr):
 
 @triton.jit
 def _pack(parts, COUNT: tl.constexpr, LEVELS: tl.constexpr):
-    """The tile (BLOCK, 2^LEVELS) of COUNT columns, and zeros behind them."""
+    """Make the tile (BLOCK, 2^LEVELS) of COUNT columns, and zeros behind them."""
     for _ in tl.static_range((1 << LEVELS) - COUNT):
         parts = parts + (tl.zeros_like(parts[0]),)
     if LEVELS == 0:
@@ -226,7 +226,7 @@ def _pack(parts, COUNT: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def _put(x, I: tl.constexpr, value):
-    """The tuple x with entry I replaced."""
+    """Replace entry I of the tuple x."""
     return x[:I] + (value,) + x[I + 1 :]
 
 
@@ -235,7 +235,7 @@ def _read_lanes(
     a, stride, damping, damping_ptr, m, live,
     DAMPING: tl.constexpr, N: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The entries of the damped blocks m, row by row."""
+    """Read the entries of the damped blocks m, row by row."""
     entry = tl.arange(0, 1 << LEVELS)
     x = _unpack(_load(a + m[:, None] * stride + entry[None, :], live[:, None] & (entry < N * N)[None, :], C), LEVELS)
     if DAMPING != 0:
@@ -268,7 +268,7 @@ def _lower(x, i: tl.constexpr, j: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _put_lower(x, i: tl.constexpr, j: tl.constexpr, N: tl.constexpr, value):
-    """The lower triangle with entry (i, j) of the symmetric matrix replaced."""
+    """Replace entry (i, j) of the symmetric matrix in its lower triangle."""
     if i >= j:
         return _put(x, i * N + j, value)
     else:
@@ -286,7 +286,7 @@ def _mirrored(x, N: tl.constexpr):
 
 @triton.jit
 def _note(code, pivot, step, POSITIVE: tl.constexpr):
-    """The code, with this step in it when its pivot is the first bad one."""
+    """Note this step in the code when its pivot is the first bad one."""
     if POSITIVE:
         good = (pivot > 0) & _finite(pivot)
     else:
@@ -322,7 +322,7 @@ def _normalised(x, N: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _pivot_row(x, k: tl.constexpr, N: tl.constexpr):
-    """The first row from k on with the largest entry in column k."""
+    """Find the first row from k on with the largest entry in column k."""
     largest = _magnitude(x[k * N + k])
     chosen = tl.full(largest.shape, k, tl.int32)
     for i in tl.static_range(k + 1, N):
@@ -640,7 +640,7 @@ def _read_tile(
     a, stride, damping, damping_ptr, m, live, row, column, n,
     SYMMETRIC: tl.constexpr, DAMPING: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The damped blocks m as a tile (M, P, P) with zeros around them; from their lower triangles if symmetric."""
+    """Read the damped blocks m as a tile (M, P, P), zeros around them; from their lower triangles if symmetric."""
     inside = live[:, None, None] & (row < n) & (column < n)
     if SYMMETRIC:
         inside = inside & (column <= row)
@@ -655,7 +655,7 @@ def _read_tile(
 
 @triton.jit
 def _line(x, chosen, AXIS: tl.constexpr):
-    """The line of x where `chosen` holds, with its axis kept."""
+    """Take the line of x where `chosen` holds, with its axis kept."""
     return tl.sum(tl.where(chosen, x, 0.0), axis=AXIS, keep_dims=True)
 
 
@@ -673,7 +673,7 @@ def _pivot(u, order, row, column):
 
 @triton.jit
 def _largest(x):
-    """The largest magnitude of each block, (M, 1, 1)."""
+    """Find the largest magnitude of each block, (M, 1, 1)."""
     return tl.max(tl.max(_magnitude(x), axis=2, keep_dims=True), axis=1, keep_dims=True)
 
 
@@ -820,7 +820,7 @@ def _solve_tile(
 
 @triton.jit
 def _partner(i, step, n):
-    """Who meets i in this round of a tournament of n: everyone meets everyone once in n - 1 rounds, n if n is odd.
+    """Tell who meets i in this round of a tournament of n: all meet once in n - 1 rounds, n if n is odd.
 
     All but the last of an even number stand on a circle of odd size and meet their mirror images; who is his own meets
     the last, or nobody.
@@ -918,7 +918,7 @@ _INTERPRETED = _triton_support.interpreted(_inv_tile)
 
 
 def _number(x: float | Tensor | None) -> tuple[float, Tensor | None]:
-    """A number and a pointer, of which a kernel takes one."""
+    """Return a number and a pointer, of which a kernel takes one."""
     return (1.0, x) if isinstance(x, Tensor) else (float(x or 0.0), None)
 
 
@@ -999,7 +999,7 @@ def _eigen(
 
 
 def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
-    """A V = V diag(values), values ascending; see `reference.py`."""
+    """Compute A V = V diag(values), values ascending; see `reference.py`."""
     _eigen(a, _EIGH, 1, None, False, 0.0, values, vectors, info)
 
 

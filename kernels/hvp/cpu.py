@@ -41,7 +41,7 @@ def _rows(
     loss: str = "squared",
     delta: float = 1.0,
 ) -> None:
-    """A pass over the rows of x, dense or sparse: see struct HvpRows."""
+    """Describe a pass over the rows of x, dense or sparse: see struct HvpRows."""
     n, d = x.shape
     if x.layout is torch.sparse_csr:
         crow, col, stored = rows.parts(_NAMES[op], "x", x)

@@ -23,7 +23,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def source(module: str) -> str:
-    """The text that NVRTC compiles for a module "tile_4x16_f32", "cross_entropy_f16" or "rest_f64"."""
+    """Return the text that NVRTC compiles for a module "tile_4x16_f32", "cross_entropy_f16" or "rest_f64"."""
     found = re.fullmatch(r"(tile|cross_entropy|rest)(?:_(\d+)x(\d+))?_(\w+)", module)
     assert found
     kind, k, e, tag = found.groups()

@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
 
 def kernels() -> list[str]:
-    """The names of all kernels that a plan may ask for."""
+    """Return the names of all kernels that a plan may ask for."""
     names = [f"hvp_{kind}_{tag}" for kind in ("between", "finish", "product", "sum") for tag in ("f32", "f64")]
     for tag in C_TYPES:
         names.append(f"hvp_cross_entropy_{tag}")
@@ -90,7 +90,7 @@ def kernels() -> list[str]:
 
 
 def fits(k: int, e: int, tag: str) -> bool:
-    """Whether a kernel of this shape exists."""
+    """Tell whether a kernel of this shape exists."""
     return k * e <= MOST_SUMS[8 if tag == "f64" else 4]
 
 
@@ -105,7 +105,7 @@ def _power(x: int) -> int:
 def _shape(
     device: Device, tag: str, stored: int, size: int, d: int, length: int, k: int, width: int, groups: int, flat: bool
 ) -> Shape | None:
-    """The shape with K = k columns of V and slabs of `width` columns, None where it does not fit."""
+    """Choose the shape with K = k columns of V and slabs of `width` columns, None where it does not fit."""
     width = min(width, length)
     found = [e for e in SHAPES[k] if fits(k, e, tag) and width <= BLOCK * e]
     if not found:

@@ -23,7 +23,7 @@ class Parts(NamedTuple):
 
 
 def parts(op: str, name: str, x: Tensor) -> Parts:
-    """The parts of x, the contents of its indices not looked at.
+    """Return the parts of x, the contents of its indices not looked at.
 
     Raises:
         ValueError: their shapes or dtypes do not fit.
@@ -66,7 +66,7 @@ def checked(op: str, name: str, x: Tensor) -> Tensor:
 
 
 def bad_row(op: str, name: str, x: Tensor, row: int) -> ValueError:
-    """What is wrong with a row of x."""
+    """Say what is wrong with a row of x."""
     crow, col, _ = parts(op, name, x)
     low, high, entries, n = int(crow[row]), int(crow[row + 1]), len(col), x.shape[0]
     first, last = (0 if row == 0 else low), (entries if row == n - 1 else high)

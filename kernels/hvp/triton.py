@@ -67,7 +67,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @triton.jit
 def _wide(x):
-    """A whole number in 64 bits; Triton makes a constant of an argument that is 1."""
+    """Make a whole number one of 64 bits; Triton makes a constant of an argument that is 1."""
     return tl.full((), x, tl.int64)
 
 
@@ -91,7 +91,7 @@ def _times_exp(t, x):
 
 @triton.jit
 def _loss(z, t, number, LOSS: tl.constexpr):
-    """The loss of a prediction z for a target t, and its first two derivatives in z; `number` as in the contract."""
+    """Compute the loss of z for a target t, and its first two derivatives in z; `number` as in the contract."""
     if LOSS == 0:
         e = z - t
         return 0.5 * e * e, e, tl.full(z.shape, 1.0, z.dtype)
@@ -126,7 +126,7 @@ def _loss(z, t, number, LOSS: tl.constexpr):
 def _glm_rows(
     z, row, live, weight, sample_weight, target, delta, OP: tl.constexpr, LOSS: tl.constexpr
 ):  # fmt: skip
-    """What multiplies the rows of X in the sum, and each row's part of the value; z (rows,) is X V, zero outside.
+    """Compute what multiplies the rows of X, and each row's part of the value; z (rows,) is X V, zero outside.
 
     It writes the weights of `glm_value_grad`.
     """
@@ -144,7 +144,7 @@ def _glm_rows(
 
 @triton.jit
 def _softmax_rows(z, row, c, live, k, sample_weight, target, probs, OP: tl.constexpr):
-    """The same for z (rows, classes c); it writes the probabilities of `softmax_value_grad`."""
+    """Do the same for z (rows, classes c); it writes the probabilities of `softmax_value_grad`."""
     inside = live[:, None] & (c < k)[None, :]
     at = row[:, None] * k + c[None, :]
     if sample_weight is None:
@@ -291,7 +291,7 @@ def _finish(
     partial, values, v, l2: tl.float64, out, value, splits, parts, length, k, d, regular,
     PARTS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all programs and the penalty; the first program adds the value up, `regular` entries of v in it."""
+    """Add the sums of all programs and the penalty; the first program adds the value, `regular` entries of v in it."""
     size = _wide(length) * k
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     acc = tl.zeros([PARTS, ENTRIES], tl.float64)
@@ -417,7 +417,7 @@ def _product(
     bias, scale, p, q, out, m, n, k1, k2, tiles_n, each1, each2,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of scale * (a @ b + c @ e + bias) + p * q; `SPLIT`: the sums of a part of the terms, to `out[part]`."""
+    """Write a tile of scale * (a @ b + c @ e + bias) + p * q; `SPLIT`: the sums of some terms, to `out[part]`."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
     i = (tile // tiles_n).to(tl.int64) * BM + tl.arange(0, BM)
@@ -445,7 +445,7 @@ def _product_finish(
     partial, bias, scale, p, q, out, m, n, tiles_n, parts,
     BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a product in their order, in float64, and the rest of the formula."""
+    """Add the parts of a product in their order, in float64, and do the rest of the formula."""
     tile = tl.program_id(0)
     i = (tile // tiles_n).to(tl.int64) * BM + tl.arange(0, BM)
     j = (tile % tiles_n).to(tl.int64) * BN + tl.arange(0, BN)

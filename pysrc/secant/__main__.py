@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _missing(command: str, modules: Sequence[str], extra: str) -> str | None:
-    """What to say when a command needs packages that are not installed."""
+    """Say what to do when a command needs packages that are not installed."""
     absent = [PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
     if not absent:
         return None

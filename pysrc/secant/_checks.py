@@ -15,12 +15,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def fail(op: str, name: str, expected: str, got: object) -> ValueError:
-    """The one form of an argument error: op, argument, what was expected, what came."""
+    """Make an argument error in its one form: op, argument, what was expected, what came."""
     return ValueError(f"{op}: {name}: expected {expected}, got {got}")
 
 
 def describe(x: object) -> str:
-    """Shape, dtype and device of a tensor, or the type of anything else."""
+    """Describe a tensor by shape, dtype and device, anything else by its type."""
     if isinstance(x, Tensor):
         if x.is_nested:
             return f"a nested tensor, {x.dtype}, on {x.device}"
@@ -112,7 +112,7 @@ class Option(NamedTuple):
 
 
 def is_number(x: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether `x` is a real number, no bool, with low <= x < high and finite in double precision."""
+    """Tell whether `x` is a real number, no bool, with low <= x < high and finite in double precision."""
     if not isinstance(x, Real) or isinstance(x, bool):
         return False
     try:
@@ -122,7 +122,7 @@ def is_number(x: object, low: float = -math.inf, high: float = math.inf) -> bool
 
 
 def is_integer(x: object, low: int, high: int = 2**63 - 1) -> bool:
-    """Whether `x` is an integer of [low, high], no bool."""
+    """Tell whether `x` is an integer of [low, high], no bool."""
     return isinstance(x, Integral) and not isinstance(x, bool) and low <= int(x) <= high
 
 

@@ -53,7 +53,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Example:
         >>> with secant.use_backend("reference"):
-        ...     d = secant.ops.two_loop(g, s, y)
+        ...     secant.ops.block_inv(torch.tensor([[4.0]]))
+        (tensor([[0.2500]]), tensor(0, dtype=torch.int32))
     """
     token = _chosen.set(_check_name(name, "use_backend(name)"))
     try:
@@ -63,12 +64,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """Name of the backend in force: the innermost `use_backend`, else SECANT_BACKEND, else "auto"."""
+    """Return the name of the backend in force: the innermost `use_backend`, else SECANT_BACKEND, else "auto"."""
     return _chosen.get() or _default
 
 
 def load(family: str, name: str) -> ModuleType | str:
-    """The module that implements `family` on backend `name`, or the reason why there is none here."""
+    """Return the module that implements `family` on backend `name`, or the reason why there is none here."""
     key = (family, name)
     if key not in _modules:
         path = FAMILIES[family].get(name)
@@ -107,14 +108,14 @@ def _check_contract(family: str, name: str, module: ModuleType) -> None:
 
 
 def preferences(family: str, device: torch.device) -> list[str]:
-    """Names of the backends in the order in which `auto` tries them (see `secant.defaults.Default`)."""
+    """Name the backends in the order in which `auto` tries them (see `secant.defaults.Default`)."""
     entry = defaults.find(device.type, family)
     first = [] if entry is None else [entry.backend]
     return [*first, *(name for name in ORDER if name not in first)]
 
 
 def resolve(family: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The implementation that serves `family` for vectors of this device and dtype.
+    """Return the implementation that serves `family` for vectors of this device and dtype.
 
     Raises:
         BackendError: when the explicitly chosen backend is not available or does not support them.

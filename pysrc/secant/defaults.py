@@ -84,13 +84,13 @@ PROCESSORS = (
 
 
 def processor_of(vendor: str) -> Processor:
-    """The entry for the processors of a vendor."""
+    """Return the entry for the processors of a vendor."""
     return next(x for x in PROCESSORS if x.vendor in (vendor, ANY))
 
 
 @cache
 def processor() -> Processor:
-    """The entry for the processor at hand."""
+    """Return the entry for the processor at hand."""
     try:
         extension = importlib.import_module("secant._cpu")
     except ImportError:

@@ -15,7 +15,7 @@ class Status(IntEnum):
     was reached.
 
     Example:
-        >>> Status(torch.tensor(0, dtype=torch.int32).item()).message
+        >>> secant.Status(torch.tensor(0, dtype=torch.int32).item()).message
         'converged: the gradient or residual is within its tolerance'
     """
 
@@ -45,7 +45,7 @@ class Status(IntEnum):
 
     @property
     def ok(self) -> bool:
-        """Whether a tolerance was met: CONVERGED or SMALL_CHANGE."""
+        """Tell whether a tolerance was met: CONVERGED or SMALL_CHANGE."""
         return self in (Status.CONVERGED, Status.SMALL_CHANGE)
 
 
@@ -76,7 +76,7 @@ class Recorder:
         first: number of the next iteration, for a run that is continued.
 
     Example:
-        >>> record = Recorder(lambda iteration: iteration.value < 2.0)
+        >>> record = secant.result.Recorder(lambda iteration: iteration.value < 2.0)
         >>> record(value=3.0, grad_norm=1.0, step=0.0), record(value=1.0, grad_norm=0.5, step=1.0)
         (False, True)
         >>> [iteration.n for iteration in record.history]

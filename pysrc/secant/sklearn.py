@@ -7,8 +7,10 @@ API dispatch or without: whatever the type of X, attributes and predictions are 
 
 Example:
     >>> from secant.sklearn import LogisticRegression
+    >>> X, y = [[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1]
     >>> model = LogisticRegression(C=0.1).fit(X, y)
-    >>> model.predict_proba(X)
+    >>> model.predict(X), model.predict_proba(X).shape
+    (array([0, 0, 1, 1]), (4, 2))
 """
 
 from __future__ import annotations
@@ -244,7 +246,7 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return torch.log_softmax(z, 1)
 
     def decision_function(self, X: Any) -> Any:
-        """Linear predictors: (N,) of the second class for two, else (N, K)."""
+        """Compute the linear predictors: (N,) of the second class for two, else (N, K)."""
         return self._result(self._logits(X), X)
 
     def predict(self, X: Any) -> Any:
@@ -255,11 +257,11 @@ class LogisticRegression(ClassifierMixin, _Linear):
         return classes[index if isinstance(classes, torch.Tensor) else index.cpu().numpy()]
 
     def predict_log_proba(self, X: Any) -> Any:
-        """Logarithms of the probabilities, (N, K) in the order of `classes_`; finite wherever the predictors are."""
+        """Predict log-probabilities, (N, K) in the order of `classes_`; finite wherever the predictors are."""
         return self._result(self._log_probabilities(X), X)
 
     def predict_proba(self, X: Any) -> Any:
-        """Probabilities, (N, K) in the order of `classes_`."""
+        """Predict the probabilities, (N, K) in the order of `classes_`."""
         return self._result(self._log_probabilities(X).exp(), X)
 
 

@@ -121,7 +121,7 @@ def test_a_row_has_the_counts_of_its_case():
     for case in (*cases, hvp.Case("softmax_hvp", 20, 5, 3, torch.bfloat16)):
         row = json.loads(json.dumps(report.plain_row([], Row(case, "cpu", "backend", Timing((2.0,)), 0.0, 1.0), None)))
         assert (row["flops"], row["bytes"]) == (case.flops, case.nbytes)
-        [point] = roofline.points([row])
+        [point] = roofline.dots([row])
         assert point[3:] == (case.flops / case.nbytes, case.flops / 2.0)
         names = {"dtype", "storage"} & row.keys()
         dtypes = {name: getattr(torch, row[name]) for name in names}
@@ -132,7 +132,7 @@ def test_a_row_has_the_counts_of_its_case():
 def test_points_are_what_backends_measured():
     row = {"op": "two_loop", "by": "cpu", "kind": "backend", "dtype": "float64", "flops": 12, "bytes": 4, "median": 2.0}
     others = ({"by": "reference"}, {"by": "secant"}, {"kind": "peer"}, {"median": None})
-    assert roofline.points([row, *(row | other for other in others)]) == [roofline.Point("two_loop", "cpu", True, 3, 6)]
+    assert roofline.dots([row, *(row | other for other in others)]) == [roofline.Dot("two_loop", "cpu", True, 3, 6)]
 
 
 def test_the_picture_has_roofs_and_points(tmp_path):
@@ -142,7 +142,7 @@ def test_the_picture_has_roofs_and_points(tmp_path):
 
     drawn = []
     original = figure.Figure.savefig
-    found = [roofline.Point(op, "cuda", op == "step", 2.0**i, 1e8) for i, op in enumerate(roofline.COLORS)]
+    found = [roofline.Dot(op, "cuda", op == "step", 2.0**i, 1e8) for i, op in enumerate(roofline.COLORS)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure.Figure, "savefig", lambda self, path: (drawn.append(self), original(self, path)))
         roofline.save(tmp_path / "a.png", found, RATES, "title", "footer")

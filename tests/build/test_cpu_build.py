@@ -9,15 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cpu_flags import FLAGS, ROOT, WIDTH
 
 from secant import _cpu
-
-ROOT = Path(__file__).resolve().parents[2]
-WIDTH = {"baseline": 16, "neon": 16, "avx2": 32, "avx512": 64}
-FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
-}
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="needs g++ on Linux"

@@ -12,22 +12,11 @@ from pathlib import Path
 
 import pybind11
 import pytest
-from test_cpu_build import FLAGS, ROOT, WIDTH
+from cpu_flags import FLAGS, ROOT, WIDTH
 
 from secant import _cpu
 
 PROGRAM = Path(__file__).with_name("fuzz_ops.py")
-SOURCES = {
-    "": ["csrc/cpu_module.cpp", "csrc/bandwidth.cpp"],
-    "lbfgs": ["kernels/lbfgs/cpu.cpp"],
-    "hvp": [f"kernels/hvp/cpu{part}.cpp" for part in ("", "_cross_entropy", "_dense", "_sparse")],
-    "blocks": [f"kernels/blocks/cpu{part}.cpp" for part in ("", "_eigh", "_lu", "_pivot", "_spd")],
-}
-#: Stands for a family that is left out to compile in time.
-NO_BLOCKS = """
-#include "../../kernels/blocks/cpu.h"
-namespace SECANT_ISA { extern const secant::BlocksCpu blocks_table; const secant::BlocksCpu blocks_table{}; }
-"""
 
 
 def fuzz(*options: str, **environment: str) -> None:
@@ -60,12 +49,8 @@ def build(folder: Path, families: list[str]) -> Path:
         f"-DSECANT_VECTOR_BYTES={WIDTH[isa]}", f"-DSECANT_ISAS=X({isa})", '-DSECANT_COMPILER="g++"',
         *FLAGS.get(isa, []), f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
     ]  # fmt: skip
-    sources = [ROOT / source for family in ("", *families) for source in SOURCES[family]]
-    if "blocks" not in families:
-        stub = folder / "a" / "b" / "no_blocks.cpp"
-        stub.parent.mkdir(parents=True)
-        stub.write_text(NO_BLOCKS.replace("../..", str(ROOT)))
-        sources.append(stub)
+    sources = [ROOT / "csrc/cpu_module.cpp", ROOT / "csrc/bandwidth.cpp"]
+    sources += [path for family in families for path in sorted((ROOT / "kernels" / family).glob("*.cpp"))]
     objects = [folder / f"{i}.o" for i in range(len(sources))]
 
     def compile_one(source: Path, out: Path) -> None:

@@ -33,7 +33,7 @@ KERNELS = tuple(name for name in backends.ORDER if name != "reference")
 ROOFS = {"matmul_float32": "matrix product, float32", "matmul_float64": "matrix product, float64"}
 
 
-class Point(NamedTuple):
+class Dot(NamedTuple):
     """A measured kernel: op, backend, whether it computes in float64, operations a byte, operations a second."""
 
     op: str
@@ -48,22 +48,20 @@ def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for family in data["families"].values() for row in family["rows"]]
 
 
-def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """Place the kernels' rows, of backends but for the reference; what gave a wrong answer has no time and no point."""
+def dots(rows: Iterable[Mapping[str, Any]]) -> list[Dot]:
+    """Place the kernels' rows, of backends but for the reference; what gave a wrong answer has no time and no dot."""
     return [
-        Point(
-            row["op"], row["by"], row["dtype"] == "float64", row["flops"] / row["bytes"], row["flops"] / row["median"]
-        )
+        Dot(row["op"], row["by"], row["dtype"] == "float64", row["flops"] / row["bytes"], row["flops"] / row["median"])
         for row in rows
         if row["kind"] == "backend" and row["by"] in KERNELS and row["median"]
     ]
 
 
-def save(path: Path, found: Sequence[Point], rates: Mapping[str, float], title: str, footer: str) -> None:
-    """Draw the points under the roofs that were measured; the file's ending says the format. Needs matplotlib.
+def save(path: Path, found: Sequence[Dot], rates: Mapping[str, float], title: str, footer: str) -> None:
+    """Draw the dots under the roofs that were measured; the file's ending says the format. Needs matplotlib.
 
     Args:
-        path: where. found: at least one point. title, footer: above and below.
+        path: where. found: at least one dot. title, footer: above and below.
         rates: "bandwidth" and the keys of `ROOFS`, as `machine.rates` gives them; a roof that is missing is not drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -123,9 +123,9 @@ def run(
         from secant.benchmarks import roofline
 
         roof = plot_path.with_stem(f"{plot_path.stem}-roofline")
-        points = roofline.points(roofline.rows_of(result))
-        if points:
-            roofline.save(roof, points, result["rates"], "Operations and bytes of every kernel", machine.summary(about))
+        dots = roofline.dots(roofline.rows_of(result))
+        if dots:
+            roofline.save(roof, dots, result["rates"], "Operations and bytes of every kernel", machine.summary(about))
             print(f"Wrote {roof}.")
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=2) + "\n")

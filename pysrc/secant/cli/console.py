@@ -49,7 +49,7 @@ def _is_numeric(table: Table, column: int) -> bool:
 
 
 def plain(table: Table) -> str:
-    """A table in plain text."""
+    """Lay a table out in plain text."""
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     right = [_is_numeric(table, i) for i in range(len(widths))]
@@ -70,7 +70,7 @@ class Advance(Protocol):
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Advance]:
-    """A bar that is full when the block ends."""
+    """Show a bar that is full when the block ends."""
     if rich is None:
         print(f"{title} ...", flush=True)
         yield lambda share, text: None

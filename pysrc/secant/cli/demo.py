@@ -56,7 +56,7 @@ def compare(model: Model, data: Digits, *, seconds: float, done: Callable[[float
 
 
 def compare_all(data: Digits, *, seconds: float) -> dict[str, Pair]:
-    """Every model, by name."""
+    """Compare on every model, by name."""
     results = {}
     with console.progress("training") as advance:
         for i, model in enumerate(MODELS):
@@ -69,7 +69,7 @@ def compare_all(data: Digits, *, seconds: float) -> dict[str, Pair]:
 
 
 def training_table(results: dict[str, Pair]) -> Table:
-    """Both optimizers on each model."""
+    """Tabulate both optimizers on each model."""
     rows = []
     for model, pair in results.items():
         slow = pair.torch.steps
@@ -104,7 +104,7 @@ def training_table(results: dict[str, Pair]) -> Table:
 
 
 def training_losses(results: dict[str, Pair]) -> list[str]:
-    """What secant did worse, in words."""
+    """Say in words what secant did worse."""
     lost = []
     for model, (theirs, ours, _) in results.items():
         for where, a, b in (
@@ -126,7 +126,7 @@ At = dict[str, Row]
 
 
 def direction_cases(n: int) -> list[Case]:
-    """What is timed at each length; the first also by the eager loop."""
+    """List what is timed at each length; the first also by the eager loop."""
     return [Case("two_loop", n), Case("step", n), Case("step", n, storage=torch.bfloat16)]
 
 

@@ -21,7 +21,7 @@ from secant.cli.console import show
 
 
 def _module_config(name: str) -> dict[str, Any]:
-    """What an extension module says of its build, or why there is none."""
+    """Return what an extension module says of its build, or why there is none."""
     try:
         return dict(importlib.import_module(name).build_config())
     except ImportError as error:
@@ -36,7 +36,7 @@ def _version(package: str) -> str:
 
 
 def _cupy_version() -> str:
-    """CuPy is distributed under a name per CUDA version, so the module is asked."""
+    """Ask the module: CuPy is distributed under a name per CUDA version."""
     if importlib.util.find_spec("cupy") is None:
         return "not installed"
     try:
@@ -46,7 +46,7 @@ def _cupy_version() -> str:
 
 
 def mapped_openmp() -> list[str] | None:
-    """OpenMP runtimes mapped into this process: one, or threads are started twice. None: the system does not say."""
+    """List the OpenMP runtimes in this process: one, or threads are started twice. None: the system does not say."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -55,7 +55,7 @@ def mapped_openmp() -> list[str] | None:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` shows, as plain data."""
+    """Collect everything that `info` shows, as plain data."""
     return {
         "version": secant.__version__,
         "python": platform.python_version(),

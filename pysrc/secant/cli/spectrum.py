@@ -57,7 +57,7 @@ class _Counted(LinearOperator):
 
 
 def operators(task: digits.Task) -> dict[str, Hessian | GGN]:
-    """The Hessian of the objective, cross-entropy + L2 / 2 |w|^2, and the GGN of its cross-entropy."""
+    """Make the Hessian of the objective, cross-entropy + L2 / 2 |w|^2, and the GGN of its cross-entropy."""
     x, y = task.data.train_x, task.data.train_y
 
     def outputs_and_loss() -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def operators(task: digits.Task) -> dict[str, Hessian | GGN]:
 
 
 def examine(point: str, name: str, operator: Hessian | GGN, tick: Callable[[int], None], *, quick: bool) -> Found:
-    """Spectrum, extremes and trace of one operator."""
+    """Estimate spectrum, extremes and trace of one operator."""
     start = time.perf_counter()
     counted = _Counted(operator, tick)
     probes, steps, k = (2, QUICK_STEPS, 1) if quick else (PROBES, STEPS, EXTREMES)
@@ -96,7 +96,7 @@ def _with_error(x: Estimate, scale: float = 1.0, unit: str = "") -> str:
 
 
 def table(found: list[Found], about: str) -> Table:
-    """The figures, one row per operator and point."""
+    """Tabulate the figures, one row per operator and point."""
     rows = [
         (
             one.point, one.matrix, "  ".join(f"{x:.3g}" for x in one.largest),
@@ -114,7 +114,7 @@ def table(found: list[Found], about: str) -> Table:
 
 
 def draw(path: Path, found: list[Found], losses: dict[str, float], footer: str) -> None:
-    """A panel per point, the Hessian and the GGN in each. Write a PNG."""
+    """Draw a panel per point, the Hessian and the GGN in each, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -158,8 +158,10 @@ def fit(
         location parameter, Ann. Math. Stat. 35 (1964). The sample sizes and when to factor anew are heuristics.
 
     Example:
-        >>> X = torch.tensor([[0.0], [1.0], [2.0]]); y = torch.tensor([1.0, 3.0, 5.0])
-        >>> result = secant.glm.fit(X, y, loss="squared")       # coef 2, intercept 1
+        >>> X, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([1.0, 3.0, 5.0])
+        >>> result = secant.glm.fit(X, y, loss="squared")
+        >>> round(float(result.coef), 5), round(float(result.intercept), 5), str(result.status)
+        (2.0, 1.0, 'converged')
     """
     if solver not in arguments.SOLVERS:
         raise _checks.fail(arguments.OP, "solver", f"one of {', '.join(arguments.SOLVERS)}", _checks.show(solver))

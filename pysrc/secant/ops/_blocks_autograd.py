@@ -37,7 +37,7 @@ def _scale(lam: Tensor | None, value: float | None) -> Tensor | float | None:
 
 
 def damped(a: Tensor, lam: Tensor | None, value: float | None, scaled: bool) -> Tensor:
-    """A + damping: linear in `a`, and so its own tangent map when it is scaled."""
+    """Add the damping to A: linear in `a`, and so its own tangent map when it is scaled."""
     scale = _scale(lam, value)
     if scale is None:
         return a
@@ -87,7 +87,7 @@ def _lead(size: int, in_dims: tuple[Any, ...], *tensors: Tensor | None) -> tuple
 
 
 def _save(ctx: Any, info: Tensor, *tensors: Tensor | None) -> None:
-    """What both derivatives find in `ctx.saved_tensors`; `info` has none, and no gradient is made of zeros."""
+    """Save what both derivatives find in `ctx.saved_tensors`; `info` has none, and no gradient is made of zeros."""
     ctx.mark_non_differentiable(info)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
@@ -304,7 +304,7 @@ class InvRoot(Function):
 
 
 def _roots(x: Tensor, p: int) -> tuple[Tensor, ...]:
-    """The square roots on the way from M^-1 = X^p to X, the last one taken first."""
+    """Return the square roots on the way from M^-1 = X^p to X, the last one taken first."""
     return () if p == 1 else (x,) if p == 2 else (x, x @ x)
 
 

@@ -69,12 +69,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def mirrored(a: Tensor) -> Tensor:
-    """The symmetric matrices that the lower triangles stand for."""
+    """Return the symmetric matrices that the lower triangles stand for."""
     return a.tril() + a.tril(-1).mT
 
 
 def _result(shape: torch.Size, like: Tensor, out: Tensor | None) -> tuple[Tensor, bool]:
-    """Where a kernel may write: `out` itself when its layout allows, else a new tensor."""
+    """Choose where a kernel may write: `out` itself when its layout allows, else a new tensor."""
     # A registered op may not write to an argument that is an input too, so that `out` is copied to.
     if out is None:
         return _empty(shape, like), False
@@ -83,7 +83,7 @@ def _result(shape: torch.Size, like: Tensor, out: Tensor | None) -> tuple[Tensor
 
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:
-    """A contiguous tensor. What there is to parse makes torch.empty three times as slow as empty_like."""
+    """Allocate a contiguous tensor. What there is to parse makes torch.empty three times as slow as empty_like."""
     return torch.empty_like(like) if like.is_contiguous() and like.shape == shape else like.new_empty(shape)
 
 

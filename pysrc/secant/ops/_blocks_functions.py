@@ -195,7 +195,7 @@ def _floor_second(x: Tensor, y: Tensor, z: Tensor, floor: Tensor) -> Tensor:
 
 
 def checked(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """A callable of the user's whose result is a float64 tensor of its argument's shape, or an error that says so."""
+    """Wrap a callable of the user's: its result is a float64 tensor of its argument's shape, or an error says so."""
 
     def call(w: Tensor) -> Tensor:
         x = f(w)
@@ -243,7 +243,7 @@ def _given_first_and_error(
 
 
 def _contradicts(fine: Tensor, quotient: Tensor, error: Tensor, rough: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Whether a mean between distant numbers differs from the quotient by more than both may err."""
+    """Tell whether a mean between distant numbers differs from the quotient by more than both may err."""
     distant = (x - y).abs() > torch.maximum(x.abs(), y.abs()) / 64
     return distant & ((fine - quotient).abs() > error + 16 * rough)
 
@@ -282,7 +282,7 @@ def _given_second(
 
 
 def _derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """That of a function of each entry."""
+    """Differentiate a function of each entry."""
     return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
 
 

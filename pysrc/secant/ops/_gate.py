@@ -11,12 +11,12 @@ from secant._checks import fail, shaped
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors with memory of their own kind, not a subclass that stands for something else."""
+    """Tell whether these are tensors with memory of their own kind, not a subclass that stands for something else."""
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def is_batched(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> bool:
-    """Whether one of these is a tensor with which torch.autograd batches gradients.
+    """Tell whether one of these is a tensor with which torch.autograd batches gradients.
 
     Those of is_grads_batched, vectorize=True and check_batched_grad are older than torch.func, no subclass, and have no
     address.
@@ -28,7 +28,7 @@ def is_batched(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: T
 
 
 def is_watched(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> bool:
-    """Whether autograd, forward AD or a functorch transform has to see the call."""
+    """Tell whether autograd, forward AD or a functorch transform has to see the call."""
     return (
         (
             (
@@ -45,12 +45,12 @@ def is_watched(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: T
 
 
 def is_transformed(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> bool:
-    """Whether anything stands between these tensors and a kernel: `is_watched` or `is_batched`."""
+    """Tell whether anything stands between these tensors and a kernel: `is_watched` or `is_batched`."""
     return is_watched(a, b, c, d) or is_batched(a, b, c, d)
 
 
 def overlaps(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory spans of two tensors intersect (conservative: interleaved views count as overlapping).
+    """Tell whether the memory spans of two tensors intersect (conservative: interleaved views count as overlapping).
 
     There are no addresses to compare behind a tensor subclass, nor while compiling.
     """
@@ -97,7 +97,7 @@ def output(
 
 
 def has_own_addresses(x: Tensor) -> bool:
-    """Whether no two elements of a tensor share an address."""
+    """Tell whether no two elements of a tensor share an address."""
     if x.is_contiguous():
         return True
     reach = 0

@@ -17,7 +17,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd, forward AD or a functorch transform looks at one of these."""
+    """Tell whether autograd, forward AD or a functorch transform looks at one of these."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -34,7 +34,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether a functorch transform, or an older batch, stands around this tensor."""
+    """Tell whether a functorch transform, or an older batch, stands around this tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or _gate.is_batched(x)
 
 

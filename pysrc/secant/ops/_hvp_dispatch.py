@@ -16,7 +16,7 @@ from secant.ops import _register
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix with contiguous rows and any stride between them, or sparse rows; a copy only if need be."""
+    """Return a matrix with contiguous rows and any stride between them, or sparse rows; a copy only if need be."""
     return x if x.layout is torch.sparse_csr or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 

@@ -34,7 +34,7 @@ def glm_hvp(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
 
 
 def _log1p_exp(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of log(1 + e^z), max(z, 0) and log(1 + e^-|z|).
+    """Return the two parts of log(1 + e^z), max(z, 0) and log(1 + e^-|z|).
 
     The second keeps its digits, and so do all its derivatives, where z is large, and none of them is infinite. The
     side of zero is chosen for both by the same condition, so that the derivatives of the sum are right at zero too.

@@ -19,7 +19,7 @@ class Shortcut:
         self._found: dict[str, Any] = {}
 
     def __call__(self) -> Any:
-        """The function, or None without it."""
+        """Return the function, or None without it."""
         backend = backends.current_backend()
         try:
             return self._found[backend]
@@ -32,7 +32,7 @@ class Shortcut:
 
 
 def takes(x: Tensor, y: Tensor, z: Tensor) -> bool:
-    """Whether these are tensors that a shortcut may look at, and nothing else has to.
+    """Tell whether these are tensors that a shortcut may look at, and nothing else has to.
 
     A tensor without an address, such as an older batching one, it finds out itself.
     """

@@ -97,9 +97,12 @@ class LBFGSHistory:
         Chen, Wang, Zhou, Large-scale L-BFGS using MapReduce, NIPS 2014, Algorithm 2 (the recursion on coefficients).
 
     Example:
-        >>> history = secant.LBFGSHistory(1000, 10)
-        >>> history.append(s, y)
-        >>> d = history.direction(grad)
+        >>> history = secant.LBFGSHistory(3, 10)
+        >>> accepted = history.append(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([2.0, 0.0, 0.0]))     # curvature 2
+        >>> bool(accepted), int(history.count)
+        (True, 1)
+        >>> history.direction(torch.tensor([4.0, 1.0, 3.0]))        # H_0 = I / 2 where it knows nothing
+        tensor([-2.0000, -0.5000, -1.5000])
     """
 
     def __init__(
@@ -201,18 +204,18 @@ class LBFGSHistory:
 
     @property
     def stats_tensor(self) -> Tensor:
-        """The scalars of the last call in one float64 tensor, (8,) or (B, 8), columns as `Stats`: one transfer."""
+        """Return the scalars of the last call, float64, (8,) or (B, 8), columns as `Stats`: one transfer."""
         return self._view(self._stats)
 
     def _vector(self, op: str, name: str, x: Tensor) -> Tensor:
-        """A checked input, contiguous."""
+        """Check an input, and return it contiguous."""
         plain = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
         if plain and x.shape == self._shape and x.dtype is self.dtype and x.device == self.device:
             return x.resolve_neg().contiguous()
         return _checks.shaped(op, name, x, tuple(self._shape), self.dtype, self.device).resolve_neg().contiguous()
 
     def _output(self, op: str, name: str, x: Tensor, *others: Tensor) -> Tensor:
-        """A checked output: contiguous as it is, and apart from the other vectors (all of one size)."""
+        """Check an output: contiguous as it is, and apart from the other vectors (all of one size)."""
         if self._vector(op, name, x) is not x:
             got = "a negated view" if x.is_neg() else f"strides {x.stride()}"
             raise _checks.fail(op, name, "a contiguous tensor (it is written in place)", got)
@@ -329,7 +332,7 @@ class LBFGSHistory:
             x.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rings, Gram matrices and counters: six tensors of fixed shape (references, as torch's modules give)."""
+        """Return rings, Gram matrices and counters: six tensors of fixed shape (references, as torch's modules)."""
         return {"s": self.s, "y": self.y, "sy": self.sy, "yy": self.yy, "head": self.head, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

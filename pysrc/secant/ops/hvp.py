@@ -39,7 +39,7 @@ MAX_VECTORS = 64
 
 
 def _check_x(op: str, x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic."""
+    """Check X, and return the dtype of the arithmetic."""
     if isinstance(x, Tensor) and x.layout is torch.sparse_csr:
         if x.dtype not in _checks.REAL:
             raise TypeError(f"{op}: x: expected float32 or float64 for sparse rows, got {x.dtype}")
@@ -53,7 +53,7 @@ def _check_x(op: str, x: Tensor) -> torch.dtype:
 
 
 def checked_rows(op: str, name: str, x: Tensor) -> Tensor:
-    """Rows whose indices, if they are sparse, lie in range and are of one dtype, for who takes them to torch itself.
+    """Check that the indices of rows, if they are sparse, lie in range, for who takes the rows to torch itself.
 
     Args:
         op, name: of the function and its argument, for the message. x: (N, d), dense or torch.sparse_csr.
@@ -68,7 +68,7 @@ def checked_rows(op: str, name: str, x: Tensor) -> Tensor:
 
 
 def _check_constant(op: str, x: Tensor) -> None:
-    """Of sparse rows there is no derivative here."""
+    """Refuse sparse rows that require a derivative."""
     if x.layout is torch.sparse_csr and x.requires_grad and torch.is_grad_enabled():
         raise _checks.fail(op, "x", "sparse rows that require no derivative (pass x.to_dense())", "some that do")
 
@@ -92,7 +92,7 @@ def _check_number(op: str, name: str, value: float, positive: bool = False) -> f
 
 
 def _only_penalty(x: Tensor, v: Tensor, l2: float) -> Tensor:
-    """The product when there are no rows."""
+    """Compute the product when there are no rows."""
     out = l2 * v
     out[x.shape[1] :] = 0
     return out
@@ -105,7 +105,7 @@ _glm_plain = _shortcut.Shortcut("hvp", "glm_plain")
 
 
 def _plain(l2: float, delta: float = 1.0, power: float = 1.5) -> Any:
-    """The shortcut of the two `glm_` functions (see `kernels/hvp/cpu.py`), None if the gate has to look at a number."""
+    """Return the shortcut of the `glm_` functions (`kernels/hvp/cpu.py`), None if the gate has to look at a number."""
     if torch.compiler.is_dynamo_compiling() or not (
         type(l2) in _NUMBERS
         and type(delta) in _NUMBERS
@@ -118,7 +118,7 @@ def _plain(l2: float, delta: float = 1.0, power: float = 1.5) -> Any:
 
 
 def _glm_product(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
-    """The product for columns v (d, k), at most MAX_VECTORS of them at a time."""
+    """Compute the product for columns v (d, k), at most MAX_VECTORS of them at a time."""
     if not x.shape[0] or not v.numel():
         return _only_penalty(x, v, l2)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -136,7 +136,7 @@ def _glm_product(x: Tensor, v: Tensor, weight: Tensor, l2: float) -> Tensor:
 def glm_hvp(
     x: Tensor, v: Tensor, weight: Tensor, *, l2: float = 0.0, intercept: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """Product with the Hessian of a generalised linear model, X^T (weight * (X v)) + l2 v, reading X once.
+    """Multiply by the Hessian of a generalised linear model, X^T (weight * (X v)) + l2 v, reading X once.
 
     Args:
         x: (N, d), dense of any real dtype, or torch.sparse_csr on the CPU.
@@ -157,8 +157,12 @@ def glm_hvp(
         McCullagh and Nelder, Generalized Linear Models, 2nd ed., section 2.5.
 
     Example:
+        >>> x, y, coef = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0]), torch.zeros(2)
         >>> value, grad, weight = secant.ops.glm_value_grad(x, y, coef, loss="logistic", l2=1.0)
-        >>> hd = secant.ops.glm_hvp(x, direction, weight, l2=1.0)
+        >>> weight                                  # p (1 - p)
+        tensor([0.2500, 0.2500])
+        >>> secant.ops.glm_hvp(x, torch.tensor([4.0, 0.0]), weight, l2=1.0)
+        tensor([5., 2.])
     """
     if out is None and (plain := _plain(l2)) and _shortcut.takes(x, v, weight):
         result = torch.empty_like(v)
@@ -210,7 +214,7 @@ def glm_value_grad(
     power: float = 1.5,
     intercept: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Objective of a generalised linear model, its gradient, and the weights of its Hessian, reading X once.
+    """Compute the objective of a generalised linear model, its gradient and the weights of its Hessian, reading X once.
 
     value = sum_i c_i loss(z_i, t_i) + l2/2 |coef|^2, a sum and not a mean, with z = X coef and one of the losses
 
@@ -331,7 +335,7 @@ def softmax_hvp(
     l2: float = 0.0,
     intercept: bool = False,
 ) -> Tensor:
-    """Product with the Hessian of multinomial logistic regression, reading X once.
+    """Multiply by the Hessian of multinomial logistic regression, reading X once.
 
     Z = X V, R_ij = c_i p_ij (Z_ij - sum_l p_il Z_il), result X^T R + l2 V.
 
@@ -377,7 +381,7 @@ def softmax_value_grad(
     l2: float = 0.0,
     intercept: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Objective of multinomial logistic regression, its gradient and the probabilities, reading X once.
+    """Compute the objective of multinomial logistic regression, its gradient and the probabilities, reading X once.
 
     value = sum_i c_i (logsumexp(Z_i) - Z_i,target) + l2/2 |coef|^2, Z = X coef.
 
@@ -440,7 +444,7 @@ def softmax_value_grad(
 
 @_register.whole
 def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -> Tensor:
-    """Product with the Hessian of cross entropy by its logits, (diag(p) - p p^T) u for every row.
+    """Multiply by the Hessian of cross entropy by its logits, (diag(p) - p p^T) u for every row.
 
     With a given log-sum-exp, p = exp(logits - lse), so that there is no other temporary of the size of the vocabulary.
 
@@ -461,8 +465,14 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -
         Schraudolph, Fast curvature matrix-vector products, Neural Computation 14(7), 2002, section 3.
 
     Example:
-        >>> jv = torch.func.jvp(model, (params,), (v,))[1]              # (tokens, vocabulary)
-        >>> hjv = secant.ops.cross_entropy_hvp(logits, jv, lse=lse)     # then back through the model: GGN v
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])                  # two tokens
+        >>> model = lambda w: x @ w                                     # w (features, vocabulary)
+        >>> w, v = torch.zeros(2, 2), torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+        >>> logits, jv = torch.func.jvp(model, (w,), (v,))
+        >>> hjv = secant.ops.cross_entropy_hvp(logits, jv)
+        >>> torch.func.vjp(model, w)[1](hjv)[0].round(decimals=5)       # back through the model: GGN v
+        tensor([[ 1., -1.],
+                [-4.,  4.]])
     """
     op = "cross_entropy_hvp"
     _checks.tensor(op, "logits", logits, DTYPES)
@@ -501,7 +511,7 @@ def paired_matmul(
     q: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The step of the R-operator through a linear layer and its activation, scale * (a b + c e + bias) + p * q.
+    """Compute scale * (a b + c e + bias) + p * q: the R-operator through a linear layer and its activation.
 
     With what a point keeps of its primal pass (h, the input of a layer; f' and f'' at its pre-activation z; delta, the
     gradient by z), one call makes the forward tangent of a layer, f' * (Rh W^T + h V^T + Rb), one the backward tangent

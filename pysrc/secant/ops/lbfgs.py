@@ -28,7 +28,7 @@ _kernel = _register.Kernel(
 
 
 def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, out: Tensor | None = None) -> Tensor:
-    """Quasi-Newton direction d = -H grad from curvature pairs, by the L-BFGS two-loop recursion.
+    """Compute the quasi-Newton direction d = -H grad from curvature pairs, by the L-BFGS two-loop recursion.
 
     H is the inverse-Hessian approximation that m BFGS updates build from H_0 = gamma I,
 
@@ -57,9 +57,9 @@ def two_loop(grad: Tensor, s: Tensor, y: Tensor, *, gamma: float | None = None, 
         Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4, p. 178.
 
     Example:
-        >>> g, s = torch.randn(5), torch.randn(3, 5)
-        >>> secant.ops.two_loop(g, s, 2 * s)        # Hessian 2 I: the Newton step
-        >>> # equals -g / 2
+        >>> g, s = torch.tensor([2.0, -4.0, 6.0]), torch.eye(3)[:2]
+        >>> secant.ops.two_loop(g, s, 2 * s)        # pairs of the Hessian 2 I: the Newton step -g / 2
+        tensor([-1.,  2., -3.])
     """
     if gamma is None and not torch.compiler.is_dynamo_compiling():
         plain = _plain()
@@ -125,7 +125,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _two_loop(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor | None) -> Tensor:
-    """Checked arguments: canonical layout, launch, and back."""
+    """Go from checked arguments to the canonical layout, launch, and back."""
     g = grad if grad.dtype in _checks.REAL else grad.float()
     if not g.is_contiguous() or g.is_neg():
         g = g.resolve_neg().contiguous()

@@ -122,7 +122,7 @@ def steihaug(
     refresh_every: int | None = 50,
     check_every: int | None = None,
 ) -> CGResult:
-    """Approximately minimise g.x + 1/2 x.A x subject to |x|_M <= radius, for a symmetric, possibly indefinite A.
+    """Minimise approximately g.x + 1/2 x.A x subject to |x|_M <= radius, for a symmetric, possibly indefinite A.
 
     Conjugate gradients on A x = -g until the residual is small (as in `cg`), x would leave the region, or a direction p
     has p.Ap <= min_curvature p.Mp. In the last two cases x goes along p to the boundary. |x|_M grows from iteration to

@@ -46,8 +46,10 @@ class Lanczos:
         steps: how many columns of them are filled.
 
     Example:
+        >>> from secant.solvers.lanczos import Lanczos
         >>> a = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
-        >>> recurrence = Lanczos(lambda rows: rows @ a, torch.ones(1, 100, dtype=torch.float64), 30)
+        >>> start = torch.ones(1, 100, dtype=torch.float64)
+        >>> recurrence = Lanczos(lambda rows: rows @ a, start, 30)
         >>> recurrence.advance(30)
         >>> round(recurrence.ritz()[0][0, -1].item(), 2)
         100.0

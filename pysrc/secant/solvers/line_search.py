@@ -244,7 +244,8 @@ def run(
         The `LineSearchResult` of the search.
 
     Example:
-        >>> phi = lambda t: secant.solvers.Trial(t, -math.sin(t), -math.cos(t))
+        >>> from math import cos, sin
+        >>> phi = lambda t: secant.solvers.Trial(t, -sin(t), -cos(t))
         >>> search = secant.solvers.strong_wolfe(phi(0.0), phi(0.1), c2=0.1)
         >>> round(secant.solvers.run(search, phi).trial.t, 1)       # pi / 2 is where the slope is zero
         1.5

@@ -117,10 +117,11 @@ def newton(
         iterations did not help) or STOPPED. STALLED comes with the best point, the others with the last.
 
     Example: the minimum of x^4 / 4 + x^2 / 2 - 2 x, where x^3 + x = 2.
+        >>> from types import SimpleNamespace
         >>> class Quartic:
         ...     def at(self, x):
         ...         value, grad = x**4 / 4 + x**2 / 2 - 2 * x, x**3 + x - 2
-        ...         return types.SimpleNamespace(x=x, value=value.item(), grad=grad, largest=grad.abs().item())
+        ...         return SimpleNamespace(x=x, value=value.item(), grad=grad, largest=grad.abs().item())
         ...     def move(self, point, p, t):
         ...         return self.at(point.x + t * p)
         ...     def noise(self, point):

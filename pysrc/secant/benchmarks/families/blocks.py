@@ -348,12 +348,15 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
 
 def cases(device: torch.device, *, full: bool = False) -> list[Case]:
     """List the cases of `groups` with batches of `ELEMENTS`."""
-    plan: Iterable[tuple[torch.dtype, Sequence[int]]] = (
+    measured: Iterable[tuple[torch.dtype, Sequence[int]]] = (
         (torch.float32, EVERY_SIZE if full else SIZES),
         (torch.float64, DOUBLE),
     )
     return [
-        Case(op, assume, n, batch_of(n, device), dtype) for dtype, sizes in plan for op, assume in KINDS for n in sizes
+        Case(op, assume, n, batch_of(n, device), dtype)
+        for dtype, sizes in measured
+        for op, assume in KINDS
+        for n in sizes
     ]
 
 
