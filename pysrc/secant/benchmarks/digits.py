@@ -109,7 +109,7 @@ class Run(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """The share of the test images that are classified correctly."""
+        """Return the share of the test images that are classified correctly."""
         return float(self.right.float().mean())
 
 

@@ -261,7 +261,7 @@ def _step_calls(problem: Problem, step: Callable[[Tensor, Tensor, Tensor], Tenso
     them the newest says it all, and the other rows would not be read.
     """
     g = problem.g
-    gradients = [sign * (g + g.roll(k + 1, -1) / 4) for k, sign in enumerate((1, -1, 1, -1))]
+    gradients = [sign * (g + g.roll(k + 1, -1) / 256) for k, sign in enumerate((1, -1, 1, -1))]
     prev_grad, direction = gradients[-1].clone(), g.clone()
 
     def turn(grad: Tensor) -> Tensor:
