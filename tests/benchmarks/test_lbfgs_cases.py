@@ -206,10 +206,12 @@ def test_compiled_steps_are_those_of_torch():
     compiled = next(one for one in case.contenders(problem, everything) if one.name == "compiled")
     check = compiled.check(problem)
     assert check.error <= check.bound < 1e-3
-    eager = next(one for one in case.contenders(problem, everything) if one.name == "eager")
+    # In float64: gradients that differ by a part in 256 make rounding 256 times as large, from call to call.
+    case = case.replace(dtype=torch.float64, storage=torch.float64)
+    both = {one.name: one.timed.calls for one in case.contenders(Problem(case, CPU), everything)}
     for _ in range(6):
-        for one, other in zip(compiled.timed.calls, eager.timed.calls, strict=True):
-            torch.testing.assert_close(one(), other(), rtol=1e-4, atol=1e-4)
+        for one, other in zip(both["compiled"], both["eager"], strict=True):
+            torch.testing.assert_close(one(), other(), rtol=1e-9, atol=1e-9)
 
 
 def test_full_runs_have_every_op_over_the_whole_range():
