@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -322,19 +323,29 @@ struct Lines {
   int block;
 };
 
-// The rows after slot j, in this block or the next one.
-template <class S>
-struct Following {
-  const S* rows[4];
-  template <class T>
-  Following(const Problem<T, S>& p, int64_t j, int slots, int64_t at, int64_t block) {
-    for (int k = 0; k < slots; ++k) {
-      const int64_t slot = j + slots + k, over = slot < p.m ? 0 : 1;
-      const int64_t offset = (slot - (over ? std::min<int64_t>(slot, p.m) : 0)) * p.n + at + over * block;
-      rows[2 * k] = p.s_ring + offset, rows[2 * k + 1] = p.y_ring + offset;
-    }
+// Memory for longer blocks than the stack has room for.
+template <class T, class S>
+struct WideLines {
+  secant::Buffer<Product<T, S>> products;
+  secant::Buffer<S> pair;
+  secant::Buffer<T> acc;
+  explicit WideLines(int block) : products(2 * block), pair(2 * block), acc(block) {}
+  Lines<T, S> lines(int block) const {
+    return {products.get(), products.get() + block, pair.get(), pair.get() + block, acc.get(), block};
   }
 };
+
+// The rows of `slots` slots after those of j, in this block or, from the first slot on, in the next one. What is asked
+// for beyond the end of a row is memory that nobody reads.
+template <class S, class T>
+SECANT_INLINE void following(const Problem<T, S>& p, int64_t j, int slots, int64_t at, int64_t block, const S** rows) {
+  for (int k = 0; k < slots; ++k) {
+    const int64_t slot = j + slots + k;
+    const bool over = slot >= p.m;
+    const int64_t offset = (over ? (slot - p.m) % p.m : slot) * p.n + at + (over ? block : 0);
+    rows[2 * k] = p.s_ring + offset, rows[2 * k + 1] = p.y_ring + offset;
+  }
+}
 
 // A row is read in bursts of a block, and another burst of memory begins with each: where the history is not in the
 // cache, the next burst is asked for while this one is read.
@@ -362,15 +373,16 @@ void pass1(const Problem<T, S>& p, int64_t begin, int64_t end, const Lines<T, S>
     }
     for (int64_t j = 0; j < p.m; j += G && P ? 1 : 2) {
       const S *s_row = p.s_ring + j * p.n + at, *y_row = p.y_ring + j * p.n + at;
-      const Following<S> next(p, j, G && P ? 1 : 2, at, x.block);
+      const S* next[4];
+      if constexpr (kAsk) following(p, j, G && P ? 1 : 2, at, x.block, next);
       double* r = part + 4 * j;
       if (G && P) {
-        four_dots<true, kAsk>(s_row, y_row, s_row, y_row, x.g, x.y, len, next.rows, r);
+        four_dots<true, kAsk>(s_row, y_row, s_row, y_row, x.g, x.y, len, next, r);
         continue;
       }
       const int64_t second = j + 1 < p.m ? p.n : 0;
       double sums[4] = {};
-      four_dots<false, kAsk>(s_row, y_row, s_row + second, y_row + second, G ? x.g : x.y, x.y, len, next.rows, sums);
+      four_dots<false, kAsk>(s_row, y_row, s_row + second, y_row + second, G ? x.g : x.y, x.y, len, next, sums);
       r[G ? 0 : 2] += sums[0], r[G ? 1 : 3] += sums[1];
       if (second != 0) r[G ? 4 : 6] += sums[2], r[G ? 5 : 7] += sums[3];
     }
@@ -497,13 +509,8 @@ void update_team(const Problem<T, S>& p, const Team& team, UpdateScratch<T, S>& 
   alignas(64) S s_new[kBlock], y_new[kBlock];
   Lines<T, S> x{g, y, s_new, y_new, acc, kBlock};
   const int wide = p.block > kBlock && end - begin >= 16 * p.block ? p.block : 0;
-  const secant::Buffer<Product<T, S>> wide_products(2 * wide);
-  const secant::Buffer<T> wide_acc(wide);
-  const secant::Buffer<S> wide_pair(2 * wide);
-  if (wide > 0) {
-    x = {
-        wide_products.get(), wide_products.get() + wide, wide_pair.get(), wide_pair.get() + wide, wide_acc.get(), wide};
-  }
+  std::optional<WideLines<T, S>> memory;
+  if (wide > 0) x = memory.emplace(wide).lines(wide);
   if (p.phases & secant::kDots) {
     double* part = w.partial.data() + team.rank * width;
     std::fill(part, part + width, 0.0);
