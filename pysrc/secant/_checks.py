@@ -12,6 +12,7 @@ from torch import Tensor
 
 REAL = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
+LARGEST = 2**63 - 1  # what a kernel's integers hold
 
 
 def fail(op: str, name: str, expected: str, got: object) -> ValueError:
@@ -37,6 +38,16 @@ def show(x: object) -> str:
     return text if len(text) <= 80 else text[:60] + "..."
 
 
+def as_number(x: object) -> float | None:
+    """Return a real number, neither bool nor tensor, as a float; None for anything else, and for what is too large."""
+    if not isinstance(x, (float, int, Real)) or isinstance(x, bool):
+        return None
+    try:
+        return float(x)
+    except OverflowError:
+        return None
+
+
 def number(
     op: str,
     name: str,
@@ -45,14 +56,10 @@ def number(
     accept: Callable[[float], bool] = math.isfinite,
 ) -> float:
     """Return `value` as a float: a real number, neither bool nor tensor, that `accept` takes."""
-    if isinstance(value, (float, int, Real)) and not isinstance(value, bool):
-        try:
-            x = float(value)
-        except OverflowError:
-            raise fail(op, name, expected, describe(value)) from None
-        if accept(x):
-            return x
-    raise fail(op, name, expected, describe(value))
+    x = as_number(value)
+    if x is None or not accept(x):
+        raise fail(op, name, expected, describe(value))
+    return x
 
 
 def positive(op: str, name: str, value: object, expected: str = "a finite number > 0") -> float:
@@ -67,11 +74,10 @@ def nonnegative(op: str, name: str, value: object, expected: str = "a finite num
 
 def integer(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
     """Return `value` as an int of [low, high]; a bool is none."""
-    if isinstance(value, (int, Integral)) and not isinstance(value, bool):
-        if value > 2**63 - 1:  # type: ignore[operator]
-            raise fail(op, name, "an integer of at most 63 bits", show(value))
-        if low <= value and (high is None or value <= high):  # type: ignore[operator]
-            return int(value)
+    if is_integer(value, low, LARGEST if high is None else high):
+        return int(value)  # type: ignore[call-overload]
+    if is_integer(value, LARGEST + 1, math.inf):
+        raise fail(op, name, "an integer of at most 63 bits", show(value))
     raise fail(op, name, f"an integer, {low}{f' to {high}' if high is not None else ' or more'}", show(value))
 
 
@@ -113,15 +119,11 @@ class Option(NamedTuple):
 
 def is_number(x: object, low: float = -math.inf, high: float = math.inf) -> bool:
     """Tell whether `x` is a real number, no bool, with low <= x < high and finite in double precision."""
-    if not isinstance(x, Real) or isinstance(x, bool):
-        return False
-    try:
-        return low <= float(x) < high and math.isfinite(x)
-    except OverflowError:
-        return False
+    value = as_number(x)
+    return value is not None and low <= value < high and math.isfinite(value)
 
 
-def is_integer(x: object, low: int, high: int = 2**63 - 1) -> bool:
+def is_integer(x: object, low: int, high: float = LARGEST) -> bool:
     """Tell whether `x` is an integer of [low, high], no bool."""
     return isinstance(x, Integral) and not isinstance(x, bool) and low <= int(x) <= high
 
@@ -135,7 +137,7 @@ def number_from(low: float, high: float = math.inf, expected: str = "") -> Optio
 def integer_from(low: int, high: int | None = None) -> Option:
     """Accept an integer of [low, high]."""
     words = f"an integer >= {low}" if high is None else f"an integer, {low} to {high}"
-    return Option(words, lambda x: is_integer(x, low, 2**63 - 1 if high is None else high))
+    return Option(words, lambda x: is_integer(x, low, LARGEST if high is None else high))
 
 
 def one_of(*choices: object) -> Option:

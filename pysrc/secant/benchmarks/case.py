@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +29,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(abc.ABC):
     """A computation on one input; the fields of a family's class say which.
 
     A time, bytes and operations are of one `UNIT` of it: a call, or, where slow contenders are timed on a part of a
@@ -50,9 +51,9 @@ class Case:
     MAX_COPIES: ClassVar[int] = 1
 
     @property
+    @abc.abstractmethod
     def title(self) -> str:
         """Name the op and its sizes, for tables."""
-        raise NotImplementedError
 
     @property
     def label(self) -> str:
@@ -70,14 +71,14 @@ class Case:
         return None
 
     @property
+    @abc.abstractmethod
     def nbytes(self) -> int:
         """Count the bytes that must be moved."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def flops(self) -> float:
         """Count the operations of the definition; backends may need more."""
-        raise NotImplementedError
 
     @property
     def units(self) -> int:
@@ -104,25 +105,25 @@ class Case:
         """Estimate, generously, the bytes that measuring these cases together takes; 0: too few to ask."""
         return 0
 
+    @abc.abstractmethod
     def problem(self, device: torch.device, seed: int = 0) -> Any:
         """Make the input."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def names(self, device: torch.device) -> list[str]:
         """List every backend that serves the case, what `auto` takes first, then every peer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def contender(self, problem: Any, name: str) -> Contender:
         """Prepare the one of this name on an input."""
-        raise NotImplementedError
 
     def contenders(self, problem: Any, wanted: Wanted) -> list[Contender]:
         """Prepare those of `names` that are wanted, on one input."""
         return [self.contender(problem, name) for name in self.names(problem.device) if wanted(self, name)]
 
+    @abc.abstractmethod
     def judge(self, problem: Any, contender: Contender, answer: Any) -> Check:
         """Compare an answer of the contender with the reference."""
-        raise NotImplementedError
 
     def limit(self, problem: Any) -> Callable[[], object] | None:
         """Make the call that takes as long as the memory needs; None where there is none."""

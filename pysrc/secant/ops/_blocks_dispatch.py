@@ -19,11 +19,15 @@ def _damped(a: Tensor, lam: Tensor | None, value: float | None, *rest: Any) -> t
     return a, value if lam is None else lam, *rest
 
 
+def _settled(a: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return _flat(a), *rest
+
+
 _inv = _register.Kernel(
     "blocks",
     "inv",
     "block_inv(Tensor a, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, Tensor(b!) info)",
-    settle=lambda a, *rest: (_flat(a), *rest),
+    settle=_settled,
     contract=_damped,
 )
 _solve = _register.Kernel(
@@ -38,20 +42,20 @@ _eigh = _register.Kernel(
     "blocks",
     "eigh",
     "block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info)",
-    settle=lambda a, *rest: (_flat(a), *rest),
+    settle=_settled,
 )
 _abs_inv = _register.Kernel(
     "blocks",
     "abs_inv",
     "block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info)",
-    settle=lambda a, *rest: (_flat(a), *rest),
+    settle=_settled,
     contract=_damped,
 )
 _inv_root = _register.Kernel(
     "blocks",
     "inv_root",
     "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info)",
-    settle=lambda a, *rest: (_flat(a), *rest),
+    settle=_settled,
     contract=lambda a, p, lam, value, *rest: (a, p, value if lam is None else lam, *rest),
 )
 

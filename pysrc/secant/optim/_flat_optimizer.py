@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ def rate(x: object) -> float:
 RATE = Option("a finite number >= 0, or a tensor of one", lambda x: not math.isnan(rate(x)))
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
     """Base of the optimizers that see all parameters as one vector and keep one state.
 
     It evaluates the closure, checks options wherever they come from, builds the buffers, saves and loads the state,
@@ -124,12 +125,12 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     # What a subclass has of its own -----------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _iterate(self, closure: _closure.Closure) -> tuple[Any, Status]:
         """Run one step: return what the closure returned first, and why the step ended.
 
         Whatever is written while the closure or the callback may still raise has been given to `_undo.keep` before.
         """
-        raise NotImplementedError
 
     def _check_options(self, op: str, options: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first option which is not what it may be."""
