@@ -23,12 +23,12 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def pair_of(kernel: str) -> str:
-    """The pair of types in a kernel's name: "f32_bf16" of "lbfgs_update_warp_f32_bf16"."""
+    """Return the pair of types in a kernel's name: "f32_bf16" of "lbfgs_update_warp_f32_bf16"."""
     return "_".join(kernel.split("_")[-2:])
 
 
 def source(pair: str) -> str:
-    """The text that NVRTC compiles for a pair of types such as "f32_bf16": it includes nothing."""
+    """Return the text that NVRTC compiles for a pair of types such as "f32_bf16": it includes nothing."""
     vector, storage = pair.split("_")
     chosen = f"#define SECANT_LBFGS_PAIRS(X) X({pair}, {_C_TYPES[vector]}, {_C_TYPES[storage]})\n"
     return _cuda_driver.source("lbfgs", chosen)

@@ -62,7 +62,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @triton.jit
 def _rounded(x, ring):
-    """The value that `ring` will hold for x, in a type that can be computed with."""
+    """Round x to the value that `ring` will hold for it, in a type that can be computed with."""
     if ring.dtype.element_ty == tl.bfloat16:
         return _rounded_to_bfloat16(x.to(tl.float32))
     else:
@@ -71,7 +71,7 @@ def _rounded(x, ring):
 
 @triton.jit
 def _step(t, t_ptr, t_stride, b):
-    """The step length of problem b in float64, from a number or from a tensor."""
+    """Load the step length of problem b in float64, from a number or from a tensor."""
     if t_ptr is None:
         return tl.full((), t, tl.float64)
     else:
@@ -130,7 +130,7 @@ def _ascend(v, alpha, rho, ok, sy, ld, head, m, index):
 
 @triton.jit
 def _validity(dsy, dyy):
-    """Which pairs count, and rho = 1 / s.y, 0 for the others."""
+    """Return which pairs count, and rho = 1 / s.y, 0 for the others."""
     ok = (dsy > 0) & _finite(dsy) & _finite(dyy)
     return ok, tl.where(ok, 1.0 / tl.where(ok, dsy, 1.0), 0.0)
 
@@ -368,7 +368,7 @@ def _solve(
     sy, yy, head, count, stats, sums, coef, tol: tl.float64, m,
     HAS_G: tl.constexpr, HAS_PAIR: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The solve by itself, one program per problem: from the sums of `_dots` to what `_combine` needs."""
+    """Solve by itself, one program per problem: from the sums of `_dots` to what `_combine` needs."""
     b = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, M)
     keep = index < m
@@ -562,7 +562,7 @@ def _update_one(
     s_ring, y_ring, sy, yy, head, count, stats, g, s, y, y_prev, t: tl.float64, t_ptr, t_stride, tol: tl.float64,
     out, prev_out, n, m, Y_IS_G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An update by one program per problem: dot products, solve, and the combination in reverse order."""
+    """Update by one program per problem: dot products, solve, and the combination in reverse order."""
     b = tl.program_id(0).to(tl.int64)
     s_ring += b * m * n
     y_ring += b * m * n
@@ -612,7 +612,7 @@ def _two_loop_one(
     g, s, y, s_batch, s_row, y_batch, y_row, out, gamma: tl.float64, n, m,
     AUTO: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The two-loop recursion by one program per problem, with the running vector in registers."""
+    """Run the two-loop recursion by one program per problem, with the running vector in registers."""
     b = tl.program_id(0).to(tl.int64)
     s += b * s_batch
     y += b * y_batch

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flat import call_update
+from lbfgs_update import call_update
 
 triton = pytest.importorskip("triton")
 

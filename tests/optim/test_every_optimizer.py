@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from problems import PROBLEMS
+from optimizer_problems import PROBLEMS
 from secant import _checks
 from secant.optim import LBFGS
 from secant.optim._flat_optimizer import RATE, FlatOptimizer

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from problems import PROBLEMS, Run
+from optimizer_problems import PROBLEMS, Run
 from secant.optim import LBFGS
 
 SEARCHES = [None, "strong_wolfe"]

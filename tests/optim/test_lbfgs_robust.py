@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import secant
-from problems import PROBLEMS, Run
+from optimizer_problems import PROBLEMS, Run
 from secant.optim import LBFGS
 
 SEARCHES = [None, "strong_wolfe"]

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from problems import PROBLEMS, Run
+from optimizer_problems import PROBLEMS, Run
 from secant.optim import LBFGS
 
 SEARCHES = [None, "strong_wolfe"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import secant
-from problems import PROBLEMS, Reads, Run
+from optimizer_problems import PROBLEMS, Reads, Run
 from secant.optim import LBFGS
 from secant.result import Iteration, Status
 

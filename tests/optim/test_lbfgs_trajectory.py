@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import secant
-from problems import PROBLEMS, Run, rosenbrock
+from optimizer_problems import PROBLEMS, Run, rosenbrock
 from secant.optim import LBFGS
 
 SEARCHES = [None, "strong_wolfe"]

@@ -38,7 +38,7 @@ _MOST = 2**31 - 1
 
 
 def brief(x: object) -> str:
-    """A number as it is written, unless that is long or refused (ints of more than 4,300 digits)."""
+    """Write a number as it is, unless that is long or refused (ints of more than 4,300 digits)."""
     if isinstance(x, int) and not isinstance(x, bool) and abs(x) >= 10**20:
         return "an int of more than 20 digits"
     return repr(x)
@@ -78,7 +78,7 @@ Draw = Callable[[int], Tensor]
 
 
 def draw(distribution: str, n: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Draw:
-    """Of rows of n, from "rademacher" or "normal"."""
+    """Draw rows of n, from "rademacher" or "normal"."""
     if distribution == "rademacher":
         return lambda k: rademacher(k, n, dtype, device, generator)
     return lambda k: torch.randn(k, n, dtype=dtype, device=device, generator=generator)

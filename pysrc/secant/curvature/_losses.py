@@ -111,7 +111,7 @@ class FoundMiddle:
         return torch.zeros_like(u) if found is None else found.reshape(u.shape)
 
     def factors(self, like: Tensor) -> Iterator[Factor] | None:
-        """The eigenvectors of each block, times the roots of the magnitudes of their eigenvalues."""
+        """Return the eigenvectors of each block, times the roots of the magnitudes of their eigenvalues."""
         width = like.shape[-1] if like.dim() > 1 else 1
         if like.numel() == 0 or width > _LARGEST or like.numel() * width > _ENTRIES:
             return None

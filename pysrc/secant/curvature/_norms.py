@@ -124,7 +124,7 @@ PARTS: dict[Any, Callable[..., Tensor]] = {
 
 
 def _without_running(func: Callable[..., Tensor], names: Sequence[str], flag: str) -> Callable[..., Tensor]:
-    """A fused kernel of torch that leaves running statistics as they are where those of the input are used."""
+    """Wrap a kernel of torch so that it leaves running statistics as they are where those of the input are used."""
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         given = {**dict(zip(names, args, strict=False)), **kwargs}

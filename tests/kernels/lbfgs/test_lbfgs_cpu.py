@@ -11,8 +11,8 @@ import pytest
 import torch
 from secant.kernels.lbfgs import cpu, reference
 
-import oracle
-from flat import call_update
+import lbfgs_oracle as oracle
+from lbfgs_update import call_update
 from reruns import in_instruction_set
 from secant import _cpu
 

@@ -1,4 +1,4 @@
-"""Cases that `test_triton.py` runs in a process of their own: see `triton_runner.py`."""
+"""Cases that `test_lbfgs_triton.py` runs in a process of their own: see `triton_runner.py`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from flat import call_update
+from lbfgs_update import call_update
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from secant.kernels.lbfgs import reference
 from secant.kernels.lbfgs.contract import Pair
 
-import oracle
-import parts
+import lbfgs_oracle as oracle
+import lbfgs_parts as parts
 from triton_runner import Cases, arguments
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

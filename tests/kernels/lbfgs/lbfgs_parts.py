@@ -11,7 +11,7 @@ from secant.kernels.lbfgs import reference
 from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
 from torch import Tensor
 
-import oracle
+import lbfgs_oracle as oracle
 
 F64 = torch.float64
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from secant.kernels.lbfgs import plan, reference
 from secant.kernels.lbfgs.contract import Pair
 from torch import Tensor
 
-import parts
-from flat import call_update
+import lbfgs_parts as parts
+from lbfgs_update import call_update
 from reruns import under_address_sanitizer
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

@@ -7,8 +7,8 @@ import torch
 from secant.kernels.lbfgs import reference
 from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
 
-import parts
-from flat import call_update
+import lbfgs_parts as parts
+from lbfgs_update import call_update
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -1,4 +1,4 @@
-"""The Triton backend: interpreted on the CPU, compiled on a GPU. The cases are in `triton_cases.py`."""
+"""The Triton backend: interpreted on the CPU, compiled on a GPU. The cases are in `lbfgs_triton_cases.py`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from secant.kernels.lbfgs import triton as backend
 
-import triton_cases
+import lbfgs_triton_cases
 
-test_cpu, test_cuda = triton_runner.make_tests(triton_cases)
+test_cpu, test_cuda = triton_runner.make_tests(lbfgs_triton_cases)
 
 
 def test_available_says_what_is_missing():

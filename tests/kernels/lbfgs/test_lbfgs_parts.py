@@ -11,7 +11,7 @@ from secant.kernels.lbfgs import cpu, reference
 from secant.kernels.lbfgs.contract import Pair
 from torch import Tensor
 
-from parts import F64, copied, filled, in_parts
+from lbfgs_parts import F64, copied, filled, in_parts
 
 
 @pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
