@@ -209,6 +209,15 @@ COLORS = {
     "double backward": ("#B22222", "double backward"),
     "jvp(grad)": ("#E69F00", "jvp(grad)"),
     "matvecs": (STEP, "one product after the other"),
+    "backward passes": (TORCH, "a backward pass a row"),
+    "LevenbergMarquardt": (SECANT, "secant LevenbergMarquardt"),
+    "NaturalGradient": ("#E69F00", "secant NaturalGradient"),
+    "BFGS": (STEP, "secant BFGS"),
+    "LBFGS": (BF16, "secant LBFGS"),
+    "NewtonCG": (SECANT, "secant NewtonCG"),
+    "torch LBFGS": (TORCH, "torch LBFGS"),
+    "Adam": ("#B22222", "Adam"),
+    "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
 }
 #: Inches: of a column, of a line of the other cases, of their part; left of the columns, below and above everything.
 COLUMN, LINE, OTHERS, LEFT, BELOW, ABOVE = 4.1, 0.3, 4.6, 1.1, 1.4, 0.9
@@ -259,6 +268,55 @@ def _peers_panel(ax: Axes, lines: Sequence[tuple[str, dict[str, float]]]) -> Non
     _title(ax, title, "how many times longer each peer takes; left of 1 we lose")
 
 
+def race_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve], targets: Sequence[float] = ()) -> None:
+    """Draw the smallest error so far against seconds on logarithmic axes, a line an optimizer, labelled at its end."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for target in targets:
+        ax.axhline(target, color="#d5d5d5", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.5)
+    for curve in curves:
+        ax.step(curve.seconds, curve.losses, where="post", color=curve.color, linewidth=2.0)
+        ax.plot(curve.seconds[-1], curve.losses[-1], "o", color=curve.color, markersize=5)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: duration(x)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    _bare(ax)
+    _title(ax, title, below)
+    ax.autoscale_view()
+    _end_labels(ax, [(curve.label, curve.color, curve.seconds[-1], curve.losses[-1]) for curve in curves], 12.0)
+
+
+def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
+    """Draw error against seconds, a panel a problem, a line an optimizer: the start of median time. Write a PNG."""
+    problems = list(dict.fromkeys(row.case.op for row in rows if row.curve))
+    columns = min(3, len(problems))
+    lines = -(-len(problems) // columns)
+    figure = Figure(figsize=(6.4 * columns, 4.4 * lines + 0.5), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        lines, columns, left=0.05, right=1 - 0.32 / columns, top=1 - 0.75 / (4.4 * lines), bottom=0.9 / (4.4 * lines + 0.5),
+        wspace=0.62, hspace=0.5,
+    )  # fmt: skip
+    for i, problem in enumerate(problems):
+        own = [row for row in rows if row.case.op == problem and row.curve]
+        longest = {row.name: row for row in sorted(own, key=lambda row: row.curve[-1][0])}
+        curves = [
+            plotted
+            for name in dict.fromkeys(row.name for row in own)
+            for plotted in [_raced(name, longest[name].curve)]
+        ]
+        targets = sorted({row.case.target for row in own})
+        ax = figure.add_subplot(grid[i // columns, i % columns])
+        race_panel(ax, problem, "error against seconds of the optimizer; lines: errors to reach", curves, targets)
+    figure.text(0.05, 0.25 / (4.4 * lines + 0.5), footer, fontsize=8.5, color="#7a7a7a")
+    figure.savefig(path)
+
+
+def _raced(name: str, curve: Sequence[tuple[float, float]]) -> Curve:
+    color, label = COLORS.get(name, (GREY, name))
+    return Curve(label, color, [max(x, 1e-4) for x, _ in curve], [error for _, error in curve])
+
+
 def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer: str) -> None:
     """Draw what a family measured; write a PNG.
 
@@ -268,6 +326,9 @@ def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer
     Args:
         path: where. rows: at least one. bandwidth: of the run, bytes per second. footer: below everything.
     """
+    if any(row.curve for row in rows):
+        save_races(path, rows, footer)
+        return
     calls = [row for row in rows if row.note != REPLAY]
     sizes: dict[str, set[int]] = {}
     for row in calls:

@@ -265,6 +265,4 @@ class Sinc(ResidualProblem):
 
 
 #: Every differential equation, by its name.
-EQUATIONS: dict[str, type[Equation]] = {
-    cls.name: cls for cls in (Poisson2d, Heat1d, Poisson5d, Heat4d, Reaction2d)
-}
+EQUATIONS: dict[str, type[Equation]] = {cls.name: cls for cls in (Poisson2d, Heat1d, Poisson5d, Heat4d, Reaction2d)}
