@@ -153,36 +153,40 @@ class Panel(NamedTuple):
     below: str
 
 
-def _figure() -> Figure:
-    figure = Figure(figsize=(13.2, 6.6), dpi=150, facecolor="white")
+def _figure(width: float = 13.2) -> Figure:
+    figure = Figure(figsize=(width, 6.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_demo(
     path: Path,
+    raced: tuple[Panel, Sequence[Curve]],
     losses: Sequence[tuple[Panel, Sequence[Curve]]],
     directions: Panel,
     series: Sequence[Series],
     limit: Series,
     footer: str,
 ) -> None:
-    """Draw loss against time on the left, a panel per model; time of a direction against n on the right. Write a PNG.
+    """Draw an equation's error against time, loss against time, a panel per model, and directions. Write a PNG.
 
     The first series is the one to beat, the second ours.
     """
-    figure = _figure()
+    figure = _figure(19.6)
     grid = figure.add_gridspec(
-        len(losses), 2, left=0.05, right=0.855, top=0.89, bottom=0.12, wspace=0.2, hspace=0.62, width_ratios=(1, 1.15)
+        len(losses), 3, left=0.035, right=0.9, top=0.89, bottom=0.12, wspace=0.42, hspace=0.62, width_ratios=(1, 0.9, 1)
     )
+    ax = figure.add_subplot(grid[:, 0])
+    race_panel(ax, *raced[0], raced[1])
+    ax.set_xlabel("seconds", fontsize=10, color=INK)
     for i, (panel, curves) in enumerate(losses):
-        ax = figure.add_subplot(grid[i, 0])
+        ax = figure.add_subplot(grid[i, 1])
         loss_panel(ax, *panel, curves)
         if i == len(losses) - 1:
             ax.set_xlabel("seconds", fontsize=10, color=INK)
-    ax = figure.add_subplot(grid[:, 1])
+    ax = figure.add_subplot(grid[:, 2])
     direction_panel(ax, *directions, series, limit, series[0].label, series[1].label)
-    figure.text(0.055, 0.02, footer, fontsize=8.5, color="#7a7a7a")
+    figure.text(0.035, 0.02, footer, fontsize=8.5, color="#7a7a7a")
     figure.savefig(path)
 
 
@@ -293,17 +297,15 @@ def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
     lines = -(-len(problems) // columns)
     figure = Figure(figsize=(6.4 * columns, 4.4 * lines + 0.5), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
+    top, bottom = 1 - 0.75 / (4.4 * lines), 0.9 / (4.4 * lines + 0.5)
     grid = figure.add_gridspec(
-        lines, columns, left=0.05, right=1 - 0.32 / columns, top=1 - 0.75 / (4.4 * lines), bottom=0.9 / (4.4 * lines + 0.5),
-        wspace=0.62, hspace=0.5,
-    )  # fmt: skip
+        lines, columns, left=0.05, right=1 - 0.32 / columns, top=top, bottom=bottom, wspace=0.62, hspace=0.5
+    )
     for i, problem in enumerate(problems):
         own = [row for row in rows if row.case.op == problem and row.curve]
         longest = {row.name: row for row in sorted(own, key=lambda row: row.curve[-1][0])}
         curves = [
-            plotted
-            for name in dict.fromkeys(row.name for row in own)
-            for plotted in [_raced(name, longest[name].curve)]
+            plotted for name in dict.fromkeys(row.name for row in own) for plotted in [raced(name, longest[name].curve)]
         ]
         targets = sorted({row.case.target for row in own})
         ax = figure.add_subplot(grid[i // columns, i % columns])
@@ -312,7 +314,8 @@ def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
     figure.savefig(path)
 
 
-def _raced(name: str, curve: Sequence[tuple[float, float]]) -> Curve:
+def raced(name: str, curve: Sequence[tuple[float, float]]) -> Curve:
+    """Make the line of an optimizer, in its colour."""
     color, label = COLORS.get(name, (GREY, name))
     return Curve(label, color, [max(x, 1e-4) for x, _ in curve], [error for _, error in curve])
 
