@@ -276,11 +276,11 @@ def race_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve], target
     """Draw the smallest error so far against seconds on logarithmic axes, a line an optimizer, labelled at its end."""
     ax.set_xscale("log")
     ax.set_yscale("log")
-    for target in targets:
-        ax.axhline(target, color="#d5d5d5", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.5)
     for curve in curves:
         ax.step(curve.seconds, curve.losses, where="post", color=curve.color, linewidth=2.0)
         ax.plot(curve.seconds[-1], curve.losses[-1], "o", color=curve.color, markersize=5)
+    for target in targets:
+        ax.axhline(target, color="#d5d5d5", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.5)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: duration(x)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter())

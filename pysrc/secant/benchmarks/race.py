@@ -50,11 +50,6 @@ class Watch:
         self._since = time.perf_counter()
         return over
 
-    @property
-    def is_over(self) -> bool:
-        """Tell whether the target or the end of the time was reached."""
-        return bool(self.curve) and (self.curve[-1][1] <= self.target or self._spent >= self.seconds)
-
 
 def reached(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     """Return the seconds after which an error was first reached; None: never."""
