@@ -55,10 +55,30 @@ def test_demo_picture(tmp_path):
         Curve("secant", plot.SECANT, [0.1, 0.3], [2.0, 0.1]),
     ]
     losses = [(Panel("a", "b"), curves), (Panel("c", "d"), curves)]
-    plot.save_demo(tmp_path / "x.png", losses, Panel("e", "f"), LINES, LIMIT, "footer")
+    raced = [plot.raced("torch LBFGS", [(0.1, 1.0), (2.0, 0.1)]), plot.raced("LBFGS", [(0.1, 1.0), (0.2, 1e-3)])]
+    plot.save_demo(tmp_path / "x.png", (Panel("g", "h"), raced), losses, Panel("e", "f"), LINES, LIMIT, "footer")
     pixels = check_picture(tmp_path / "x.png")
+    third = pixels.shape[1] // 3
+    for colour in (plot.TORCH, plot.SECANT):  # both optimizers in the middle, both kernels on the right
+        assert colours(pixels[:, third : 2 * third], colour) > 200
+        assert colours(pixels[:, 2 * third :], colour) > 200
+    for colour in (plot.TORCH, plot.BF16):  # the race on the left
+        assert colours(pixels[:, :third], colour) > 200
+
+
+def test_picture_of_races(tmp_path):
+    """A panel for each problem, a line for each optimizer, labelled; the longest run of one that has several errors."""
+    from secant.benchmarks.families.residuals import Fit
+
+    rows = []
+    for op in ("a", "b"):
+        for target, end in ((1e-2, 0.5), (1e-3, 2.0)):
+            rows.append(Row(Fit(op, target), "LBFGS", "backend", None, 1e-4, target, curve=((0.1, 1.0), (end, 1e-4))))
+        rows.append(Row(Fit(op, 1e-2), "Adam", "peer", None, 0.1, 1e-2, curve=((0.1, 1.0), (30.0, 0.1))))
+    plot.save_family(tmp_path / "x.png", rows, None, "footer")
+    pixels = imread(tmp_path / "x.png")[..., :3]
     half = pixels.shape[1] // 2
-    for colour in (plot.TORCH, plot.SECANT):  # both optimizers on the left, both kernels on the right
+    for colour in (plot.BF16, plot.COLORS["Adam"][0]):
         assert colours(pixels[:, :half], colour) > 200
         assert colours(pixels[:, half:], colour) > 200
 

@@ -299,7 +299,9 @@ def test_shifts_are_read_only_above_the_last_layer():
     for mode, closures in cases.items():
         for closure in closures:
             J = Jacobian(closure, params, mode="auto" if mode == "r-operator" else mode)
-            assert error(J.to_dense(), dense_jacobian(closure(), params)) < ROUNDING
+            want = dense_jacobian(closure(), params)
+            assert error(J.to_dense(), want) < ROUNDING
+            assert error(J @ torch.eye(J.shape[1], dtype=F64), want) < ROUNDING
             assert J.mode == mode
             if mode != "r-operator":
                 with pytest.raises(ValueError, match="'r-operator', not for"):

@@ -47,6 +47,8 @@ class Case(abc.ABC):
     LIMIT: ClassVar[str] = ""
     #: What multiples of it are called.
     LIMITS: ClassVar[str] = "limits"
+    #: What is said of one of ours whose error is too large.
+    FAILURE: ClassVar[str] = "gives a wrong answer"
     #: Inputs that take turns so that none is found in the cache of a GPU, at most.
     MAX_COPIES: ClassVar[int] = 1
 
@@ -243,6 +245,7 @@ class Row(NamedTuple):
     """One line of the results. There is no timing when the answer was wrong: a wrong answer has no speed.
 
     kind: "backend", "peer" or "limit". timing: of one unit. units: those that were timed. error, tolerance: as `Check`.
+    curve: of a race, (seconds, error) of the start that took the median time.
     """
 
     case: Any
@@ -253,6 +256,7 @@ class Row(NamedTuple):
     tolerance: float
     note: str = ""
     units: int = 1
+    curve: tuple[tuple[float, float], ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -273,7 +277,7 @@ class Row(NamedTuple):
     def bytes_per_second(self) -> float | None:
         """Divide the bytes that must be moved (of a limit, those that it moves) by the median."""
         moved = self.case.limit_bytes if self.kind == "limit" else self.case.nbytes
-        return None if self.timing is None else moved / self.timing.median
+        return None if self.timing is None or not moved else moved / self.timing.median
 
 
 class Bar(NamedTuple):

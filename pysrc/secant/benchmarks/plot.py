@@ -153,36 +153,40 @@ class Panel(NamedTuple):
     below: str
 
 
-def _figure() -> Figure:
-    figure = Figure(figsize=(13.2, 6.6), dpi=150, facecolor="white")
+def _figure(width: float = 13.2) -> Figure:
+    figure = Figure(figsize=(width, 6.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_demo(
     path: Path,
+    raced: tuple[Panel, Sequence[Curve]],
     losses: Sequence[tuple[Panel, Sequence[Curve]]],
     directions: Panel,
     series: Sequence[Series],
     limit: Series,
     footer: str,
 ) -> None:
-    """Draw loss against time on the left, a panel per model; time of a direction against n on the right. Write a PNG.
+    """Draw an equation's error against time, loss against time, a panel per model, and directions. Write a PNG.
 
     The first series is the one to beat, the second ours.
     """
-    figure = _figure()
+    figure = _figure(19.6)
     grid = figure.add_gridspec(
-        len(losses), 2, left=0.05, right=0.855, top=0.89, bottom=0.12, wspace=0.2, hspace=0.62, width_ratios=(1, 1.15)
+        len(losses), 3, left=0.035, right=0.9, top=0.89, bottom=0.12, wspace=0.42, hspace=0.62, width_ratios=(1, 0.9, 1)
     )
+    ax = figure.add_subplot(grid[:, 0])
+    race_panel(ax, *raced[0], raced[1])
+    ax.set_xlabel("seconds", fontsize=10, color=INK)
     for i, (panel, curves) in enumerate(losses):
-        ax = figure.add_subplot(grid[i, 0])
+        ax = figure.add_subplot(grid[i, 1])
         loss_panel(ax, *panel, curves)
         if i == len(losses) - 1:
             ax.set_xlabel("seconds", fontsize=10, color=INK)
-    ax = figure.add_subplot(grid[:, 1])
+    ax = figure.add_subplot(grid[:, 2])
     direction_panel(ax, *directions, series, limit, series[0].label, series[1].label)
-    figure.text(0.055, 0.02, footer, fontsize=8.5, color="#7a7a7a")
+    figure.text(0.035, 0.02, footer, fontsize=8.5, color="#7a7a7a")
     figure.savefig(path)
 
 
@@ -209,6 +213,15 @@ COLORS = {
     "double backward": ("#B22222", "double backward"),
     "jvp(grad)": ("#E69F00", "jvp(grad)"),
     "matvecs": (STEP, "one product after the other"),
+    "backward passes": (TORCH, "a backward pass a row"),
+    "LevenbergMarquardt": (SECANT, "secant LevenbergMarquardt"),
+    "NaturalGradient": ("#E69F00", "secant NaturalGradient"),
+    "BFGS": (STEP, "secant BFGS"),
+    "LBFGS": (BF16, "secant LBFGS"),
+    "NewtonCG": (SECANT, "secant NewtonCG"),
+    "torch LBFGS": (TORCH, "torch LBFGS"),
+    "Adam": ("#B22222", "Adam"),
+    "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
 }
 #: Inches: of a column, of a line of the other cases, of their part; left of the columns, below and above everything.
 COLUMN, LINE, OTHERS, LEFT, BELOW, ABOVE = 4.1, 0.3, 4.6, 1.1, 1.4, 0.9
@@ -259,6 +272,54 @@ def _peers_panel(ax: Axes, lines: Sequence[tuple[str, dict[str, float]]]) -> Non
     _title(ax, title, "how many times longer each peer takes; left of 1 we lose")
 
 
+def race_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve], targets: Sequence[float] = ()) -> None:
+    """Draw the smallest error so far against seconds on logarithmic axes, a line an optimizer, labelled at its end."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for curve in curves:
+        ax.step(curve.seconds, curve.losses, where="post", color=curve.color, linewidth=2.0)
+        ax.plot(curve.seconds[-1], curve.losses[-1], "o", color=curve.color, markersize=5)
+    for target in targets:
+        ax.axhline(target, color="#d5d5d5", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.5)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: duration(x)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    _bare(ax)
+    _title(ax, title, below)
+    ax.autoscale_view()
+    _end_labels(ax, [(curve.label, curve.color, curve.seconds[-1], curve.losses[-1]) for curve in curves], 12.0)
+
+
+def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
+    """Draw error against seconds, a panel a problem, a line an optimizer: the start of median time. Write a PNG."""
+    problems = list(dict.fromkeys(row.case.op for row in rows if row.curve))
+    columns = min(3, len(problems))
+    lines = -(-len(problems) // columns)
+    figure = Figure(figsize=(6.4 * columns, 4.4 * lines + 0.5), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    top, bottom = 1 - 0.75 / (4.4 * lines), 0.9 / (4.4 * lines + 0.5)
+    grid = figure.add_gridspec(
+        lines, columns, left=0.05, right=1 - 0.32 / columns, top=top, bottom=bottom, wspace=0.62, hspace=0.5
+    )
+    for i, problem in enumerate(problems):
+        own = [row for row in rows if row.case.op == problem and row.curve]
+        longest = {row.name: row for row in sorted(own, key=lambda row: row.curve[-1][0])}
+        curves = [
+            plotted for name in dict.fromkeys(row.name for row in own) for plotted in [raced(name, longest[name].curve)]
+        ]
+        targets = sorted({row.case.target for row in own})
+        ax = figure.add_subplot(grid[i // columns, i % columns])
+        race_panel(ax, problem, "error against seconds of the optimizer; lines: errors to reach", curves, targets)
+    figure.text(0.05, 0.25 / (4.4 * lines + 0.5), footer, fontsize=8.5, color="#7a7a7a")
+    figure.savefig(path)
+
+
+def raced(name: str, curve: Sequence[tuple[float, float]]) -> Curve:
+    """Make the line of an optimizer, in its colour."""
+    color, label = COLORS.get(name, (GREY, name))
+    return Curve(label, color, [max(x, 1e-4) for x, _ in curve], [error for _, error in curve])
+
+
 def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer: str) -> None:
     """Draw what a family measured; write a PNG.
 
@@ -268,6 +329,9 @@ def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer
     Args:
         path: where. rows: at least one. bandwidth: of the run, bytes per second. footer: below everything.
     """
+    if any(row.curve for row in rows):
+        save_races(path, rows, footer)
+        return
     calls = [row for row in rows if row.note != REPLAY]
     sizes: dict[str, set[int]] = {}
     for row in calls:

@@ -109,7 +109,7 @@ def bars_table(bars: Sequence[Bar], title: str = "Bars") -> Table:
 def losses(rows: Sequence[Row]) -> list[str]:
     """List every comparison that we lose, in words: what `auto` takes against each peer; and wrong answers of ours."""
     lost = [
-        f"{row.case.label}: {row.name} gives a wrong answer (error {row.error:.1e})"
+        f"{row.case.label}: {row.name} {row.case.FAILURE} (error {row.error:.1e})"
         for row in rows
         if row.kind == "backend" and not row.correct
     ]
@@ -123,25 +123,29 @@ def losses(rows: Sequence[Row]) -> list[str]:
 def plain_row(rows: Sequence[Row], row: Row, bandwidth: float | None) -> dict[str, Any]:
     """Write a row as plain data, with the parameters of its case; times in seconds, of a unit."""
     rate = row.bytes_per_second
-    return row.case.parameters() | {
-        "label": row.case.label,
-        "unit": row.case.UNIT,
-        "by": row.name,
-        "kind": row.kind,
-        "timed": row.units,
-        "median": row.seconds,
-        "min": row.best,
-        "spread": None if row.timing is None else row.timing.spread,
-        "bytes": row.case.limit_bytes if row.kind == "limit" else row.case.nbytes,
-        "flops": row.case.flops,
-        "bytes_per_second": rate,
-        "bandwidth_fraction": None if rate is None or bandwidth is None else rate / bandwidth,
-        "of_limit": of_limit(rows, row),
-        "error": row.error,
-        "tolerance": row.tolerance,
-        "note": row.note,
-        "speedup_over": ratios(rows, row) if row.kind == "backend" else {},
-    }
+    return (
+        row.case.parameters()
+        | {
+            "label": row.case.label,
+            "unit": row.case.UNIT,
+            "by": row.name,
+            "kind": row.kind,
+            "timed": row.units,
+            "median": row.seconds,
+            "min": row.best,
+            "spread": None if row.timing is None else row.timing.spread,
+            "bytes": row.case.limit_bytes if row.kind == "limit" else row.case.nbytes,
+            "flops": row.case.flops,
+            "bytes_per_second": rate,
+            "bandwidth_fraction": None if rate is None or bandwidth is None else rate / bandwidth,
+            "of_limit": of_limit(rows, row),
+            "error": row.error,
+            "tolerance": row.tolerance,
+            "note": row.note,
+            "speedup_over": ratios(rows, row) if row.kind == "backend" else {},
+        }
+        | ({"curve": row.curve} if row.curve else {})
+    )
 
 
 def plain_bar(bar: Bar) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from secant.benchmarks import machine, report
 from secant.benchmarks.case import Row, everything, no_compile
 from secant.benchmarks.families import NAMES as FAMILIES
 from secant.benchmarks.families import Family, load
-from secant.benchmarks.measure import fits, measure
+from secant.benchmarks.measure import fits
 from secant.cli import console
 
 #: Of the seconds of a family, what a GPU is timed for: nothing else runs there, and its calls are short.
@@ -63,7 +63,7 @@ def measure_family(family: Family, device: torch.device, budget: Budget, *, quic
                 continue
             if not budget.allows(label, first=not rows):
                 continue
-            rows += measure(cases, device, seconds=seconds, wanted=no_compile if quick else everything)
+            rows += family.measure(cases, device, seconds=seconds, wanted=no_compile if quick else everything)
             advance((i + 1) / len(groups), label)
     return rows
 

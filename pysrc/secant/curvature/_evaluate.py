@@ -171,6 +171,22 @@ class Adapted(Evaluator):
             return self._read(self._evaluator(substitutes))
 
 
+class Remembered(Adapted):
+    """Keeps what another evaluator found first, graph and all, for all that is asked at one point."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        super().__init__(evaluator, lambda result: result)
+        self._found: dict[bool, Any] = {}
+
+    def __call__(self, substitutes: Mapping[int, Tensor] | None = None) -> Any:
+        """Return what the closure does, or did."""
+        if substitutes is not None:
+            return super().__call__(substitutes)
+        if self.in_parts not in self._found:
+            self._found[self.in_parts] = super().__call__()
+        return self._found[self.in_parts]
+
+
 #: Buffers by their ids, and what they held before a point.
 Buffers = dict[int, tuple[Tensor, Tensor]]
 

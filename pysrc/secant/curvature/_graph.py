@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 Node = Any  # torch.autograd.graph.Node, whose saved tensors are attributes that only run time knows
 
 #: Change the shape and keep the row-major order.
-_VIEWS = {
+VIEWS = {
     "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "SqueezeBackward0",
     "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
 }  # fmt: skip
@@ -271,7 +271,7 @@ def read_layers(edge: Edge | None, slots: Slots, tensors: Sequence[Tensor]) -> l
             return "a parameter used as an input"
         node = edge[0]
         name = name_of(node)
-        if name in _VIEWS:
+        if name in VIEWS:
             edge = argument(node)
         elif (
             name in ELEMENTWISE
@@ -401,7 +401,7 @@ def reaches(edge: Edge, target: Edge) -> bool:
 
 def below_views(edge: Edge | None) -> Node | None:
     """Return the first node that is no view."""
-    while edge is not None and name_of(edge[0]) in _VIEWS:
+    while edge is not None and name_of(edge[0]) in VIEWS:
         edge = argument(edge[0])
     return None if edge is None else edge[0]
 

@@ -37,6 +37,10 @@ _GIVING = {
 }
 
 
+class WrongClosure(ValueError):
+    """Says that a closure returned another kind of thing than was asked for."""
+
+
 class EvaluatedPoint:
     r"""Evaluate a closure once, at the current parameters, and give what that tells.
 
@@ -187,7 +191,7 @@ class EvaluatedPoint:
         self.value = result.detach().reshape(()).clone()
 
     def _other(self, got: str) -> ValueError:
-        return _checks.fail(self.name, "closure", KINDS[self.kind], got)
+        return WrongClosure(*_checks.fail(self.name, "closure", KINDS[self.kind], got).args)
 
     # What it tells ----------------------------------------------------------------------------------------------------
 

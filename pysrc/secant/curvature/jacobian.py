@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secant import _checks
-from secant.curvature import _evaluate, _losses, _matrices
+from secant.curvature import _errors, _evaluate, _graph, _losses, _matrices, _row_sources, _rows
 from secant.curvature._columns import Product
 from secant.curvature._estimators import Diagonal
+from secant.curvature._evaluate import Evaluator, Remembered
 from secant.curvature._operator import LinearOperator, Seed
 from secant.curvature._parameters import Parameters
 from secant.curvature.ggn import _JacobianOperator
@@ -35,15 +37,31 @@ class Jacobian(_JacobianOperator):
     J^T u by u on the kept graph ("double-backward") or forward mode through the closure ("forward"). J^T u is always
     one backward pass on the kept graph.
 
+    **Rows.** `J.rows()`, `J.row_blocks()`, `J.gram()` = J^T J, `J.outer()` = J J^T and `J.gram_and_gradient(r)` have the
+    rows of all residuals by one backward pass of their sum, where residual i depends on row i of every value alone:
+
+        J_i = sum over the uses u of a parameter of (row i of the gradient at u) times (row i of the other argument)
+
+    whatever the closure does with its inputs, `torch.autograd.grad(..., create_graph=True)` included. K numbers per
+    sample take K passes. A product of J^T with a random vector decides whether rows are independent; `rows_by` says how
+    rows were found, and why not so where they depend on each other (a batch norm in training, x - x.mean()) or a
+    parameter is used in a way that is not known: then they come from `row`, or by as many backward passes as there are
+    rows.
+
     A list of tensors in the shapes of the parameters is a vector too (`J @ params`); the product is flat. A parameter
     that the closure does not use has zero columns. NaN and infinities stay in the rows that they belong to.
 
     Args:
         closure: () -> residuals, or (batch) -> with `batches`: a real tensor of any shape with its graph, or a list or
             tuple of them, of which one at least has one.
-        params, keep_graphs: as for `Hessian`.
+        params, keep_graphs: as for `Hessian`; params may be a dict by names.
         batches: as for `Hessian`; the rows of one batch follow those of another.
         mode: "auto", "r-operator", "double-backward" or "forward".
+        row: (params, *sample) -> the residuals of one sample, a number or (K,), as `torch.func.vmap` takes it: params is
+            a dict of tensors where `params` is one, as for `torch.func.functional_call`, and else a list; the samples'
+            rows follow each other in the order of the closure's. Used where rows cannot be read from the graph.
+        samples: of `row`: a tensor, or a tuple of them, whose first dimension is that of the samples, or a function ()
+            -> such, asked at each point.
 
     Rows are those of this process: nothing is reduced over processes.
 
@@ -53,6 +71,8 @@ class Jacobian(_JacobianOperator):
 
     References:
         Nocedal and Wright, Numerical Optimization, 2nd ed., section 10.3 (Gauss-Newton, Levenberg-Marquardt).
+        Goodfellow, Efficient per-example gradient computations, arXiv 1510.01799 (2015). Freivalds, Fast probabilistic
+        algorithms, MFCS (1979): a matrix is another where a random vector tells no difference.
 
     Example:
         >>> t, y = torch.linspace(0, 1, 5), torch.tensor([1.0, 0.8, 0.6, 0.5, 0.4])
@@ -69,14 +89,27 @@ class Jacobian(_JacobianOperator):
     def __init__(
         self,
         closure: Callable[..., Any],
-        params: Iterable[Tensor] | Parameters,
+        params: Iterable[Tensor] | Mapping[str, Tensor] | Parameters,
         *,
         batches: Iterable[Any] | None = None,
         mode: str = "auto",
         keep_graphs: bool = True,
+        row: Callable[..., Any] | None = None,
+        samples: Any = None,
     ) -> None:
         self._m: int | None = None
+        self._facts = _row_sources.Facts()
+        self._sources: list[_rows.Source] | None = None
+        self._remembered: list[Evaluator] | None = None
+        names = None
+        if isinstance(params, Mapping):
+            names, params = list(params), list(params.values())
         super().__init__(closure, params, batches=batches, mode=mode, keep_graphs=keep_graphs, process_group=None)
+        self._row = None
+        if row is not None or samples is not None:
+            if batches is not None:
+                raise _checks.fail(self._name, "row", "None with batches", "a function")
+            self._row = _row_sources.RowFunction(self._name, row, samples, self.params, names)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, **options: Any) -> Jacobian:
@@ -153,12 +186,305 @@ class Jacobian(_JacobianOperator):
                 raise _checks.fail(self._name, "closure", expected, f"{self._m} or more")
             return total
 
+    # Rows -------------------------------------------------------------------------------------------------------------
+
+    _LEARNT = (*_JacobianOperator._LEARNT, "_facts")
+
+    def _start(self) -> None:
+        super()._start()
+        self._sources = self._remembered = None
+
+    def _evaluators(self) -> Iterator[Evaluator]:
+        """Yield those of the batches, which evaluate once for products and for rows."""
+        if self._given is not None or not self.keep_graphs:
+            yield from super()._evaluators()
+        elif self._remembered is not None:
+            yield from self._remembered
+        else:
+            found: list[Evaluator] = []
+            for evaluator in super()._evaluators():
+                found.append(Remembered(evaluator))
+                yield found[-1]
+            self._remembered = found
+
+    @property
+    def rows_by(self) -> str | None:
+        """Tell how rows were found, once they were: "one backward pass", "row: " or "backward passes: " and why."""
+        return self._facts.said
+
+    def rows(self, *, out: Tensor | None = None) -> Tensor:
+        """Return J as a dense tensor.
+
+        Args:
+            out: (m, n), written and returned: memory that a caller uses again.
+
+        Returns:
+            (m, n), without a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for a product; `out` does not fit.
+
+        Example:
+            >>> x = torch.linspace(0, 1, 4).requires_grad_()
+            >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+            >>> def residuals():                            # u' + u = 0
+            ...     u = net(x[:, None])[:, 0]
+            ...     return torch.autograd.grad(u.sum(), x, create_graph=True)[0] + u
+            >>> J = secant.curvature.Jacobian(residuals, net.parameters())
+            >>> J.rows().shape, J.rows_by
+            (torch.Size([4, 25]), 'one backward pass')
+        """
+        op = f"{self._name}.rows"
+        with self._reading_rows():
+            sources = self._row_sources()
+            m = self._m
+            assert m is not None
+            if out is None:
+                out = torch.empty(m, self.params.n, dtype=self.dtype, device=self.device)
+            else:
+                _checks.shaped(op, "out", out, (m, self.params.n), self.dtype, self.device)
+            first = 0
+            for source in sources:
+                _fill(source, out[first : first + source.m])
+                first += source.m
+            return out
+
+    def to_dense(self) -> Tensor:
+        """Return J (m, n): its rows where they are found by one backward pass, else by n or m products."""
+        return self.rows()
+
+    def row_blocks(self, max_bytes: int = _row_sources.MAX_BYTES) -> Iterator[tuple[slice, Tensor]]:
+        """Yield J in blocks of rows: where they are, and the block, which the next one overwrites.
+
+        Args:
+            max_bytes: that a block may take; one row at least is made.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for a product.
+        """
+        _checks.integer(f"{self._name}.row_blocks", "max_bytes", max_bytes, 1)
+        with self._reading_rows():
+            sources = self._row_sources()
+        chunks = self._chunks(sources, max_bytes)
+        while True:
+            with self._reading_rows():
+                found = next(chunks, None)
+            if found is None:
+                return
+            yield found
+
+    def gram(self, *, out: Tensor | None = None, max_bytes: int = _row_sources.MAX_BYTES) -> Tensor:
+        """Return J^T J as a dense tensor.
+
+        Args:
+            out: (n, n), written and returned. max_bytes: that J may take; where it would take more, it is made and
+                multiplied in blocks of rows.
+
+        Returns:
+            (n, n), without a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for a product; an argument does not fit.
+
+        Example:
+            >>> t, w = torch.arange(4.0), torch.zeros(2, requires_grad=True)
+            >>> secant.curvature.Jacobian(lambda: w[0] + w[1] * t, [w]).gram().tolist()
+            [[4.0, 6.0], [6.0, 14.0]]
+        """
+        return self._gram(f"{self._name}.gram", None, out, max_bytes)[0]
+
+    def gram_and_gradient(
+        self, residuals: Tensor, *, out: Tensor | None = None, max_bytes: int = _row_sources.MAX_BYTES
+    ) -> tuple[Tensor, Tensor]:
+        """Return J^T J and J^T r, from the same rows.
+
+        Args:
+            residuals: r (m,). out, max_bytes: as for `gram`.
+
+        Returns:
+            (n, n) and (n,), without a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for a product; an argument does not fit.
+        """
+        found, gradient = self._gram(f"{self._name}.gram_and_gradient", residuals, out, max_bytes)
+        assert gradient is not None
+        return found, gradient
+
+    def _gram(
+        self, op: str, residuals: Tensor | None, out: Tensor | None, max_bytes: int
+    ) -> tuple[Tensor, Tensor | None]:
+        _checks.integer(op, "max_bytes", max_bytes, 1)
+        n, gradient = self.params.n, None
+        out = self._square_out(op, out, n)
+        with self._reading_rows():
+            sources = self._row_sources()
+            if residuals is not None:
+                _checks.shaped(op, "residuals", residuals, (self._m or 0,), self.dtype, self.device)
+                gradient, residuals = out.new_zeros(n), residuals.detach()
+            begun = False
+            for rows, block in self._chunks(sources, max_bytes):
+                _rows.symmetric_product(block, out, accumulate=begun)
+                begun = True
+                if gradient is not None and residuals is not None:
+                    gradient.addmv_(block.T, residuals[rows])
+            if not begun:
+                out.zero_()
+        return out, gradient
+
+    def outer(self, *, out: Tensor | None = None, max_bytes: int = _row_sources.MAX_BYTES) -> Tensor:
+        """Return J J^T as a dense tensor.
+
+        Args:
+            out: (m, m), written and returned. max_bytes: that J may take; where it would take more, pairs of blocks of
+                rows are made and multiplied.
+
+        Returns:
+            (m, m), without a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for a product; an argument does not fit.
+
+        Example:
+            >>> t, w = torch.arange(3.0), torch.zeros(2, requires_grad=True)
+            >>> secant.curvature.Jacobian(lambda: w[0] + w[1] * t, [w]).outer().tolist()
+            [[1.0, 1.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 5.0]]
+        """
+        op = f"{self._name}.outer"
+        _checks.integer(op, "max_bytes", max_bytes, 1)
+        with self._reading_rows():
+            sources = self._row_sources()
+            m, n = self._m or 0, self.params.n
+            out = self._square_out(op, out, m)
+            size = n * self.dtype.itemsize
+            if m * size <= max_bytes:
+                whole = self._facts.room(m, n, self.dtype, self.device)
+                first = 0
+                for source in sources:
+                    _fill(source, whole[first : first + source.m])
+                    first += source.m
+                _rows.symmetric_product(whole.T, out, accumulate=False)
+                return out
+            out.zero_()  # rows that no block holds
+            most, first = max(1, max_bytes // (2 * size)), 0
+            blocks: list[tuple[slice, _rows.Write]] = []
+            for source in sources:
+                blocks += [(_moved(rows, first), write) for rows, write in source.blocks(most)]
+                first += source.m
+            room = self._facts.room(2 * most, n, self.dtype, self.device)
+            for i, (rows, write) in enumerate(blocks):
+                block = _written(write, room[:most], rows)
+                out[rows, rows] = _own_products(block)
+                for others, write_others in blocks[:i]:
+                    product = block @ _written(write_others, room[most:], others).T
+                    out[rows, others], out[others, rows] = product, product.T
+            return out
+
+    def _square_out(self, op: str, out: Tensor | None, size: int) -> Tensor:
+        if out is None:
+            return torch.empty(size, size, dtype=self.dtype, device=self.device)
+        return _checks.shaped(op, "out", out, (size, size), self.dtype, self.device)
+
+    @contextlib.contextmanager
+    def _reading_rows(self) -> Iterator[None]:
+        self._check_surroundings()
+        with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
+            yield
+
+    def _row_sources(self) -> list[_rows.Source]:
+        """Return the rows of all batches: those that are kept, or new ones."""
+        state = self.params.state()
+        if state != self._state:
+            self._start()
+            self._state = state
+        if self._sources is not None:
+            return self._sources
+        sources, first = list[_rows.Source](), 0
+        self._facts.said = None
+        for evaluator in self._evaluators():
+            result, outputs = self._evaluated(evaluator, self._rooted)
+            parts = list(result) if isinstance(result, (tuple, list)) else [result]
+            with _errors.explained(self._name, "rows", [_graph.edge_of(outputs)[0]]):
+                sources.append(self._facts.source(parts, self._slots, self, self._row, first))
+            first += sources[-1].m
+        if sources and not self._used_slots:
+            raise _checks.fail(self._name, "params", "tensors that the closure uses", "none that it does")
+        self._counted([source.m for source in sources])
+        if self.keep_graphs:
+            self._sources = sources
+        self._state = self.params.state()
+        return sources
+
+    def _chunks(self, sources: list[_rows.Source], max_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows, each overwritten by the next: all of a batch where they fit."""
+        n, first = self.params.n, 0
+        most = max(1, max_bytes // max(1, n * self.dtype.itemsize))
+        for source in sources:
+            room = self._facts.room(min(source.m, most), n, self.dtype, self.device)
+            if source.m <= most:
+                _fill(source, room)
+                yield slice(first, first + source.m), room
+            else:
+                for rows, write in source.blocks(most):
+                    yield _moved(rows, first), _written(write, room, rows)
+            first += source.m
+
     def diag(self, num_probes: int | None = None, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
         """Return the diagonal of a square J; see `LinearOperator.diag`."""
         return LinearOperator.diag(self, num_probes, distribution=distribution, seed=seed)
 
     def _exact_diagonal(self) -> Tensor:
         return LinearOperator._exact_diagonal(self)
+
+
+def per_sample_gradients(closure: Callable[[], Tensor], params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradient of each of several losses, by one backward pass where they are independent.
+
+        G_p[i] = d losses_i / d p
+
+    Args:
+        closure: () -> losses (N,), one per sample, with their graph. params: as for `Hessian`.
+
+    Returns:
+        A tensor (N, *p.shape) for each parameter, without a graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `Jacobian`.
+
+    Example:
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(50, 3), torch.randint(2, (50,))
+        >>> def losses():
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> [tuple(g.shape) for g in secant.curvature.per_sample_gradients(losses, model.parameters())]
+        [(50, 2, 3), (50, 2)]
+    """
+    J = Jacobian(closure, params)
+    return _matrices.parts_of(J.rows(), J.params)
+
+
+def _moved(rows: slice, first: int) -> slice:
+    return slice(rows.start + first, rows.stop + first, rows.step)
+
+
+def _fill(source: _rows.Source, out: Tensor) -> None:
+    """Write all rows of a batch."""
+    if not source.full:
+        out.zero_()
+    for rows, write in source.blocks(max(1, source.m)):
+        write(out[rows])
+
+
+def _written(write: _rows.Write, room: Tensor, rows: slice) -> Tensor:
+    """Write a block into the first rows of a room."""
+    block = room[: len(range(rows.start, rows.stop, rows.step or 1))]
+    write(block)
+    return block
+
+
+def _own_products(block: Tensor) -> Tensor:
+    out = block.new_empty(len(block), len(block))
+    _rows.symmetric_product(block.T, out, accumulate=False)
+    return out
 
 
 def joined(op: str, result: Any, dtype: torch.dtype) -> Tensor:

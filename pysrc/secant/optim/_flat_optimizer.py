@@ -20,8 +20,8 @@ from secant.optim._gradients import FlatGradients
 from secant.result import Iteration, Status
 
 #: What a closure raises that may stand for an infinite loss, and what of it is no matter of numbers after all.
-_NUMERICAL = (RuntimeError, ValueError, ArithmeticError)
-_OTHER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
+NUMERICAL = (RuntimeError, ValueError, ArithmeticError)
+OTHER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
 
 Callback = Callable[[Iteration], object]
 
@@ -77,7 +77,8 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
         status: why the last step ended; None before the first.
     """
 
-    #: What each option may be. "lr" and "maximize" have their meaning here, the others in the subclass.
+    #: What each option may be. "lr" and "maximize", where they are among them, have their meaning here, the others in
+    #: the subclass.
     OPTIONS: ClassVar[Mapping[str, Option]]
     #: Options that may differ between groups; the first group speaks for all in the others.
     PER_GROUP: ClassVar[tuple[str, ...]] = ("lr",)
@@ -208,8 +209,8 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
         self._own["func_evals"] += 1
         try:
             loss = _closure.gradient(self._name, closure)
-        except _NUMERICAL as error:
-            if self._forgiving and not isinstance(error, _OTHER):
+        except NUMERICAL as error:
+            if self._forgiving and not isinstance(error, OTHER):
                 return None
             raise
         self._rounding = _closure.rounding(loss, flat.dtype)
@@ -236,13 +237,13 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
             values[0] = -values[0]
         return values
 
-    def _report(self, value: float, grad_max: float, t: float) -> bool:
+    def _report(self, value: float, grad_max: float, t: float, inner: int = 0) -> bool:
         """Tell the callback where the iteration has led; return whether it wants to stop."""
         if self.callback is None:
             return False
         own = self._own
         value = -value if self._maximize else value
-        return bool(self.callback(Iteration(own["n_iter"], value, grad_max, t, evaluations=own["func_evals"])))
+        return bool(self.callback(Iteration(own["n_iter"], value, grad_max, t, inner, 0, own["func_evals"])))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients.
@@ -296,6 +297,8 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
         """Raise unless every group is valid and they differ only where they may."""
         first = self.param_groups[0]
         for group in self.param_groups:
+            if "lr" in group and "lr" not in self.OPTIONS:
+                raise _checks.fail(op, "lr", "none (the model of the loss says how long a step is)", repr(group["lr"]))
             self._check_options(op, group)
             for name in self._shared:
                 if group[name] != first[name]:
@@ -319,6 +322,9 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
 
     def _read_rates(self) -> None:
         """Read the learning rates, which may be tensors that someone writes."""
+        if "lr" not in self.OPTIONS:
+            self._lr, self._shares = 1.0, None
+            return
         rates = [rate(group["lr"]) for group in self.param_groups]
         for x, group in zip(rates, self.param_groups, strict=True):
             if math.isnan(x):
@@ -345,13 +351,13 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
         """
         self._check_changes()
         self._read_rates()
-        layout = (*(self.param_groups[0][name] for name in self.LAYOUT), self._shares)
+        layout = (*(self.param_groups[0].get(name) for name in self.LAYOUT), self._shares)
         state = self.state.get(self._first)
         mine = bool(state) and state is self._own
         stayed = hasattr(self, "_flat") and not self._flat.moved()
         if mine and stayed and layout == self._layout:
             return
-        before, maximize = dict(self.__dict__), self.param_groups[0]["maximize"]
+        before, maximize = dict(self.__dict__), self.param_groups[0].get("maximize", False)
         try:
             if not stayed:
                 self._flat = FlatGradients(self._name, self._params)

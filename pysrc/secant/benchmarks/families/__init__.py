@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from secant.benchmarks.case import Bar, Case, Row
+from secant.benchmarks.case import Bar, Case, Row, Wanted, everything
+from secant.benchmarks.measure import measure
 
 NAMES = ("lbfgs", "blocks", "hvp", "curvature")
 
@@ -23,17 +24,27 @@ class Groups(Protocol):
         """List them; `quick`: small ones that take no time, to see that they run; `full`: all there are."""
 
 
+class Measure(Protocol):
+    """Makes the rows of cases that share an input, as `measure` does, which is the default."""
+
+    def __call__(
+        self, cases: Sequence[Any], device: torch.device, *, seconds: float, wanted: Wanted = everything
+    ) -> list[Row]:
+        """Return a row for each case and contender."""
+
+
 class Family(NamedTuple):
     """What the command asks of a family.
 
     title: of its table. seconds: of timing for each group. bars: of (rows, device, bandwidth), what was to be reached
-    and what these rows have.
+    and what these rows have. measure: makes the rows of a group.
     """
 
     title: str
     seconds: float
     groups: Groups
     bars: Callable[[Sequence[Row], torch.device, float], list[Bar]]
+    measure: Measure = measure
 
 
 def load(name: str) -> Family:
