@@ -10,7 +10,7 @@ from secant.curvature._spectrum import SpectralDensity
 from secant.curvature.fisher import EmpiricalFisher, Fisher
 from secant.curvature.ggn import GGN
 from secant.curvature.hessian import Hessian
-from secant.curvature.jacobian import Jacobian
+from secant.curvature.jacobian import Jacobian, per_sample_gradients
 from secant.solvers.lanczos import Eigenpairs
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "SpectralDensity",
     "Submatrix",
     "inverse",
+    "per_sample_gradients",
 ]

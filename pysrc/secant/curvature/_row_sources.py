@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secant import _checks
 from secant.curvature import _graph, _rows
+from secant.curvature._columns import agree
 from secant.curvature._operator import LinearOperator
 from secant.curvature._parameters import Parameters
 from secant.curvature._row_uses import NotUnderstood
@@ -77,7 +78,11 @@ class Facts:
             self.said = f"backward passes: {reason}"
             return Passes(operator, first, m)
         self.said = f"row: {reason}"
-        return row.at(parts, self)
+        found = row.at(parts)
+        if "row" not in self.seen:
+            found.check(parts, operator)
+            self.seen["row"] = 1
+        return found
 
     def _verdict(self, rows: _rows.Rows, operator: Jacobian) -> str | None:
         """Tell what is wrong with rows.
@@ -96,6 +101,8 @@ class Facts:
         generator = operator.generator(count)
         w = torch.randn(rows.m, dtype=operator.dtype, device=operator.device, generator=generator)
         reason, telling = rows.check(w, operator._eps)
+        if reason == _rows.NOT_FINITE and count > 1:
+            return None  # of what was checked before; the count stays for the next point
         if reason is None:
             self.seen[signature] = count if telling else 0
         elif telling:
@@ -154,11 +161,11 @@ class RowFunction:
             raise _checks.fail(self.op, "samples", "tensors with one first dimension, that of the samples", got)
         return tuple(x.detach() for x in found)
 
-    def at(self, parts: Sequence[Tensor], facts: Facts) -> ByFunction:
+    def at(self, parts: Sequence[Tensor]) -> ByFunction:
         """Return the rows at the current point.
 
         Args:
-            parts: the residuals of the closure, which it has to give too.
+            parts: the residuals of the closure, which the function has to give too.
 
         Raises:
             ValueError: it gives others.
@@ -203,6 +210,29 @@ class ByFunction:
         found = torch.vmap(lambda *sample: self.function.call(self.points, sample))(*self.samples)
         self.m = found.numel()
         return found.reshape(-1).detach()
+
+    def check(self, parts: Sequence[Tensor], operator: Jacobian) -> None:
+        """Compare J^T w with automatic differentiation of the closure, for a random w.
+
+        Raises:
+            ValueError: they differ.
+        """
+        params = self.function.params
+        w = torch.randn(self.m, dtype=params.dtype, device=params.device, generator=operator.generator(0))
+        live = [(x, u.view(x.shape)) for x, u in zip(parts, w.split([x.numel() for x in parts]), strict=True)]
+        live = [(x, u.to(x.dtype)) for x, u in live if x.requires_grad]
+        want, got = torch.empty(params.n, dtype=w.dtype, device=w.device), w.new_zeros(params.n)
+        outputs, cotangents = [x for x, _ in live], [u for _, u in live]
+        params.join(
+            torch.autograd.grad(outputs, params.tensors, cotangents, retain_graph=True, allow_unused=True), want
+        )
+        for rows, write in self.blocks(_TOGETHER):
+            block = w.new_empty(rows.stop - rows.start, params.n)
+            write(block)
+            got.addmv_(block.T, w[rows])
+        if bool(torch.isfinite(want).all()) and not agree(got, want, operator._eps):
+            expected = "the derivatives of the closure's residuals, each of one sample alone"
+            raise _checks.fail(self.function.op, "row", expected, "the same values with others")
 
     def blocks(self, most: int) -> Iterator[tuple[slice, _rows.Write]]:
         """Yield where at most so many rows are, or those of one sample, and what writes them."""

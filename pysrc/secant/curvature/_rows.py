@@ -39,6 +39,8 @@ _WIDE, _SMALL = 16, 2**11
 #: Roundings of a number on its way through the backward pass, for the bound of the check.
 _ROUNDINGS = 128
 
+NOT_FINITE = "the rows are not finite at this point, so that they cannot be checked"
+
 Write = Callable[[Tensor], None]
 
 
@@ -235,7 +237,7 @@ class _Part:
     def signature(self) -> tuple[Any, ...]:
         """Return what is the same where the same computation was done with values of the same shapes."""
         uses = tuple((use.signature(), shape_of(edge)) for use, edge in self.trace.uses)
-        return self.count, self.step, tuple(self.starts), tuple(self.trace.names), uses
+        return self.count, self.step, len(self.starts), self.starts[0], tuple(self.trace.names), uses
 
     def write(
         self,
@@ -487,30 +489,36 @@ class Rows:
         Returns:
             Why the rows are wrong, or None; and whether that tells something of every parameter that is used.
         """
-        params, n = self.params, self.params.n
-        want = torch.empty(n, dtype=params.dtype, device=params.device)
+        params = self.params
+        want = torch.empty(params.n, dtype=params.dtype, device=params.device)
         params.join(self._backward(self._split(w), params.tensors), want)
-        got, bound = torch.zeros_like(want), torch.zeros_like(want)
-        for rows, write in self._sized_blocks(max(1, _CHECKED_BYTES // (n * params.dtype.itemsize))):
-            some = w[rows]
-            block = torch.empty(len(some), n, dtype=params.dtype, device=params.device)
-            write(block, size=_same)
-            got.addmv_(block.T, some)
-            write(block, size=torch.abs)
-            bound.addmv_(block.abs_().T, some.abs())
-        slots = {slot for part in self.parts for _, edge in part.trace.uses for slot in _slots_of(edge, self.slots)}
-        parts = [x.double().split(params.sizes) for x in (got, want, bound)]
-        errors, wants, bounds = (torch.stack([torch.linalg.vector_norm(x) for x in xs]) for xs in (
-            [g - v for g, v in zip(parts[0], parts[1], strict=True)], parts[1], parts[2],
-        ))  # fmt: skip
-        allowed = (self.m + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
+        errors, wants, bounds = _compared(self._sized_blocks, want, w, params)
         if not bool(torch.isfinite(errors).all()):
-            return "the rows are not finite at this point, so that they cannot be checked", False
+            return NOT_FINITE, False
+        slots = {slot for part in self.parts for _, edge in part.trace.uses for slot in _slots_of(edge, self.slots)}
         telling = all(bool(wants[slot] > 0) for slot in slots)
+        allowed = (self.m + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
         if bool((errors > allowed).any()):
             share = float((errors / torch.linalg.vector_norm(wants).clamp_min(torch.finfo(torch.float64).tiny)).max())
             return f"rows depend on each other: J^T w differs from the product w.J by {share:.1e} of its norm", telling
         return None, telling
+
+
+def _compared(
+    blocks: Callable[[int], Iterator[tuple[slice, Callable[..., None]]]], want: Tensor, w: Tensor, params: Parameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norms, parameter by parameter, of J^T w less what it should be, of that, and of a bound of B^T |w|."""
+    got, bound, n = torch.zeros_like(want), torch.zeros_like(want), params.n
+    for rows, write in blocks(max(1, _CHECKED_BYTES // (n * want.itemsize))):
+        some = w[rows]
+        block = torch.empty(len(some), n, dtype=want.dtype, device=want.device)
+        write(block, size=_same)
+        got.addmv_(block.T, some)
+        write(block, size=torch.abs)
+        bound.addmv_(block.abs_().T, some.abs())
+    parts = ((got.double() - want.double()), want.double(), bound.double())
+    norms = [torch.stack([torch.linalg.vector_norm(x) for x in part.split(params.sizes)]) for part in parts]
+    return norms[0], norms[1], norms[2]
 
 
 def _same(x: Tensor) -> Tensor:
