@@ -164,10 +164,8 @@ void do_rows(Work<T>& x, T* triangle, int64_t i, int rank) {
 // tau and phi: reference.scaling.
 void scaling(double sy, double sbs, double yhy, bool first, int64_t n, int rule, double* tau, double* phi) {
   *tau = *phi = 1;
-  if (rule == kBfgs) return;
-  double b = sbs / sy, h = yhy / sy;
-  if (!(b > 0 && std::isfinite(b))) b = first ? 1 / h : 1;
-  if (first) b *= h, h = 1;
+  const double b = sbs / sy, h = yhy / sy;
+  if (rule == kBfgs || first || !(b > 0 && std::isfinite(b))) return;
   const double shrink = std::min(1 / b, 1.0);
   *tau = shrink;
   if (rule == kScaledBfgs) return;

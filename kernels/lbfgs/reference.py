@@ -347,9 +347,9 @@ def broyden(sy: Tensor, yhy: Tensor, tau: Tensor, phi: Tensor, gamma: Tensor) ->
 def scaling(sy: Tensor, sbs: Tensor, yhy: Tensor, first: Tensor, n: int, rule: int) -> tuple[Tensor, Tensor]:
     """Compute (tau, phi) from b = s.Bs / s.y and h = y.Hy / s.y, float64 scalars.
 
-    Of a step s = -t H g it is known that s.Bs = -t s.g; where it is not known (`sbs` not positive) b = 1, which makes
-    BFGS of every rule. `first`: H is to be scaled by s.y / y.Hy, so that h = 1. bfgs: tau = phi = 1. ssbfgs:
-    tau = min(1, 1 / b), phi = 1. ssbroyden: with a = b h - 1, c = (a / (1 + a))^(1/2), rho = min(1, h (1 - c)),
+    Of a step s = -t H g it is known that s.Bs = -t s.g. Where it is not known (`sbs` not positive) and of the first
+    pair, for which H is scaled anyhow, every rule makes BFGS. bfgs: tau = phi = 1. ssbfgs: tau = min(1, 1 / b),
+    phi = 1. ssbroyden: with a = b h - 1, c = (a / (1 + a))^(1/2), rho = min(1, h (1 - c)),
 
         theta = max((rho - 1) / a, min(1 / rho, (1 - b) / b)),    sigma = 1 + a theta,    phi = (1 - theta) / sigma,
         tau = min(1, 1 / b) min(sigma^(-1/(n-1)), 1 / theta)      for theta > 0,
@@ -366,8 +366,8 @@ def scaling(sy: Tensor, sbs: Tensor, yhy: Tensor, first: Tensor, n: int, rule: i
     if rule == 0:
         return one, one
     b, h = sbs / sy, yhy / sy
-    b = torch.where((b > 0) & torch.isfinite(b), b, torch.where(first, 1 / h, one))
-    b, h = torch.where(first, b * h, b), torch.where(first, one, h)
+    plain = first | ~((b > 0) & torch.isfinite(b))
+    b = torch.where(plain, one, b)
     shrink = (1 / b).clamp(max=1.0)
     if rule == 1:
         return shrink, one
@@ -378,4 +378,5 @@ def scaling(sy: Tensor, sbs: Tensor, yhy: Tensor, first: Tensor, n: int, rule: i
     sigma = 1 + a * theta
     power = sigma ** (-1 / (n - 1)) if n > 1 else one
     above = shrink * torch.minimum(power, 1 / torch.where(theta > 0, theta, one))
-    return torch.where(theta > 0, above, torch.minimum(shrink * power, sigma)), (1 - theta) / sigma
+    tau = torch.where(theta > 0, above, torch.minimum(shrink * power, sigma))
+    return torch.where(plain, one, tau), torch.where(plain, one, (1 - theta) / sigma)
