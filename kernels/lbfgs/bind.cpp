@@ -15,9 +15,10 @@
 
 namespace py = pybind11;
 
-#define X(isa)                         \
-  namespace isa {                      \
-  extern const secant::LbfgsCpu lbfgs; \
+#define X(isa)                                    \
+  namespace isa {                                 \
+  extern const secant::LbfgsCpu lbfgs;            \
+  extern const secant::LbfgsDenseCpu lbfgs_dense; \
   }
 SECANT_ISAS
 #undef X
@@ -27,6 +28,13 @@ namespace {
 const secant::LbfgsCpu& kernels() {
 #define X(isa) &isa::lbfgs,
   static const secant::LbfgsCpu* const built[] = {SECANT_ISAS};
+#undef X
+  return *built[secant::isa_index()];
+}
+
+const secant::LbfgsDenseCpu& dense_kernels() {
+#define X(isa) &isa::lbfgs_dense,
+  static const secant::LbfgsDenseCpu* const built[] = {SECANT_ISAS};
 #undef X
   return *built[secant::isa_index()];
 }
@@ -82,6 +90,20 @@ void lbfgs_two_loop(int vectors, int rings, int64_t batch, int64_t m, int64_t n,
   kernels().two_loop[vectors][rings](args);
 }
 
+// state: h, pair, coefs, count, stats; operands: grad, s, y, y_prev, out, prev_out. Addresses, 0 where there is none.
+void lbfgs_dense_update(int dtype, int64_t n, const std::array<uintptr_t, 5>& state,
+                        const std::array<uintptr_t, 6>& operands, uintptr_t t_ptr, double t, double tol, int rule,
+                        int threads) {
+  secant::LbfgsDense a{};
+  a.n = n, a.h = ptr(state[0]), a.steps = ptr(state[1]), a.coefs = ptr<double>(state[2]);
+  a.count = ptr<int32_t>(state[3]), a.stats = ptr<double>(state[4]);
+  a.grad = ptr(operands[0]), a.s = ptr(operands[1]), a.y = ptr(operands[2]), a.y_prev = ptr(operands[3]);
+  a.out = ptr(operands[4]), a.prev_out = ptr(operands[5]);
+  a.t_ptr = ptr<double>(t_ptr), a.t = t, a.tol = tol, a.rule = rule, a.threads = threads;
+  py::gil_scoped_release release;
+  dense_kernels().update[dtype](a);
+}
+
 // The gate and the call in one, for tensors that the kernel takes as they are; false for all others, right or wrong.
 bool lbfgs_two_loop_plain(py::handle grad, py::handle s, py::handle y, py::handle out) {
   Tensor g, a, b, d;
@@ -124,6 +146,7 @@ bool lbfgs_two_loop_plain(py::handle grad, py::handle s, py::handle y, py::handl
 void define(py::module_& m) {
   m.def("lbfgs_update", &lbfgs_update);
   m.def("lbfgs_two_loop", &lbfgs_two_loop);
+  m.def("lbfgs_dense_update", &lbfgs_dense_update);
   m.def("lbfgs_two_loop_plain", &lbfgs_two_loop_plain, "Takes four tensors; False when the gate has to look at them.");
   m.def("lbfgs_use_huge_pages", &lbfgs_use_huge_pages, "For memory that nobody has written yet.");
   m.def("lbfgs_tune", &lbfgs_tune, "Bytes from which on histories go by panels of pairs; elements of a row at a time.");

@@ -32,6 +32,24 @@ class Pair(NamedTuple):
     t: float | Tensor
 
 
+class Dense(NamedTuple):
+    """A dense inverse Hessian and the update of it that is still to be made.
+
+    h (n (n + 1) / 2,): its lower triangle, row behind row. pair (2, n): s and H y of the last accepted pair. coefs (5,),
+    float64: of the update. count (): of pairs. stats (10,), float64: of the last call.
+    """
+
+    h: Tensor
+    pair: Tensor
+    coefs: Tensor
+    count: Tensor  # type: ignore[assignment]  # of the pairs, not of equal members
+    stats: Tensor
+
+
+#: Members of the self-scaled Broyden class, by the number under which kernels know them.
+RULES = ("bfgs", "ssbfgs", "ssbroyden")
+
+
 class Backend(Protocol):
     """The functions of a backend."""
 
@@ -65,3 +83,15 @@ class Backend(Protocol):
         prev_out: Tensor | None,
     ) -> None:
         """Write an accepted pair into its slot, and the direction that the coefficients make of the rows."""
+
+    def dense_update(
+        self,
+        state: Dense,
+        pair: Pair | None,
+        grad: Tensor | None,
+        tol: float,
+        rule: int,
+        out: Tensor | None,
+        prev_out: Tensor | None,
+    ) -> None:
+        """Make the update that is due, multiply, offer a pair, and compute a direction: one pass over a triangle."""

@@ -38,10 +38,30 @@ struct LbfgsTwoLoop {
   int threads;          // 0: as many as pay off
 };
 
+// A dense inverse Hessian: see reference.dense_update.
+struct LbfgsDense {
+  int64_t n;
+  void *h, *steps;  // the triangle, s and H y of the last pair
+  double* coefs;
+  int32_t* count;
+  double* stats;
+  const void *grad, *s, *y, *y_prev;  // null: absent
+  const double* t_ptr;                // null: `t`
+  double t, tol;
+  int rule;
+  void *out, *prev_out;
+  int threads;  // 0: as many as pay off
+};
+
 // One entry per pair of dtypes: vectors float32 (0), float64 (1); rings float32 (0), float64 (1), bfloat16 (2).
 struct LbfgsCpu {
   void (*update[2][3])(const LbfgsUpdate&);
   void (*two_loop[2][3])(const LbfgsTwoLoop&);
+};
+
+// One entry per dtype: float32 (0), float64 (1).
+struct LbfgsDenseCpu {
+  void (*update[2])(const LbfgsDense&);
 };
 
 }  // namespace secant

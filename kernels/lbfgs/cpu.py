@@ -9,7 +9,7 @@ import torch
 from secant.kernels._cpu_support import address, shortcut
 from secant.kernels._cpu_support import available as available
 from secant.kernels._cpu_support import extension as _cpu
-from secant.kernels.lbfgs.contract import Pair, State
+from secant.kernels.lbfgs.contract import Dense, Pair, State
 from torch import Tensor
 
 _VECTORS = {torch.float32: 0, torch.float64: 1}
@@ -135,3 +135,29 @@ def combine(
 ) -> None:
     """See `reference.combine`."""
     _update(state, pair, grad, 0.0, out, prev_out, (0, coefs.data_ptr()), _COMBINE, 0)
+
+
+def dense_update(
+    state: Dense,
+    pair: Pair | None,
+    grad: Tensor | None,
+    tol: float,
+    rule: int,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+    *,
+    threads: int = 0,
+) -> None:
+    """See `reference.dense_update`. `threads` overrides the choice by size (0), for benchmarks and tests."""
+    t_address, t_value, s, y, y_prev = 0, 1.0, 0, 0, 0
+    if pair is not None:
+        s, y, y_prev = pair.s.data_ptr(), pair.y.data_ptr(), address(pair.y_prev)
+        if isinstance(pair.t, Tensor):
+            t_address = pair.t.data_ptr()
+        else:
+            t_value = pair.t
+    _cpu.lbfgs_dense_update(
+        _VECTORS[state.h.dtype], state.pair.shape[-1], [x.data_ptr() for x in state],
+        (0 if out is None else address(grad), s, y, y_prev, address(out), address(prev_out)),
+        t_address, t_value, tol, rule, threads,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ References:
 from __future__ import annotations
 
 import torch
-from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
+from secant.kernels.lbfgs.contract import EXTRAS, Dense, Pair, State
 from torch import Tensor
 
 #: The columns of `stats`: what a direction costs nothing extra to know.
@@ -234,3 +234,149 @@ def combine(
         if prev_out is not None:
             prev_out.copy_(grad)
         out.copy_(d.view(out.shape))
+
+
+#: The columns of the `stats` of a dense update.
+DENSE_STATS = ("gd", "g_norm", "g_max", "sy", "s_norm", "y_norm", "accepted", "yhy", "tau", "phi")
+_SMALL = torch.finfo(torch.float64).eps
+
+
+def dense_update(
+    state: Dense,
+    pair: Pair | None,
+    grad: Tensor | None,
+    tol: float,
+    rule: int,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+) -> None:
+    """Update a dense inverse Hessian by the pair before this one, multiply, and decide on the update by this one.
+
+    The update that is due is, with coefs = (a, c_ss, c_sw, c_ww, delta) and the rows s, w of `state.pair`,
+
+        H <- a H + c_ss s s^T + c_sw (s w^T + w s^T) + c_ww w w^T + delta I,
+
+    in T, where H is not read if a = 0 (then the c are 0, too). So one pass over the triangle makes it and multiplies
+    the result by grad and by y'. With w' = H y' (rounded to T), and s', y' as in `update`, the pair is accepted when
+    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, and the coefficients below keep the entries of H in the range
+    of T. The next update is then that of the self-scaled Broyden class,
+
+        H+ = gamma / tau [H - w w^T / y.w + phi v v^T] + s s^T / s.y,    v = sqrt(y.w) (s / s.y - w / y.w),
+
+    written as coefficients (`broyden`); tau and phi by `scaling`; gamma = s.y / y.w for the first pair, else 1. A pair
+    that is rejected leaves (1, 0, 0, 0, 0), and `state.pair` as it was.
+
+    `out`, given with `grad` and only then, receives -H+ grad. When that does not descend although grad is finite and not
+    zero, H is spoilt: then H+ = gamma I with gamma = s'.y' / y'.y' of an accepted pair, else 1, and the count is 0.
+
+    Vectors are (n,), `t` a number or a float64 tensor of (1,). `out` may be `pair.s`, `prev_out` (which receives grad)
+    may be `pair.y_prev`. rule: the place in `contract.RULES`. `stats` (10,) receives the columns `DENSE_STATS`, 0 where
+    this call had no cause to compute them.
+    """
+    h = _dense_matrix(state)
+    n, dtype = h.shape[0], state.h.dtype
+    rows, columns = torch.tril_indices(n, n, device=state.h.device)
+    state.h.copy_(h[rows, columns])
+    h = h.to(dtype).double()
+    zero = state.coefs.new_zeros(())
+    one, stats = zero + 1, dict.fromkeys(DENSE_STATS, zero)
+    a, c_ss, c_sw, c_ww, delta = one, zero, zero, zero, zero
+    accepted, gamma = zero != 0, one
+    s = w = h.new_zeros(n)
+    if pair is not None:
+        step = pair.t.to(dtype).reshape(()) if isinstance(pair.t, Tensor) else pair.t
+        y = (pair.y if pair.y_prev is None else pair.y - pair.y_prev).double()
+        s, w = (pair.s * step).double(), (h @ y).to(dtype).double()
+        sy, ss, yy, yhy, ww = s @ y, s @ s, y @ y, y @ w, w @ w
+        sbs = zero if pair.y_prev is None else -_of(pair.t, zero) * (s @ pair.y_prev.double())
+        first = state.count == 0
+        tau, phi = scaling(sy, sbs, yhy, first, n, rule)
+        terms = broyden(sy, yhy, tau, phi, torch.where(first, sy / yhy, one))
+        size = terms[1].abs() * ss + 2 * terms[2].abs() * (ss * ww).sqrt() + terms[3].abs() * ww
+        accepted = (sy > tol * (ss.sqrt() * yy.sqrt())) & (yhy > 0) & torch.isfinite(yy * ss)
+        accepted = accepted & (size + terms[0] < 0.25 * torch.finfo(dtype).max)
+        a, c_ss, c_sw, c_ww = (torch.where(accepted, x, y) for x, y in zip(terms, (one, zero, zero, zero), strict=True))
+        gamma = torch.where(accepted, sy / yy, one)
+        stats |= {"sy": sy, "s_norm": ss.sqrt(), "y_norm": yy.sqrt(), "accepted": accepted.double(), "yhy": yhy}
+        stats |= {"tau": torch.where(accepted, tau, zero), "phi": torch.where(accepted, phi, zero)}
+        state.pair.copy_(torch.where(accepted, torch.stack((s, w)).to(dtype), state.pair))
+    count = state.count + accepted
+    if grad is not None and out is not None:
+        g = grad.double()
+        s, w = (torch.where(accepted, x, zero) for x in (s, w))
+        gs, gw, gg = s @ g, w @ g, g @ g
+        d = -(a * (h @ g) + (c_ss * gs + c_sw * gw) * s + (c_sw * gs + c_ww * gw) * w)
+        gd = d @ g
+        spoilt = ~(gd < 0) & (gg > 0) & torch.isfinite(gg)
+        a, c_ss, c_sw, c_ww = (torch.where(spoilt, zero, x) for x in (a, c_ss, c_sw, c_ww))
+        delta, count = torch.where(spoilt, gamma, zero), torch.where(spoilt, 0, count)
+        d, gd = torch.where(spoilt, -gamma * g, d), torch.where(spoilt, -gamma * gg, gd)
+        stats |= {"gd": gd, "g_norm": gg.sqrt(), "g_max": g.abs().max()}
+        if prev_out is not None:
+            prev_out.copy_(grad)
+        out.copy_(d)
+    state.coefs.copy_(torch.stack((a, c_ss, c_sw, c_ww, delta)))
+    state.count.copy_(count)
+    state.stats.copy_(torch.stack([stats[name] for name in DENSE_STATS]))
+
+
+def _of(t: float | Tensor, like: Tensor) -> Tensor:
+    return t.reshape(()) if isinstance(t, Tensor) else like + t
+
+
+def _dense_matrix(state: Dense) -> Tensor:
+    """Return H with the update that is due, in float64."""
+    n = state.pair.shape[-1]
+    rows, columns = torch.tril_indices(n, n, device=state.h.device)
+    h = torch.zeros(n, n, dtype=torch.float64, device=state.h.device)
+    h[rows, columns] = state.h.double()
+    h = h + h.tril(-1).T
+    a, c_ss, c_sw, c_ww, delta = state.coefs.unbind()
+    s, w = torch.where(a != 0, state.pair.double(), 0.0)
+    h = torch.where(a != 0, a * h, 0.0) + delta * torch.eye(n, dtype=h.dtype, device=h.device)
+    sw = torch.outer(s, w)
+    return h + c_ss * torch.outer(s, s) + c_sw * (sw + sw.T) + c_ww * torch.outer(w, w)
+
+
+def broyden(sy: Tensor, yhy: Tensor, tau: Tensor, phi: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute (a, c_ss, c_sw, c_ww) of the update of the self-scaled Broyden class in `dense_update`."""
+    a = gamma / tau
+    return a, a * phi * yhy / sy / sy + 1 / sy, -a * phi / sy, -a * (1 - phi) / yhy
+
+
+def scaling(sy: Tensor, sbs: Tensor, yhy: Tensor, first: Tensor, n: int, rule: int) -> tuple[Tensor, Tensor]:
+    """Compute (tau, phi) from b = s.Bs / s.y and h = y.Hy / s.y, float64 scalars.
+
+    Of a step s = -t H g it is known that s.Bs = -t s.g. Where it is not known (`sbs` not positive) and of the first
+    pair, for which H is scaled anyhow, every rule makes BFGS. bfgs: tau = phi = 1. ssbfgs: tau = min(1, 1 / b),
+    phi = 1. ssbroyden: with a = b h - 1, c = (a / (1 + a))^(1/2), rho = min(1, h (1 - c)),
+
+        theta = max((rho - 1) / a, min(1 / rho, (1 - b) / b)),    sigma = 1 + a theta,    phi = (1 - theta) / sigma,
+        tau = min(1, 1 / b) min(sigma^(-1/(n-1)), 1 / theta)      for theta > 0,
+        tau = min(min(1, 1 / b) sigma^(-1/(n-1)), sigma)          else.
+
+    References:
+        Al-Baali, Numerical experience with a class of self-scaling quasi-Newton algorithms, J. Optim. Theory Appl. 96
+        (1998). Al-Baali, Khalfan, Wide interval for efficient self-scaling quasi-Newton algorithms, Optim. Methods
+        Softw. 20 (2005). Al-Baali, Spedicato, Maggioni, Broyden's quasi-Newton methods for a nonlinear system of
+        equations and unconstrained optimization, Optim. Methods Softw. 29 (2014). Urban, Stefanou, Pons, Unveiling the
+        optimization process of physics informed neural networks, J. Comput. Phys. 523 (2025), arXiv 2405.04230.
+    """
+    one = torch.ones_like(sy)
+    if rule == 0:
+        return one, one
+    b, h = sbs / sy, yhy / sy
+    plain = first | ~((b > 0) & torch.isfinite(b))
+    b = torch.where(plain, one, b)
+    shrink = (1 / b).clamp(max=1.0)
+    if rule == 1:
+        return shrink, one
+    a = (b * h - 1).clamp(min=_SMALL)
+    # 1 - c without cancellation.
+    rho = (h / ((1 + a) * (1 + (a / (1 + a)).sqrt()))).clamp(max=1.0)
+    theta = torch.maximum((rho - 1) / a, torch.minimum(1 / rho, (1 - b) / b))
+    sigma = 1 + a * theta
+    power = sigma ** (-1 / (n - 1)) if n > 1 else one
+    above = shrink * torch.minimum(power, 1 / torch.where(theta > 0, theta, one))
+    tau = torch.where(theta > 0, above, torch.minimum(shrink * power, sigma))
+    return torch.where(plain, one, tau), torch.where(plain, one, (1 - theta) / sigma)

@@ -25,6 +25,7 @@ from secant.kernels import _triton_support
 from secant.kernels._triton_support import load as _load
 from secant.kernels._triton_support import rounded_to_bfloat16 as _rounded_to_bfloat16
 from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
+from secant.kernels.lbfgs.triton_dense import dense_update as dense_update
 from torch import Tensor
 
 #: Longest vector that one program handles alone.

@@ -12,10 +12,12 @@ from secant._errors import BackendError, SecantWarning, SingularWarning
 from secant._version import __version__
 from secant.backends import current_backend, use_backend
 from secant.ops.history import LBFGSHistory
+from secant.ops.inverse_hessian import InverseHessian
 from secant.result import Iteration, Status
 
 __all__ = [
     "BackendError",
+    "InverseHessian",
     "Iteration",
     "LBFGSHistory",
     "SecantWarning",

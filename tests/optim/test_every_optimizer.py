@@ -12,7 +12,7 @@ import torch
 
 from optimizer_problems import PROBLEMS
 from secant import _checks
-from secant.optim import LBFGS
+from secant.optim import BFGS, LBFGS
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
 from secant.result import Iteration, Status
 
@@ -44,6 +44,7 @@ OPTIMIZERS = [
     Case("lbfgs", LBFGS, {"history_size": 4, "max_iter": 3}, "gradient", {"lr": (0.5, -1.0)}, {"max_iter": (2, True)}),
     Case("lbfgs-wolfe", LBFGS, {"history_size": 4, "max_iter": 3, "line_search_fn": "strong_wolfe"}, "gradient",
          {"lr": (0.5, math.nan)}, {"tolerance_grad": (1e-3, "1")}),
+    Case("bfgs", BFGS, {"max_iter": 3}, "gradient", {}, {"update": ("bfgs", "dfp")}),
     Case("example", example(), {"lr": 0.02}, "gradient", {}, {"momentum": (0.5, 1.0)}),
 ]  # fmt: skip
 optimizers = pytest.mark.parametrize("case", OPTIMIZERS, ids=[case.name for case in OPTIMIZERS])

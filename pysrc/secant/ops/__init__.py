@@ -10,9 +10,11 @@ from secant.ops.hvp import (
     softmax_hvp,
     softmax_value_grad,
 )
+from secant.ops.inverse_hessian import InverseHessian
 from secant.ops.lbfgs import two_loop
 
 __all__ = [
+    "InverseHessian",
     "LBFGSHistory",
     "block_abs_inv",
     "block_eigh",
