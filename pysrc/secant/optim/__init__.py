@@ -1,5 +1,10 @@
 """torch.optim.Optimizer classes, one file each."""
 
+from secant.optim.cubic_newton import CubicNewton
 from secant.optim.lbfgs import LBFGS
+from secant.optim.newton import Newton
+from secant.optim.newton_cg import NewtonCG
+from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.trust_region import TrustRegion
 
-__all__ = ["LBFGS"]
+__all__ = ["LBFGS", "CubicNewton", "Newton", "NewtonCG", "SaddleFreeNewton", "TrustRegion"]
