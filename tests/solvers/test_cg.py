@@ -360,3 +360,23 @@ def test_a_radius_is_one_or_one_for_each_problem():
 def test_errors_name_the_argument(options, name):
     with pytest.raises(ValueError, match=f"steihaug: {name}: expected"):
         steihaug(lambda v: v, torch.ones(2), **{"radius": 1.0, **options})
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_the_flat_direction_is_told(batch_dims):
+    """Two steps on positive eigenvalues, then the direction whose curvature is negative: conjugate, and descending."""
+    gen = torch.Generator().manual_seed(4)
+    q = torch.linalg.qr(torch.randn(6, 6, generator=gen, dtype=torch.float64)).Q
+    a = (q * torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, -0.1], dtype=torch.float64)) @ q.T
+    b = q @ torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    shaped = b.reshape(1, 6) if batch_dims else b
+    for found in (
+        cg(lambda v: v @ a, shaped, batch_dims=batch_dims, rtol=1e-12),
+        steihaug(lambda v: v @ a, -shaped, batch_dims=batch_dims, rtol=1e-12, radius=math.inf),
+    ):
+        assert Status(found.status.item()) is Status.FLAT
+        x, p = found.x.reshape(6), found.direction.reshape(6)
+        assert 1 < found.iterations.item() <= 6
+        assert p.dot(a @ p) <= 0.0
+        assert p.dot(b) > 0.0
+        assert abs(p.dot(a @ x)) <= 1e-12 * p.norm() * x.norm() * 5.0

@@ -118,7 +118,7 @@ class EvaluatedPoint:
         self._modes = dict(like.modes if like is not None else {}) | dict(modes or {})
         self._operators: dict[Any, CurvatureOperator] = {}
         self._gradient: Tensor | None = None
-        self._closure = closure
+        self._closure, self._released = closure, False
         if kind == "gradient":
             self._call()
         else:
@@ -267,6 +267,14 @@ class EvaluatedPoint:
         found = {key[0]: operator.chosen_mode for key, operator in self._operators.items()}
         return self._modes | {name: mode for name, mode in found.items() if mode is not None}
 
+    def release(self) -> None:
+        """Let go of the graph and the operators; the value, a gradient that was asked for, and what was learnt stay."""
+        if self.kind == "gradient" or self._released:
+            return
+        self._learnt, self._modes = self._known(), self.modes
+        self._operators, self._released = {}, True
+        del self._evaluator, self._loss, self._closure
+
     def _operator(
         self, name: str, cls: type[Operator], reads: Mapping[str, Callable[[Any], Any]], **options: Any
     ) -> Operator:
@@ -277,6 +285,8 @@ class EvaluatedPoint:
         """
         if self.kind not in reads:
             raise self._needed(name, _GIVING[name])
+        if self._released:
+            raise RuntimeError(f"{self.name}.{name}: point: expected one with its graph, got one that was released")
         key = (name, *sorted(options.items()))
         operator = self._operators.get(key)
         if operator is None:

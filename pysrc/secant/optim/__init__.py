@@ -1,6 +1,11 @@
 """torch.optim.Optimizer classes, one file each."""
 
 from secant.optim.bfgs import BFGS
+from secant.optim.cubic_newton import CubicNewton
 from secant.optim.lbfgs import LBFGS
+from secant.optim.newton import Newton
+from secant.optim.newton_cg import NewtonCG
+from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.trust_region import TrustRegion
 
-__all__ = ["BFGS", "LBFGS"]
+__all__ = ["BFGS", "LBFGS", "CubicNewton", "Newton", "NewtonCG", "SaddleFreeNewton", "TrustRegion"]

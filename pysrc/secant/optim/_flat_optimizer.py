@@ -302,7 +302,8 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
             self._check_options(op, group)
             for name in self._shared:
                 if group[name] != first[name]:
-                    expected = f"{first[name]!r} in every group (only {', '.join(self.PER_GROUP)} may differ)"
+                    only = f" (only {', '.join(self.PER_GROUP)} may differ)" if self.PER_GROUP else ""
+                    expected = f"{first[name]!r} in every group{only}"
                     raise _checks.fail(op, name, expected, repr(group[name]))
 
     def _check_changes(self) -> None:

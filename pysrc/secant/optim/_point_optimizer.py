@@ -140,14 +140,16 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
     def _iterate(self, closure: Callable[[], Any]) -> tuple[Any, Status]:
         self._begin(closure)
         try:
+            self._forgiving = False  # what the closure raises before anything was tried is about the closure
             point = self._evaluate_point()
-            if point is None:
-                return None, Status.NOT_FINITE
+            assert point is not None
+            self._forgiving = self.param_groups[0]["on_error"] == "backtrack"
             return (-point.value if self._maximize else point.value), self._run(point)
         finally:
-            if self._known is not None:
-                modes = self._known.modes
-                self._own["modes"] = {name: mode for name, mode in modes.items() if mode is not None}
+            known = self._known
+            if known is not None:
+                known.release()
+                self._own["modes"] = {name: mode for name, mode in known.modes.items() if mode is not None}
 
     def _run(self, point: EvaluatedPoint) -> Status:
         own, options = self._own, self.param_groups[0]
@@ -156,6 +158,8 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         if not math.isfinite(grad_max):
             return Status.NOT_FINITE
         own["first_grad_max"] = own["first_grad_max"] or grad_max
+        if own["n_iter"] == 0 and self._report(value, grad_max, 0.0):
+            return Status.STOPPED
         limit = max(options["tolerance_grad"], options["tolerance_grad_rel"] * own["first_grad_max"])
         small, relative = options["tolerance_change"], options["tolerance_change_rel"]
         self._undo.keep("parameters", self._flat.tensors)
@@ -173,6 +177,9 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
             point, before, value = found.point, value, self._value(found.point)
             self._known = point
             grad_max = self._grad_max(point)
+            if not math.isfinite(grad_max):
+                self._free_parameters.set_(self._start_views)
+                return Status.NOT_FINITE
             if self._report(value, grad_max, found.t, found.inner):
                 return Status.STOPPED
             change = abs(value - before)
@@ -194,14 +201,17 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
             self._start_views, self._here_views = free.split(self._start), free.split(self._here)
         own, options = self._own, self.param_groups[0]
         self._limit = math.inf if options["max_eval"] is None else own["func_evals"] + options["max_eval"]
-        self._forgiving = options["on_error"] == "backtrack"
-        kind = self._kind()
+        self._objective = self._minimized(closure)
+
+    def _minimized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure whose loss is to be minimized."""
         if not self._maximize:
-            self._objective = closure
-        elif kind == "outputs":
-            self._objective = lambda: _negated_pair(closure())
-        else:
-            self._objective = lambda: _negated(closure())
+            return closure
+        negated = _negated_pair if self._kind() == "outputs" else _negated
+        return lambda: negated(closure())
+
+    def _synchronize(self) -> None:
+        self._known = None  # its modes are not those of the state
 
     @property
     def _free_parameters(self) -> FlatParameters:
@@ -218,7 +228,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         own["func_evals"] += closure is None
         try:
             point = EvaluatedPoint(
-                self._objective if closure is None else closure,
+                self._objective if closure is None else self._minimized(closure),
                 self._free_parameters.tensors,
                 self._kind(),
                 modes=own["modes"] if known is None else None,
@@ -247,16 +257,18 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
     # Moves from the start of an iteration -----------------------------------------------------------------------------
 
     def _try(self, step: Tensor) -> EvaluatedPoint | None:
-        """Go to the start plus a step, projected, and evaluate; None where the loss is not finite."""
+        """Go to the start plus a step, projected, and evaluate; None where that or the loss is not finite."""
         torch.add(self._start, step, out=self._here)
         self._project(self._here)
+        if not bool(self._here.isfinite().all()):
+            return None
         self._free_parameters.set_(self._here_views)
         point = self._evaluate_point()
         return point if point is not None and math.isfinite(self._value(point)) else None
 
     def _is_felt(self, step: Tensor) -> bool:
-        """Tell whether a step changes any parameter, as numbers are rounded."""
-        return bool((self._start + step != self._start).any())
+        """Tell whether a step is finite and changes any parameter, as numbers are rounded."""
+        return bool((self._start + step != self._start).any() & step.isfinite().all())
 
     def _accept(self, new: EvaluatedPoint, step: Tensor, t: float = 1.0, inner: int = 0) -> Advance:
         """End an iteration where the last trial has led."""

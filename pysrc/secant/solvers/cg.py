@@ -43,7 +43,8 @@ class CGResult(NamedTuple):
     products with A that contributed, int32 (*B); those that only compute residuals anew are not among them. status: a
     `secant.Status`, int32 (*B): CONVERGED, MAX_ITER, FLAT (a direction p with p.Ap <= min_curvature p.Mp), BOUNDARY
     (|x|_M reached the radius), STALLED (the carried residual is small, but rounding keeps b - A x from it) or
-    NOT_FINITE. size: |x|_M, (*B) in the dtype of b.
+    NOT_FINITE. size: |x|_M, (*B) in the dtype of b. direction: p, the last direction that contributed to x or, with
+    FLAT, the one that was found flat; it descends, p.b > 0, and was A-conjugate to x as far as x came without it.
     """
 
     x: Tensor
@@ -51,6 +52,7 @@ class CGResult(NamedTuple):
     iterations: Tensor
     status: Tensor
     size: Tensor
+    direction: Tensor
 
 
 def cg(
@@ -365,7 +367,7 @@ def _iterate(
             if not of.any(running):
                 break
             # From here as from a start, but that x.Mp = x.r is no longer zero.
-            p = where(wide(unsure), z, p)
+            p = where(wide(unsure & running), z, p)
             last, rz, pmp = (where(unsure, rz_new, old) for old in (last, rz, pmp))
             xmp = where(unsure, dot(x, computed), xmp)
             limit, since = k + max_iter, 0
@@ -398,7 +400,7 @@ def _iterate(
         rz_new = dot(r, z)
         found = where(sane, where(leaving, left, judge(r, rz_new)), not_finite)
         status = where(running, found, status)
-        # Of what has stopped only x, r and |x|_M are held, and p, so that the product stays one of numbers.
+        # Of what has stopped only x, r, p and |x|_M are held.
         beta = divide(rz_new, rz)
         # z is M-orthogonal to every earlier direction, and so to x.
         xmp = beta * xmp_new
@@ -409,10 +411,10 @@ def _iterate(
             lost = dot(drift, drift) > _DRIFT * dot(r, r)
             beta, xmp = where(lost, zero, beta), where(lost, dot(x, r), xmp)
         pmp, rz = rz_new + beta * beta * pmp, rz_new
-        p = where(wide_moving, z + wide(beta) * p, p)
+        p = where(wide(moving & (status == going)), z + wide(beta) * p, p)
         k += 1
     size = of.sqrt(xmx)
     if host:
         iterations, status = (torch.tensor(n, dtype=torch.int32) for n in (iterations, status))
         size = torch.tensor(size, dtype=b.dtype)
-    return CGResult(x, r, iterations, status, size)
+    return CGResult(x, r, iterations, status, size, p)

@@ -53,11 +53,12 @@ class ForcingTerm:
         )
         self.gamma = _checks.number(op, "gamma", gamma, "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
         self.alpha = _checks.number(op, "alpha", alpha, "a number in (1, 2]", lambda x: 1.0 < x <= 2.0)
-        self._last = math.nan
+        #: s, of the last gradient; NaN before the first. With `value` it is all that a run has to keep to go on.
+        self.last = math.nan
 
     def update(self, size: float) -> float:
         """Take the size of the next gradient; returns eta for the system there, which `value` is from then on."""
-        last, self._last = self._last, size
+        last, self.last = self.last, size
         if math.isfinite(last) and last > 0.0:
             eta, floor = self.gamma * (size / last) ** self.alpha, self.gamma * self.value**self.alpha
             if floor > 0.1:
