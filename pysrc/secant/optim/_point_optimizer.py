@@ -97,6 +97,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
     _inside: Tensor | None = None  # their places among all; None: they are all
     _known: EvaluatedPoint | None = None  # a point over the same parameters: what was checked there holds at others
     _objective: Callable[[], Any]  # the closure; its loss is minimized
+    _more: bool = True  # whether the call has another iteration
     _start: Tensor  # where an iteration begins
     _here: Tensor  # where it looks
 
@@ -128,6 +129,10 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         """Return the size of the gradient that convergence is about: its largest component in absolute value."""
         return float(point.gradient().abs().max())
 
+    def _loss(self, point: EvaluatedPoint) -> Tensor:
+        """Return the loss (), as it is minimized."""
+        return point.value
+
     def _project(self, x: Tensor) -> None:
         """Bring parameters into what is allowed, in place."""
 
@@ -143,7 +148,8 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
             point = self._evaluate_point()
             if point is None:
                 return None, Status.NOT_FINITE
-            return (-point.value if self._maximize else point.value), self._run(point)
+            loss = self._loss(point)
+            return (-loss if self._maximize else loss), self._run(point)
         finally:
             if self._known is not None:
                 modes = self._known.modes
@@ -159,12 +165,13 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         limit = max(options["tolerance_grad"], options["tolerance_grad_rel"] * own["first_grad_max"])
         small, relative = options["tolerance_change"], options["tolerance_change_rel"]
         self._undo.keep("parameters", self._flat.tensors)
-        for _ in range(options["max_iter"]):
+        for left in reversed(range(options["max_iter"])):
             if grad_max <= limit:
                 return Status.CONVERGED
             if self._is_spent():
                 return Status.MAX_EVAL
             self._free_parameters.save(self._start_views)
+            self._more = left > 0
             found = self._advance(point)
             own["n_iter"] += 1
             if found.point is None:
@@ -172,7 +179,9 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
                 return found.status
             point, before, value = found.point, value, self._value(found.point)
             self._known = point
-            grad_max = self._grad_max(point)
+            # The gradient at the end of a call is that of another batch's beginning, or asked for once more.
+            asked = left or limit > 0.0 or self.callback is not None
+            grad_max = self._grad_max(point) if asked else math.inf
             if self._report(value, grad_max, found.t, found.inner):
                 return Status.STOPPED
             change = abs(value - before)
@@ -235,7 +244,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
 
     def _value(self, point: EvaluatedPoint) -> float:
         """Bring the loss, as it is minimized, to the host."""
-        return float(point.value)
+        return float(self._loss(point))
 
     def _noise(self, value: float) -> float:
         """Bound the rounding error of a loss of this size."""
