@@ -86,17 +86,18 @@ class NormalEquations:
         along = self.push(gradient / torch.linalg.vector_norm(gradient))
         return float(along.dot(along))
 
-    def rounding(self, x: Tensor, residuals: Tensor) -> float:
-        r"""Estimate what rounding does to 1/2 |r|^2, in units of it, if each residual is that of an x rounded anew.
+    def rounding(self, x: Tensor, right: Tensor, residuals: Tensor) -> float:
+        r"""Estimate what rounding does to the loss, in units of it, if each residual is that of an x rounded anew.
 
-            sqrt(sum_i r_i^2 (sum_j J_ij^2 x_j^2 + r_i^2))
+            sqrt(sum_i u_i^2 ((W J)_i^2 . x^2 + v_i^2)),        u: right,  v: residuals, times W
+
+        which is a change of r_i by eps (|J_i x| + |r_i|) at random, times the derivative of the loss.
         """
-        squares = residuals.square()
         if self._matrix is not None:
-            total = squares + self._matrix.square() @ x.square()
+            total = self._matrix.square() @ x.square()
         else:
-            total = squares + self.push(x).square()
-        return float(squares.dot(total).sqrt())
+            total = self.push(x).square()
+        return float(right.square().dot(total + residuals.square()).sqrt())
 
     # Solutions --------------------------------------------------------------------------------------------------------
 

@@ -179,9 +179,8 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
                 return found.status
             point, before, value = found.point, value, self._value(found.point)
             self._known = point
-            # The gradient at the end of a call is that of another batch's beginning, or asked for once more.
-            asked = left or limit > 0.0 or self.callback is not None
-            grad_max = self._grad_max(point) if asked else math.inf
+            if left or limit > 0.0 or self.callback is not None:  # else nobody asks for the gradient at the end
+                grad_max = self._grad_max(point)
             if self._report(value, grad_max, found.t, found.inner):
                 return Status.STOPPED
             change = abs(value - before)

@@ -62,7 +62,7 @@ class Robust(NamedTuple):
             both, neither = (z <= 1.0) & (y <= 1.0), (z > 1.0) & (y > 1.0)
             rho = torch.where(both, difference, torch.where(neither, outside, across))
         else:
-            rho = (difference / (1.0 + y)).log1p()
+            rho = difference.sign() * (difference.abs() / (1.0 + torch.minimum(y, z))).log1p()
         return 0.5 * self.scale**2 * rho.sum()
 
     def linearized(self, residuals: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -31,6 +31,8 @@ _LEAST = 1e-4
 _HALVINGS, _CURVES = 2, 20
 #: Changes of the loss below this many times its rounding cannot be told from it.
 _NOISE = 4.0
+#: Curves that are tried where the loss is rounding.
+_UNCLEAR = 3
 #: lambda never falls below this part of the largest of the diagonal.
 _LOWEST = torch.finfo(torch.float64).eps
 #: Solutions with more components at their bounds, until none goes beyond.
@@ -84,7 +86,7 @@ class LevenbergMarquardt(PointOptimizer):
 
     * **The curve.** a solves (J^T J + lambda D) a = -J^T r_vv with r_vv the second derivative of r along d, by one more
       evaluation, at x + d / 10, and the factor at hand. It bends the step along a narrow valley, and is left out where
-      |a| > 3/4 |d|.
+      |a| > 3/4 |d|, in the norm of D.
     * **lambda** is multiplied by 0.1 where the loss fell by more than 3/4 of what the linear model promised, and by 4
       where it fell by less than 1/4. Then t = 1/2 and t = 1/4 are tried, too, before another d is computed. It is part
       of the state: with mini-batches each call of `step` is about one batch, for all its evaluations, with the lambda
@@ -244,7 +246,8 @@ class LevenbergMarquardt(PointOptimizer):
     # An iteration -----------------------------------------------------------------------------------------------------
 
     def _advance(self, point: EvaluatedPoint) -> Advance:
-        own, model, inner, rise = self._own, self._linearized(point), 0, _RISE
+        own, model, rise = self._own, self._linearized(point), _RISE
+        inner = unclear = 0
         scale = self._scale(model)
         size = 1.0 if scale is not None else model.equations.size(model.gradient)
         first = own["lambda"] = max(own["lambda"] or self.param_groups[0]["damping"] * size, _LOWEST * size)
@@ -256,6 +259,7 @@ class LevenbergMarquardt(PointOptimizer):
                 own["lambda"] *= 10.0
                 continue
             inner += curve.inner
+            lam = own["lambda"]
             new, t, gain = self._search(model, curve)
             if gain > _GOOD:
                 own["lambda"] *= _FALL
@@ -264,10 +268,16 @@ class LevenbergMarquardt(PointOptimizer):
                 rise *= 2.0
             if new is not None:
                 return self._accept(new, curve.at(t), t, inner)
-            if not self._is_felt(curve.d.to(self._start)) or self._is_rounding(model, curve):
-                own["lambda"] = first
+            if not self._is_felt(curve.d.to(self._start)):
+                break
+            if self._is_rounding(model, curve):
                 new = self._smoothed(model, curve)
-                return self._stay(Status.STALLED, inner) if new is None else self._accept(new, curve.d, 1.0, inner)
+                if new is not None:
+                    own["lambda"] = lam
+                    return self._accept(new, curve.d, 1.0, inner)
+                unclear += 1
+                if unclear == _UNCLEAR:
+                    break
         own["lambda"] = first
         return self._stay(Status.STALLED, inner)
 
@@ -275,6 +285,9 @@ class LevenbergMarquardt(PointOptimizer):
         """Return Marquardt's D, the largest that the diagonal of J^T J has been; None for I."""
         if self.param_groups[0]["scaling"] == "identity":
             return None
+        if model.equations.space == "cg":
+            got = "'marquardt', with solver 'cg', which does not know the diagonal"
+            raise _checks.fail(f"{self._name}.step", "scaling", "'identity'", got)
         kept = self._own["diagonal"]
         self._undo.keep("diagonal", [kept])
         diagonal = torch.maximum(self._part(kept), model.equations.diagonal().to(kept))
@@ -296,7 +309,7 @@ class LevenbergMarquardt(PointOptimizer):
             d, inner = found
         jd = equations.push(d)
         slope, curvature = float(model.gradient.dot(d)), float(jd.dot(jd))
-        return _Curve(d, self._acceleration(model, d, jd), slope, curvature, inner)
+        return _Curve(d, self._acceleration(model, d, jd, scale), slope, curvature, inner)
 
     def _within(self, model: _Model, scale: Tensor | None, box: Box) -> Solution | None:
         """Compute a d that stays within the bounds: components that would go beyond are held there, one set at a time.
@@ -321,7 +334,7 @@ class LevenbergMarquardt(PointOptimizer):
             right = model.right + equations.push(held)
         return Solution((x + d).clamp(box.lower, box.upper) - x, inner)
 
-    def _acceleration(self, model: _Model, d: Tensor, jd: Tensor) -> Tensor | None:
+    def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None) -> Tensor | None:
         """Compute a, from the second difference of the residuals along d; None where it is not to be believed."""
         spare = self._own["func_evals"] + 1 < self._limit
         if not self.param_groups[0]["geodesic"] or model.equations.space == "cg" or not spare:
@@ -333,7 +346,8 @@ class LevenbergMarquardt(PointOptimizer):
         if model.weights is not None:
             change = change * model.weights
         a = -model.equations.solve((change - jd) * (2.0 / _PROBE)).x
-        return a if bool(torch.linalg.vector_norm(a) <= _BENT * torch.linalg.vector_norm(d)) else None
+        sizes = [x.dot(x if scale is None else x * scale) for x in (a, d)]
+        return a if bool(sizes[0] <= _BENT**2 * sizes[1]) else None
 
     def _search(self, model: _Model, curve: _Curve) -> tuple[EvaluatedPoint | None, float, float]:
         """Try t = 1, and smaller ones where its gain ratio is poor; return what is taken, its t, and the first ratio."""
@@ -344,7 +358,8 @@ class LevenbergMarquardt(PointOptimizer):
             if not predicted > 0.0:
                 break
             new = self._try(curve.at(t).to(self._start))
-            gain = -math.inf if new is None else self._decrease(model, new) / predicted
+            gain = math.nan if new is None else self._decrease(model, new) / predicted
+            gain = gain if math.isfinite(gain) else -math.inf
             if k == 0:
                 first = gain
             last = k == _HALVINGS or self._is_spent()
@@ -365,12 +380,13 @@ class LevenbergMarquardt(PointOptimizer):
 
     def _is_rounding(self, model: _Model, curve: _Curve) -> bool:
         """Tell whether the decrease that is promised cannot be told from the rounding of the residuals."""
-        noise = model.equations.rounding(self._start.double(), model.right)
+        residuals = model.residuals if model.weights is None else model.weights * model.residuals
+        noise = model.equations.rounding(self._start.double(), model.right, residuals)
         return curve.predicted(1.0) <= _NOISE * torch.finfo(self._start.dtype).eps * noise
 
     def _smoothed(self, model: _Model, curve: _Curve) -> EvaluatedPoint | None:
         """Go along d if the gradient becomes smaller."""
-        if self._is_spent() or not self._is_felt(curve.d.to(self._start)):
+        if self._is_spent():
             return None
         new = self._try(curve.d.to(self._start))
         return new if new is not None and self._grad_max(new) < model.grad_max else None
