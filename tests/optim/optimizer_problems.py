@@ -49,6 +49,32 @@ PROBLEMS = {
 }
 
 
+def quadratic_residuals(condition: float, n: int = 30):
+    """A^(1/2) x - A^(-1/2) b, of the quadratic above."""
+    gen = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(n, n, generator=gen, dtype=torch.float64))[0]
+    roots = torch.logspace(0.0, 0.5 * math.log10(condition), n, dtype=torch.float64)
+    b = q.T @ torch.randn(n, generator=gen, dtype=torch.float64)
+    return lambda params: roots * (q.T @ params[0]) - b / roots
+
+
+def mlp_residuals():
+    """The residuals of the network, half of whose squared sum is its loss."""
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 5, generator=gen, dtype=torch.float64)
+    y = torch.sin(x.sum(1, keepdim=True))
+
+    def residuals(params: list[Tensor]) -> Tensor:
+        w1, b1, w2, b2 = params
+        return (torch.tanh(x @ w1 + b1) @ w2 + b2 - y) * math.sqrt(2.0 / 64.0)
+
+    return residuals
+
+
+#: Of problems that are sums of squares.
+RESIDUALS = {"quadratic-1e1": quadratic_residuals(1e1), "mlp": mlp_residuals()}
+
+
 class Run:
     """An optimizer on a function: `points` and `losses` of every evaluation, `ends` of every step."""
 

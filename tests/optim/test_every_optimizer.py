@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from optimizer_problems import PROBLEMS
+from optimizer_problems import PROBLEMS, RESIDUALS
 from secant import _checks
-from secant.optim import BFGS, LBFGS
+from secant.optim import BFGS, LBFGS, LevenbergMarquardt
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
 from secant.result import Iteration, Status
 
@@ -45,9 +45,22 @@ OPTIMIZERS = [
     Case("lbfgs-wolfe", LBFGS, {"history_size": 4, "max_iter": 3, "line_search_fn": "strong_wolfe"}, "gradient",
          {"lr": (0.5, math.nan)}, {"tolerance_grad": (1e-3, "1")}),
     Case("bfgs", BFGS, {"max_iter": 3}, "gradient", {}, {"update": ("bfgs", "dfp")}),
+    Case("lm", LevenbergMarquardt, {"max_iter": 1, "damping": 1e2}, "residuals", {},
+         {"max_iter": (2, True), "geodesic": (False, 1)}),
+    Case("lm-marquardt-samples", LevenbergMarquardt,
+         {"max_iter": 2, "damping": 1e2, "scaling": "marquardt", "solver": "samples", "loss": "soft_l1"}, "residuals", {},
+         {"f_scale": (2.0, 0.0)}),
     Case("example", example(), {"lr": 0.02}, "gradient", {}, {"momentum": (0.5, 1.0)}),
 ]  # fmt: skip
-optimizers = pytest.mark.parametrize("case", OPTIMIZERS, ids=[case.name for case in OPTIMIZERS])
+
+
+def having(accept):
+    cases = [case for case in OPTIMIZERS if accept(case)]
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+optimizers = having(lambda case: True)
+of_gradients, of_residuals = (having(lambda case, kind=kind: case.kind == kind) for kind in ("gradient", "residuals"))
 problems = pytest.mark.parametrize("problem", ["quadratic-1e1", "mlp"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -61,6 +74,7 @@ class Run:
 
     def __init__(self, case, problem, dtype=torch.float64, start=None, groups=None, **options):
         loss, at = PROBLEMS[problem]
+        loss = RESIDUALS[problem] if case.kind == "residuals" else loss
         self.dtype, self.case = dtype, case
         self.loss = lambda params: loss([p.double() for p in params]).to(dtype)
         self.params = [x.detach().to(dtype).clone().requires_grad_() for x in (at if start is None else start)]
@@ -86,6 +100,9 @@ class Run:
             loss = self.loss(self.params)
             loss.backward()
             returned = loss.detach()
+        elif self.case.kind == "residuals":
+            returned = self.loss(self.params)  # what is asked for in place of a loss
+            loss = self.optimizer._robust.value(returned.detach())
         else:
             raise NotImplementedError(self.case.kind)
         self.losses.append(loss.item())
@@ -243,7 +260,7 @@ def test_options_may_change_in_mid_run(case):
             assert_frozen(run, before)
 
 
-@optimizers
+@having(lambda case: "maximize" in case.make.OPTIONS)
 def test_maximizing_is_minimizing_the_negative(case):
     down, up = Run(case, "mlp").step(5), Run(case, "mlp", maximize=True)
     loss = up.loss
@@ -326,9 +343,8 @@ def test_a_frozen_parameter_does_not_move(case):
 # Closures -------------------------------------------------------------------------------------------------------------
 
 
-@optimizers
+@of_gradients
 def test_a_closure_of_another_kind_is_named(case):
-    assert case.kind == "gradient"
     run = Run(case, "mlp").step(2)
     before, loss = frozen(run), run.loss
     for returned, message in [
@@ -350,7 +366,34 @@ def test_a_closure_of_another_kind_is_named(case):
     assert_frozen(fresh, before)
 
 
-@optimizers
+@of_residuals
+def test_a_closure_that_returns_no_residuals_is_named(case):
+    run = Run(case, "mlp").step(2)
+    before, residuals = frozen(run), run.loss
+
+    def backward():
+        r = residuals(run.params)
+        r.square().sum().backward()
+        return r
+
+    for returned, message in [
+        (lambda: None, "got NoneType"),
+        (lambda: 1.0, "got a number without a graph"),
+        (lambda: torch.ones(()), r"got a loss without its graph \(detached, or no_grad\?\)"),
+        (lambda: torch.ones(3), r"got residuals, or outputs, of shape \(3,\) without a graph"),
+        (lambda: torch.ones(3, dtype=torch.complex64), "got a tensor of shape"),
+        (backward, "got one that called backward"),
+    ]:
+        with pytest.raises(ValueError, match=f"(?s){case.make.__name__}.step: closure: expected residuals .*{message}"):
+            run.optimizer.step(returned)
+        for p in run.params:
+            p.grad = None
+        assert_frozen(run, before)
+    with pytest.raises(TypeError, match=f"{case.make.__name__}.step: closure: expected a function"):
+        run.optimizer.step(None)
+
+
+@of_gradients
 def test_a_loss_may_be_of_nothing_here(case):
     """No gradient and none to be had, or one that is set without backward: nothing is wrong with either."""
     run = Run(case, "mlp")

@@ -3,9 +3,19 @@
 from secant.optim.bfgs import BFGS
 from secant.optim.cubic_newton import CubicNewton
 from secant.optim.lbfgs import LBFGS
+from secant.optim.levenberg_marquardt import LevenbergMarquardt
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
 from secant.optim.trust_region import TrustRegion
 
-__all__ = ["BFGS", "LBFGS", "CubicNewton", "Newton", "NewtonCG", "SaddleFreeNewton", "TrustRegion"]
+__all__ = [
+    "BFGS",
+    "LBFGS",
+    "CubicNewton",
+    "LevenbergMarquardt",
+    "Newton",
+    "NewtonCG",
+    "SaddleFreeNewton",
+    "TrustRegion",
+]

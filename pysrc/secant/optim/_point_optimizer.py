@@ -97,6 +97,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
     _inside: Tensor | None = None  # their places among all; None: they are all
     _known: EvaluatedPoint | None = None  # a point over the same parameters: what was checked there holds at others
     _objective: Callable[[], Any]  # the closure; its loss is minimized
+    _more: bool = True  # whether the call has another iteration
     _start: Tensor  # where an iteration begins
     _here: Tensor  # where it looks
 
@@ -128,6 +129,10 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         """Return the size of the gradient that convergence is about: its largest component in absolute value."""
         return float(point.gradient().abs().max())
 
+    def _loss(self, point: EvaluatedPoint) -> Tensor:
+        """Return the loss (), as it is minimized."""
+        return point.value
+
     def _project(self, x: Tensor) -> None:
         """Bring parameters into what is allowed, in place."""
 
@@ -144,7 +149,8 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
             point = self._evaluate_point()
             assert point is not None
             self._forgiving = self.param_groups[0]["on_error"] == "backtrack"
-            return (-point.value if self._maximize else point.value), self._run(point)
+            loss = self._loss(point)
+            return (-loss if self._maximize else loss), self._run(point)
         finally:
             known = self._known
             if known is not None:
@@ -163,12 +169,13 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         limit = max(options["tolerance_grad"], options["tolerance_grad_rel"] * own["first_grad_max"])
         small, relative = options["tolerance_change"], options["tolerance_change_rel"]
         self._undo.keep("parameters", self._flat.tensors)
-        for _ in range(options["max_iter"]):
+        for left in reversed(range(options["max_iter"])):
             if grad_max <= limit:
                 return Status.CONVERGED
             if self._is_spent():
                 return Status.MAX_EVAL
             self._free_parameters.save(self._start_views)
+            self._more = left > 0
             found = self._advance(point)
             own["n_iter"] += 1
             if found.point is None:
@@ -176,10 +183,11 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
                 return found.status
             point, before, value = found.point, value, self._value(found.point)
             self._known = point
-            grad_max = self._grad_max(point)
-            if not math.isfinite(grad_max):
-                self._free_parameters.set_(self._start_views)
-                return Status.NOT_FINITE
+            if left or limit > 0.0 or self.callback is not None:  # else nobody asks for the gradient at the end
+                grad_max = self._grad_max(point)
+                if not math.isfinite(grad_max):
+                    self._free_parameters.set_(self._start_views)
+                    return Status.NOT_FINITE
             if self._report(value, grad_max, found.t, found.inner):
                 return Status.STOPPED
             change = abs(value - before)
@@ -245,7 +253,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
 
     def _value(self, point: EvaluatedPoint) -> float:
         """Bring the loss, as it is minimized, to the host."""
-        return float(point.value)
+        return float(self._loss(point))
 
     def _noise(self, value: float) -> float:
         """Bound the rounding error of a loss of this size."""

@@ -1,0 +1,392 @@
+"""Levenberg and Marquardt's method, with geodesic acceleration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secant import _checks
+from secant.curvature import EvaluatedPoint
+from secant.optim._box import BOUNDS, Box
+from secant.optim._flat_optimizer import Callback
+from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
+from secant.optim._point_optimizer import COMMON, Advance, PointOptimizer
+from secant.optim._robust import Robust
+from secant.result import Status
+
+#: Part of d at which the second derivative along it is measured.
+_PROBE = 0.1
+#: |a| / |d| up to which a is believed.
+_BENT = 0.75
+#: Gain ratios: above the first lambda falls, below the second it rises and the curve is tried nearer to its start.
+_GOOD, _POOR = 0.75, 0.25
+_FALL, _RISE = 0.1, 4.0
+#: Gain ratio of a step that is taken.
+_LEAST = 1e-4
+#: Halvings of t on one curve, and curves of one iteration; each that failed doubles the rise of lambda.
+_HALVINGS, _CURVES = 2, 20
+#: Changes of the loss below this many times its rounding cannot be told from it.
+_NOISE = 4.0
+#: Curves that are tried where the loss is rounding.
+_UNCLEAR = 3
+#: lambda never falls below this part of the largest of the diagonal.
+_LOWEST = torch.finfo(torch.float64).eps
+#: Solutions with more components at their bounds, until none goes beyond.
+_ACTIVATIONS = 20
+
+_POSITIVE = _checks.Option("a finite number > 0", lambda x: _checks.is_number(x, 0.0) and x > 0.0)
+
+
+class _Model(NamedTuple):
+    """The residuals at a point, linearized, all in double precision.
+
+    residuals: r, as the closure has them. right: u of the equations, which is r unless the loss is robust. weights: W,
+    None for I. equations: of J^T W^2 J. gradient: J^T W u. grad_max: its largest component, projected.
+    """
+
+    point: EvaluatedPoint
+    residuals: Tensor
+    right: Tensor
+    weights: Tensor | None
+    equations: NormalEquations
+    gradient: Tensor
+    grad_max: float
+
+
+class _Curve(NamedTuple):
+    """t d + t^2 a / 2; a None: a line. slope, curvature: g.d and |W J d|^2. inner: products that it took."""
+
+    d: Tensor
+    a: Tensor | None
+    slope: float
+    curvature: float
+    inner: int
+
+    def at(self, t: float) -> Tensor:
+        """Return the step to t."""
+        return t * self.d if self.a is None else t * self.d + (0.5 * t * t) * self.a
+
+    def predicted(self, t: float) -> float:
+        """Return the decrease that the linear model promises at t."""
+        return -t * (self.slope + 0.5 * t * self.curvature)
+
+
+class LevenbergMarquardt(PointOptimizer):
+    r"""Levenberg and Marquardt's method for the sum of squares of residuals, with geodesic acceleration.
+
+        loss(x) = 1/2 |r(x)|^2,        (J^T J + lambda D) d = -J^T r,        x <- x + t d + t^2 a / 2
+
+    The closure returns the residuals r with their graph, a tensor of any shape or several, and calls no backward; a
+    mean is a factor in r, as 1 / sqrt(N). An iteration takes the Jacobian J once. Where J^T J is affordable this is the
+    method of choice for a sum of squares: curve fitting, calibration, networks that solve differential equations.
+
+    * **The curve.** a solves (J^T J + lambda D) a = -J^T r_vv with r_vv the second derivative of r along d, by one more
+      evaluation, at x + d / 10, and the factor at hand. It bends the step along a narrow valley, and is left out where
+      |a| > 3/4 |d|, in the norm of D.
+    * **lambda** is multiplied by 0.1 where the loss fell by more than 3/4 of what the linear model promised, and by 4
+      where it fell by less than 1/4. Then t = 1/2 and t = 1/4 are tried, too, before another d is computed. It is part
+      of the state: with mini-batches each call of `step` is about one batch, for all its evaluations, with the lambda
+      that the last has left.
+    * **The matrix** that is factored is P x P for P <= N, else N x N (by Woodbury's identity), in double precision; see
+      `solver`.
+    * **Rounding.** The decrease is (r - s).(r + s) / 2 for residuals r before and s after, which has the accuracy of
+      r - s. Where it, and what the model promises, cannot be told from rounding, a step is taken if the gradient
+      becomes smaller; else the call ends with status STALLED, and lambda is what it was.
+    * **Robust losses** 1/2 sum c^2 rho((r_i / c)^2), as in `scipy.optimize.least_squares`, c being `f_scale`: "soft_l1"
+      rho(z) = 2 (sqrt(1 + z) - 1), "huber" z up to 1, then 2 sqrt(z) - 1, "cauchy" ln(1 + z). Rows of J and r are
+      scaled such that J^T J keeps the second derivative of rho, as far as it is positive.
+    * **Bounds** are never left: d solves for the components that are not held at a bound, and holds those that would go
+      beyond. `tolerance_grad` looks at x - P(x - g).
+    * **Groups** may differ in their bounds only. There is no lr: lambda says how long a step is.
+    * **NaN, Inf, exceptions.** A trial whose residuals or Jacobian are not finite is refused; a closure that raises
+      leaves parameters and state as they were before the call. p.grad is neither read nor written.
+    * **Processes.** The equations are those of one process.
+
+    Args:
+        params: parameters or groups; real, dense, distinct, float32 or float64, all of one dtype and device.
+        max_iter: iterations per call of `step`, >= 1; 1 for mini-batches.
+        damping: the first lambda, relative to the largest of the diagonal of J^T J, or to D; > 0. It hardly matters.
+        scaling: "identity", or "marquardt": D is the largest that the diagonal of J^T J has been so far, so that the
+            steps do not depend on the units of the parameters.
+        geodesic: whether a is computed; it is not where the equations are solved by conjugate gradients.
+        solver: "parameters" (Cholesky, P x P), "samples" (Cholesky, N x N), "cg" (conjugate gradients with products
+            J v and J^T u, to a residual of 1e-3), or "auto": the smaller of the first two up to 5,000, beyond "cg".
+        loss: "linear", "soft_l1", "huber" or "cauchy".
+        f_scale: of a robust loss, > 0.
+        bounds: None or (lower, upper), lower < upper: each a number, infinite or not, a tensor of all parameters
+            flat, or a tensor for each parameter. May be set per group, for its parameters.
+        max_eval: evaluations of the closure per call, >= 1; None: no limit.
+        tolerance_grad: stop when the largest component of the gradient is at most this in absolute value.
+        tolerance_change: stop when the loss changes by less than this, or no parameter by more.
+        tolerance_grad_rel: stop also when the gradient is at most this times the first of the run.
+        tolerance_change_rel: stop also when the loss changes by less than this times its magnitude.
+        on_error: "raise", or "backtrack": a RuntimeError, ValueError or ArithmeticError of the closure at a trial is an
+            infinite loss.
+        callback: called with a `secant.result.Iteration` after each one (step: t; inner: products of conjugate
+            gradients); a true value ends the call. It is not part of the state.
+
+    Attributes:
+        status: why the last call of `step` ended, a `secant.result.Status`; None before the first.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid. At a step: the closure returns something else than residuals; a
+            parameter is beyond its bounds.
+
+    References:
+        Marquardt, An algorithm for least-squares estimation of nonlinear parameters, J. SIAM 11 (1963). Transtrum and
+        Sethna, Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization, arXiv
+        1201.5885 (2012), section 4 (the acceleration; its limit there is 2 |a| / |d| < 3/4). More, The
+        Levenberg-Marquardt algorithm: implementation and theory, LNM 630 (1978) (D). The halvings on the curve, the
+        factors of lambda and the test against rounding are heuristics.
+
+    Example:
+        >>> t = torch.linspace(0, 1, 20, dtype=torch.float64)
+        >>> w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> optimizer = secant.optim.LevenbergMarquardt([w], max_iter=50, tolerance_grad=1e-10)
+        >>> loss = optimizer.step(lambda: 3 * torch.exp(-2 * t) - w[0] * torch.exp(-w[1] * t))
+        >>> [round(x, 6) for x in w.tolist()], str(optimizer.status)
+        ([3.0, 2.0], 'converged')
+    """
+
+    OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
+        **COMMON,
+        "damping": _POSITIVE,
+        "scaling": _checks.one_of("identity", "marquardt"),
+        "geodesic": _checks.flag(),
+        "solver": SOLVER,
+        "loss": _checks.one_of("linear", "soft_l1", "huber", "cauchy"),
+        "f_scale": _POSITIVE,
+        "bounds": BOUNDS,
+    }
+    KINDS = ("residuals",)
+    PER_GROUP = ("bounds",)
+    VECTORS = ("diagonal",)
+    NUMBERS: ClassVar[Mapping[str, Any]] = {
+        **PointOptimizer.NUMBERS,
+        "lambda": (0.0, _checks.number_from(0.0)),  # of the next step; 0: none yet
+    }
+
+    _robust: Robust
+    _box: Box | None = None
+    _model: _Model | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        max_iter: int = 20,
+        *,
+        damping: float = 1e-3,
+        scaling: str = "identity",
+        geodesic: bool = True,
+        solver: str = "auto",
+        loss: str = "linear",
+        f_scale: float = 1.0,
+        bounds: tuple[Any, Any] | None = None,
+        callback: Callback | None = None,
+        **common: Any,
+    ) -> None:
+        options = {
+            "max_iter": max_iter,
+            "damping": damping,
+            "scaling": scaling,
+            "geodesic": geodesic,
+            "solver": solver,
+            "loss": loss,
+            "f_scale": f_scale,
+            "bounds": bounds,
+        }
+        super().__init__(params, options | common, callback)
+
+    # The loss and its model -------------------------------------------------------------------------------------------
+
+    def _check_groups(self, op: str) -> None:
+        super()._check_groups(op)
+        Box.of(op, self.param_groups, self._first.detach())
+
+    def _begin(self, closure: Callable[[], Any]) -> None:
+        super()._begin(closure)
+        options = self.param_groups[0]
+        self._robust, self._model = Robust(options["loss"], options["f_scale"]), None
+        box = Box.of(f"{self._name}.step", self.param_groups, self._start)
+        self._box = None if box is None else box.take(self._inside)
+        if self._box is not None:
+            self._free_parameters.save(self._start_views)
+            if not self._box.contains(self._start):
+                raise _checks.fail(f"{self._name}.step", "params", "values within the bounds", "one beyond")
+
+    def _loss(self, point: EvaluatedPoint) -> Tensor:
+        return point.value if self._robust.name == "linear" else self._robust.value(point.residuals())
+
+    def _linearized(self, point: EvaluatedPoint) -> _Model:
+        """Return the model at a point, where the parameters are; made once."""
+        if self._model is None or self._model.point is not point:
+            residuals = point.residuals().double()
+            right, weights = self._robust.linearized(residuals)
+            size = len(residuals), point.params.n
+            equations = NormalEquations(point.jacobian(), size, weights, self.param_groups[0]["solver"])
+            gradient = projected = equations.pull(right)
+            if self._box is not None:
+                self._free_parameters.save(self._here_views)
+                projected = self._box.projected(self._here.double(), gradient)
+            grad_max = float(projected.abs().max())
+            self._model = _Model(point, residuals, right, weights, equations, gradient, grad_max)
+        return self._model
+
+    def _grad_max(self, point: EvaluatedPoint) -> float:
+        return self._linearized(point).grad_max
+
+    def _project(self, x: Tensor) -> None:
+        if self._box is not None:
+            torch.clamp(x, self._box.lower, self._box.upper, out=x)
+
+    # An iteration -----------------------------------------------------------------------------------------------------
+
+    def _advance(self, point: EvaluatedPoint) -> Advance:
+        own, model, rise = self._own, self._linearized(point), _RISE
+        inner = unclear = 0
+        scale = self._scale(model)
+        size = 1.0 if scale is not None else model.equations.size(model.gradient)
+        first = own["lambda"] = max(own["lambda"] or self.param_groups[0]["damping"] * size, _LOWEST * size)
+        for _ in range(_CURVES):
+            if self._is_spent():
+                return self._stay(Status.MAX_EVAL, inner)
+            curve = self._curve(model, scale)
+            if curve is None:  # not positive definite as it is rounded
+                own["lambda"] *= 10.0
+                continue
+            inner += curve.inner
+            lam = own["lambda"]
+            new, t, gain = self._search(model, curve)
+            if gain > _GOOD:
+                own["lambda"] *= _FALL
+            elif gain < _POOR:
+                own["lambda"] *= rise
+                rise *= 2.0
+            if new is not None:
+                return self._accept(new, curve.at(t), t, inner)
+            if not self._is_felt(curve.d.to(self._start)):
+                break
+            if self._is_rounding(model, curve):
+                new = self._smoothed(model, curve)
+                if new is not None:
+                    own["lambda"] = lam
+                    return self._accept(new, curve.d, 1.0, inner)
+                unclear += 1
+                if unclear == _UNCLEAR:
+                    break
+        own["lambda"] = first
+        return self._stay(Status.STALLED, inner)
+
+    def _scale(self, model: _Model) -> Tensor | None:
+        """Return Marquardt's D, the largest that the diagonal of J^T J has been; None for I."""
+        if self.param_groups[0]["scaling"] == "identity":
+            return None
+        if model.equations.space == "cg":
+            got = "'marquardt', with solver 'cg', which does not know the diagonal"
+            raise _checks.fail(f"{self._name}.step", "scaling", "'identity'", got)
+        kept = self._own["diagonal"]
+        self._undo.keep("diagonal", [kept])
+        diagonal = torch.maximum(self._part(kept), model.equations.diagonal().to(kept))
+        self._put(kept, diagonal)
+        return torch.where(diagonal > 0.0, diagonal, 1.0).double()
+
+    def _curve(self, model: _Model, scale: Tensor | None) -> _Curve | None:
+        """Compute d and a for the lambda of the state; None where the matrix cannot be factored."""
+        equations, lam, box = model.equations, self._own["lambda"], self._box
+        if box is None:
+            if not equations.damp(lam, scale):
+                return None
+            solution, inner = equations.solve(model.right)
+            d = -solution
+        else:
+            found = self._within(model, scale, box)
+            if found is None:
+                return None
+            d, inner = found
+        jd = equations.push(d)
+        slope, curvature = float(model.gradient.dot(d)), float(jd.dot(jd))
+        return _Curve(d, self._acceleration(model, d, jd, scale), slope, curvature, inner)
+
+    def _within(self, model: _Model, scale: Tensor | None, box: Box) -> Solution | None:
+        """Compute a d that stays within the bounds: components that would go beyond are held there, one set at a time.
+
+        For those that are held at p the others solve with the residuals r + J p.
+        """
+        equations, lam, x = model.equations, self._own["lambda"], self._start.double()
+        free, held, right, inner = box.free(x, model.gradient), torch.zeros_like(x), model.right, 0
+        d = held
+        for _ in range(_ACTIVATIONS):
+            if not equations.damp(lam, scale, free):
+                return None
+            solution, products = equations.solve(right)
+            inner += products
+            d = held - solution
+            inside = (x + d).clamp(box.lower, box.upper)
+            beyond = free & (inside != x + d)
+            if not bool(beyond.any()):
+                return Solution(d, inner)
+            free = free & ~beyond
+            held = torch.where(beyond, inside - x, held)
+            right = model.right + equations.push(held)
+        return Solution((x + d).clamp(box.lower, box.upper) - x, inner)
+
+    def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Compute a, from the second difference of the residuals along d; None where it is not to be believed."""
+        spare = self._own["func_evals"] + 1 < self._limit
+        if not self.param_groups[0]["geodesic"] or model.equations.space == "cg" or not spare:
+            return None
+        probe = self._try((_PROBE * d).to(self._start))
+        if probe is None:
+            return None
+        change = (probe.residuals().double() - model.residuals) / _PROBE
+        if model.weights is not None:
+            change = change * model.weights
+        a = -model.equations.solve((change - jd) * (2.0 / _PROBE)).x
+        sizes = [x.dot(x if scale is None else x * scale) for x in (a, d)]
+        return a if bool(sizes[0] <= _BENT**2 * sizes[1]) else None
+
+    def _search(self, model: _Model, curve: _Curve) -> tuple[EvaluatedPoint | None, float, float]:
+        """Try t = 1, and smaller ones where its gain ratio is poor; return what is taken, its t, and the first ratio."""
+        first = -math.inf
+        for k in range(_HALVINGS + 1):
+            t = 0.5**k
+            predicted = curve.predicted(t)
+            if not predicted > 0.0:
+                break
+            new = self._try(curve.at(t).to(self._start))
+            gain = math.nan if new is None else self._decrease(model, new) / predicted
+            gain = gain if math.isfinite(gain) else -math.inf
+            if k == 0:
+                first = gain
+            last = k == _HALVINGS or self._is_spent()
+            if new is not None and gain > (_LEAST if last else _POOR) and self._is_usable(new):
+                return new, t, first
+            if last:
+                break
+        return None, 0.0, min(first, 0.0)
+
+    def _decrease(self, model: _Model, new: EvaluatedPoint) -> float:
+        return float(self._robust.decrease(model.residuals, new.residuals().double()))
+
+    def _is_usable(self, new: EvaluatedPoint) -> bool:
+        """Tell whether an iteration can begin at a point, where one will; its Jacobian is then needed anyway."""
+        return not self._more or math.isfinite(self._grad_max(new))
+
+    # At the end, where the loss is rounded ----------------------------------------------------------------------------
+
+    def _is_rounding(self, model: _Model, curve: _Curve) -> bool:
+        """Tell whether the decrease that is promised cannot be told from the rounding of the residuals."""
+        residuals = model.residuals if model.weights is None else model.weights * model.residuals
+        noise = model.equations.rounding(self._start.double(), model.right, residuals)
+        return curve.predicted(1.0) <= _NOISE * torch.finfo(self._start.dtype).eps * noise
+
+    def _smoothed(self, model: _Model, curve: _Curve) -> EvaluatedPoint | None:
+        """Go along d if the gradient becomes smaller."""
+        if self._is_spent():
+            return None
+        new = self._try(curve.d.to(self._start))
+        return new if new is not None and self._grad_max(new) < model.grad_max else None
