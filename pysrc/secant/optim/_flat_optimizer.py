@@ -20,8 +20,8 @@ from secant.optim._gradients import FlatGradients
 from secant.result import Iteration, Status
 
 #: What a closure raises that may stand for an infinite loss, and what of it is no matter of numbers after all.
-_NUMERICAL = (RuntimeError, ValueError, ArithmeticError)
-_OTHER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
+NUMERICAL = (RuntimeError, ValueError, ArithmeticError)
+OTHER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
 
 Callback = Callable[[Iteration], object]
 
@@ -208,8 +208,8 @@ class FlatOptimizer(torch.optim.Optimizer, abc.ABC):
         self._own["func_evals"] += 1
         try:
             loss = _closure.gradient(self._name, closure)
-        except _NUMERICAL as error:
-            if self._forgiving and not isinstance(error, _OTHER):
+        except NUMERICAL as error:
+            if self._forgiving and not isinstance(error, OTHER):
                 return None
             raise
         self._rounding = _closure.rounding(loss, flat.dtype)
