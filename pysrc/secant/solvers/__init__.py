@@ -1,6 +1,6 @@
 """Line searches, Newton's method and what it is made of: the inner solvers of fits and optimizers."""
 
-from secant.solvers.box import Box, BoxIterate, BoxResult, lbfgs_b
+from secant.solvers.box import BoxIterate, BoxResult, lbfgs_b
 from secant.solvers.cg import CGResult, cg, steihaug
 from secant.solvers.damping import NielsenDamping
 from secant.solvers.forcing import ForcingTerm
@@ -8,7 +8,6 @@ from secant.solvers.line_search import LineSearch, LineSearchResult, Trial, cubi
 from secant.solvers.newton import Direction, NewtonResult, newton
 
 __all__ = [
-    "Box",
     "BoxIterate",
     "BoxResult",
     "CGResult",

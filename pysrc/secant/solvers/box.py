@@ -83,7 +83,7 @@ class Box:
         ValueError: a lower bound is above the upper one, or no number of the dtype is between them.
 
     Example:
-        >>> box = secant.solvers.Box(torch.tensor([0.0, -1.0]), torch.tensor([1.0, 1.0]), torch.float32)
+        >>> box = secant.solvers.box.Box(torch.tensor([0.0, -1.0]), torch.tensor([1.0, 1.0]), torch.float32)
         >>> box.project(torch.tensor([3.0, 0.5]))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
@@ -362,7 +362,7 @@ def lbfgs_b(
     lower: Tensor,
     upper: Tensor,
     *,
-    history_size: int = 10,
+    history_size: int = 20,
     gtol: float = 1e-5,
     ftol: float = 1e7 * _EPS,
     max_iter: int = 15000,
