@@ -28,6 +28,8 @@ from secant.solvers.line_search import Trial, strong_wolfe
 _EPS = torch.finfo(torch.float64).eps
 #: Breakpoints of the projected path that are looked at together, first; then twice as many, and so on.
 _BLOCK = 32
+#: Iterations that neither the value nor the projected gradient shows to be of use; then the rest is rounding.
+_PATIENCE = 20
 #: Sufficient decrease, as in the published code.
 _C1 = 1e-3
 
@@ -384,7 +386,8 @@ def lbfgs_b(
         lower, upper: tensors of the shape of x, or that broadcast to it; infinite where there is no bound.
         history_size: pairs kept, >= 1.
         gtol: stop when |P(x - g) - x|_inf is at most this, P the projection onto the box.
-        ftol: stop when f falls by at most this times max(|f_k|, |f_k+1|, 1).
+        ftol: stop when f falls by at most this times max(|f_k|, |f_k+1|, 1); 0: go on where values cannot tell, by the
+            gradient, until twenty iterations have lowered neither.
         max_iter: iterations.
         max_evaluations: of f with its gradient.
         max_trials: evaluations of one line search.
@@ -419,6 +422,7 @@ def lbfgs_b(
     model = _Model(x.numel(), history_size, x.device)
     point = search.at(box.project(x.detach().reshape(-1)))
     n, step = 0, 0.0
+    lowest, flattest, since = math.inf, math.inf, 0
 
     def end(status: Status) -> BoxResult:
         shaped = point.x.to(x.dtype).view(x.shape)
@@ -434,8 +438,12 @@ def lbfgs_b(
             return end(Status.STOPPED)
         if slack <= gtol:
             return end(Status.CONVERGED)
-        if n > 0 and last.value - point.value <= ftol * max(abs(last.value), abs(point.value), 1.0):
+        if n > 0 and 0.0 < ftol and last.value - point.value <= ftol * max(abs(last.value), abs(point.value), 1.0):
             return end(Status.SMALL_CHANGE)
+        since = 0 if point.value < lowest or slack < flattest else since + 1
+        lowest, flattest = min(lowest, point.value), min(flattest, slack)
+        if since == _PATIENCE:
+            return end(Status.STALLED)
         if n >= max_iter:
             return end(Status.MAX_ITER)
         last = point
