@@ -83,21 +83,23 @@ class Malformed(TypeError):
 
 
 class _Loss(torch.autograd.Function):
-    """f of x as a node of the graph, whose gradient g may have a graph of its own."""
+    """f of x as a node of the graph, whose gradient g may have a graph of its own.
+
+    g comes in a tuple, where autograd does not see it: or the first derivative would go through its graph, for nothing.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(g)
+    def forward(ctx: Any, x: Tensor, f: Tensor, gradient: tuple[Tensor]) -> Tensor:
+        (ctx.gradient,) = gradient
         return f.clone()
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        (g,) = ctx.saved_tensors
-        return u.to(g.dtype) * g, None, None
+        return u.to(ctx.gradient.dtype) * ctx.gradient, None, None
 
 
 class _Linear(torch.autograd.Function):
-    """A vector function of x as a node of the graph, of which `product` is u -> J^T u."""
+    """A vector function of x as a node of the graph, of which `product` is u -> J^T u; linear also for autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
@@ -106,27 +108,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        return _Product.apply(u, ctx.product), None, None
-
-
-class _Product(torch.autograd.Function):
-    """u -> J^T u by any function, for one u or, under vmap, one after the other."""
-
-    @staticmethod
-    def forward(u: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        return product(u)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        raise NotImplementedError("a third derivative")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, u: Tensor, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
-        return torch.stack([_Product.apply(row, product) for row in u.movedim(in_dims[0], 0)]), 0
+        return ctx.product(u), None, None
 
 
 class Function:
@@ -235,7 +217,7 @@ class Objective(Function):
         self._known.append((x.detach().clone(), value, g.detach()))
         if derived:
             g = _Linear.apply(x, g.detach(), self._products(x.detach().clone()))
-        return _Loss.apply(x, value, g)
+        return _Loss.apply(x, value, (g,))
 
     def found(self, x: Tensor) -> tuple[float, Tensor]:
         """Return f and g where a run has ended; evaluate there only if that was not one of the last points."""

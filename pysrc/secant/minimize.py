@@ -258,8 +258,12 @@ def _drive(
     def loss_closure() -> Tensor:
         return objective.loss(x)
 
+    n_iter = 0
+
     def report(iteration: Iteration) -> bool:
-        return iteration.n > 0 and told is not None and told(x, iteration.value)
+        nonlocal n_iter
+        n_iter = iteration.n
+        return n_iter > 0 and told is not None and told(x, iteration.value)
 
     optimizer = cls(
         [x],
@@ -271,13 +275,13 @@ def _drive(
         tolerance_change=settings["ftol"],
         tolerance_change_rel=settings["ftol"],
         on_error="backtrack",
-        callback=None if told is None else report,
+        callback=report,
     )
     optimizer.step(gradient_closure if chosen.closure == "gradient" else loss_closure)
     objective.raise_first_error()
     x = x.detach()
     value, gradient = objective.found(x)
-    return _result(objective, form, x, value, gradient, optimizer.status, optimizer.state_dict()["state"][0]["n_iter"])
+    return _result(objective, form, x, value, gradient, optimizer.status, n_iter)
 
 
 def _in_box(
@@ -328,7 +332,7 @@ def _result(
         x=form.give(x),
         fun=value,
         jac=form.give(gradient),
-        nit=int(n_iter),
+        nit=n_iter,
         nfev=objective.nfev,
         njev=objective.njev,
         nhev=objective.nhev,
@@ -441,20 +445,20 @@ def least_squares(
     box = _limits(op, bounds, x)
     limit = 100 * x.numel() if max_nfev is None else max_nfev
     z = (x if scale is None else x / scale).requires_grad_()
-    last, cost, short = x.detach().clone(), math.nan, False
+    last, n_iter, short = x.detach().clone(), 0, False
 
     def unscaled(z: Tensor) -> Tensor:
         return z if scale is None else z * scale
 
     def report(iteration: Iteration) -> bool:
-        nonlocal last, cost, short
-        cost = iteration.value
-        if iteration.n == 0:
+        nonlocal last, n_iter, short
+        n_iter = iteration.n
+        if n_iter == 0:
             return False
         now = unscaled(z).detach().clone()
         change, size = float((now - last).norm()), float(now.norm())
         last, short = now, change < xtol * (xtol + size)
-        return (told is not None and told(now, cost)) or short
+        return (told is not None and told(now, iteration.value)) or short
 
     optimizer = cls(
         [z],
@@ -473,7 +477,6 @@ def least_squares(
     function.raise_first_error()
     x = unscaled(z).detach()
     status = Status.SMALL_CHANGE if short and optimizer.status is Status.STOPPED else optimizer.status
-    n_iter = int(optimizer.state_dict()["state"][0]["n_iter"])
 
     r, j = function.found(x)
     robust = Robust(loss, float(f_scale))
