@@ -178,6 +178,7 @@ class Objective(Function):
                 raise _checks.fail(op, name, "None or a function", _checks.describe(function))
         self._hess, self._hessp = hess, hessp
         self._known: deque[tuple[Tensor, Any, Tensor]] = deque(maxlen=_REMEMBERED)
+        self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # the last loss, z that it is of, and what z is
 
     def value_and_gradient(self, x: Tensor) -> tuple[Any, Tensor]:
         """Evaluate at a point, which is not kept: f as a tensor or a number, and g."""
@@ -197,13 +198,16 @@ class Objective(Function):
         return found, g
 
     def loss(self, x: Tensor) -> Tensor:
-        """Evaluate at the leaf x; the loss has a graph that leads to it, as far as second derivatives."""
+        """Evaluate at x; the loss has a graph that leads to it, as far as second derivatives."""
         derived = self._hess is not None or self._hessp is not None
         if not torch.is_grad_enabled():
             return self._tensor(self._value(x.detach(), graph=False), x)
         if self._jac is None and not derived:
             self.njev += 1
-            return self._tensor(self._value(x, graph=True), x)
+            z = x.clone()  # what the graph keeps is not written when x moves
+            loss = self._tensor(self._value(z, graph=True), x)
+            self._graph = (x.detach().clone(), z, loss)
+            return loss
         at = x if self._jac is None or not derived else x.detach()
         if self._jac is None:
             value = self._value(at, graph=True)
@@ -224,6 +228,12 @@ class Objective(Function):
         for point, value, g in reversed(self._known):
             if torch.equal(point, x):
                 return float(value), g
+        if self._graph is not None and torch.equal(self._graph[0], x):
+            _, z, loss = self._graph
+            try:
+                return float(loss.detach()), self._autograd(loss, z)
+            except RuntimeError:  # the optimizer has freed it
+                pass
         value, g = self.value_and_gradient(x)
         return float(value), g
 

@@ -19,6 +19,7 @@ from secant.solvers.box import BoxIterate, lbfgs_b
 
 _TOLERANCE = _checks.number_from(0.0)
 _COUNT = _checks.integer_from(1)
+_UNLIMITED = 2**62
 _FTOL = 1e7 * torch.finfo(torch.float64).eps  # scipy's, of L-BFGS-B
 
 #: Losses of `least_squares`.
@@ -270,7 +271,7 @@ def _drive(
         **chosen.arguments,
         **{argument: settings[option] for option, (_, argument) in chosen.options.items() if option in settings},
         max_iter=settings["maxiter"],
-        max_eval=settings.get("maxfun"),
+        max_eval=settings.get("maxfun", _UNLIMITED),
         tolerance_grad=settings["gtol"],
         tolerance_change=settings["ftol"],
         tolerance_change_rel=settings["ftol"],
