@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Status(IntEnum):
@@ -98,3 +98,33 @@ class Recorder:
         if self._keep:
             self.history.append(one)
         return self._callback is not None and bool(self._callback(one))
+
+
+class OptimizeResult(dict[str, Any]):
+    """Holds what a minimization found, as `scipy.optimize.OptimizeResult` does: a dictionary with attributes.
+
+    Example:
+        >>> found = secant.result.OptimizeResult(x=1.0, status=secant.Status.CONVERGED)
+        >>> found.x, found["x"], str(found.status)
+        (1.0, 1.0, 'converged')
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    __setattr__ = dict.__setitem__  # type: ignore[assignment]
+    __delattr__ = dict.__delitem__  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:>{width}}: {_indented(value, width + 2)}" for name, value in self.items())
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self]
+
+
+def _indented(value: object, width: int) -> str:
+    return repr(value).replace("\n", "\n" + " " * width)

@@ -1,5 +1,6 @@
 """Line searches, Newton's method and what it is made of: the inner solvers of fits and optimizers."""
 
+from secant.solvers.box import BoxIterate, BoxResult, lbfgs_b
 from secant.solvers.cg import CGResult, cg, steihaug
 from secant.solvers.cubic import CubicStep, cubic
 from secant.solvers.damping import NielsenDamping
@@ -11,6 +12,8 @@ from secant.solvers.nystrom import Nystrom, nystrom
 from secant.solvers.trust_region import TrustRegionStep, more_sorensen
 
 __all__ = [
+    "BoxIterate",
+    "BoxResult",
     "CGResult",
     "CubicStep",
     "Direction",
@@ -26,6 +29,7 @@ __all__ = [
     "cg",
     "cubic",
     "cubic_minimizer",
+    "lbfgs_b",
     "more_sorensen",
     "newton",
     "nystrom",

@@ -1,0 +1,533 @@
+"""One entry in scipy's shape: `minimize` drives the optimizers of `secant.optim`, `least_squares` their residual one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secant import _checks, optim
+from secant._checks import Option
+from secant._functions import Form, Objective, Residuals, forgiven, start
+from secant.ops.lbfgs import MAX_HISTORY
+from secant.result import Iteration, OptimizeResult, Status
+from secant.solvers.box import BoxIterate, lbfgs_b
+
+_TOLERANCE = _checks.number_from(0.0)
+_COUNT = _checks.integer_from(1)
+_UNLIMITED = 2**62
+_FTOL = 1e7 * torch.finfo(torch.float64).eps  # scipy's, of L-BFGS-B
+
+#: Losses of `least_squares`.
+_LOSS = _checks.one_of("linear", "soft_l1", "huber", "cauchy")
+
+#: Options of every method.
+_COMMON: Mapping[str, Option] = {
+    "maxiter": _COUNT,
+    "maxfun": _COUNT,
+    "gtol": _TOLERANCE,
+    "ftol": _TOLERANCE,
+    "disp": _checks.flag(),
+}
+
+
+class _Method(NamedTuple):
+    """Tells how a method is built on an optimizer.
+
+    optimizer: its name in `secant.optim`; None: it is no optimizer. closure: what it asks for, "gradient" or "loss".
+    arguments: that the optimizer is given. options: of the method alone: what they may be, and under which name they go
+    to the optimizer. defaults: of options. tol: options that `tol` sets.
+    """
+
+    optimizer: str | None
+    closure: str
+    arguments: Mapping[str, Any] = {}
+    options: Mapping[str, tuple[Option, str]] = {}
+    defaults: Mapping[str, Any] = {}
+    tol: tuple[str, ...] = ("gtol",)
+
+
+_PAIRS = {"maxcor": (_checks.integer_from(1, MAX_HISTORY), "history_size")}
+_LIMITED: dict[str, Any] = {"maxcor": 20, "ftol": _FTOL, "maxiter": 15_000, "maxfun": 15_000}
+_RADII = {
+    "initial_trust_radius": (_checks.number_from(0.0), "radius"),
+    "max_trust_radius": (_checks.number_from(0.0), "max_radius"),
+}
+
+#: From a method's name to how it is run. Another optimizer is one more line.
+METHODS: Mapping[str, _Method] = {
+    "l-bfgs": _Method(
+        "LBFGS", "gradient", {"line_search_fn": "strong_wolfe"}, _PAIRS, _LIMITED, ("gtol", "ftol")
+    ),
+    "l-bfgs-b": _Method(
+        None, "gradient", {}, {**_PAIRS, "maxls": (_COUNT, "max_trials")}, {"maxls": 20, **_LIMITED}, ("gtol", "ftol")
+    ),
+    "bfgs": _Method("BFGS", "gradient", {"update": "bfgs"}),
+    "ssbroyden": _Method("BFGS", "gradient"),
+    "newton": _Method("Newton", "loss"),
+    "newton-cg": _Method("NewtonCG", "loss"),
+    "trust-ncg": _Method("TrustRegion", "loss", {"subproblem": "steihaug"}, _RADII),
+    "trust-exact": _Method("TrustRegion", "loss", {"subproblem": "exact"}, _RADII),
+    "cubic": _Method("CubicNewton", "loss"),
+}  # fmt: skip
+
+
+def minimize(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    method: str | None = None,
+    jac: Any = None,
+    *,
+    hess: Callable[..., Any] | None = None,
+    hessp: Callable[..., Any] | None = None,
+    bounds: Any = None,
+    tol: float | None = None,
+    callback: Callable[..., Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> OptimizeResult:
+    """Minimize a function of one tensor or array, in the shape of `scipy.optimize.minimize`.
+
+    | method | how | derivatives |
+    |---|---|---|
+    | "l-bfgs" | `secant.optim.LBFGS`, strong Wolfe search; the default | gradient |
+    | "l-bfgs-b" | projected, within bounds (`secant.solvers.lbfgs_b`); the default with bounds | gradient |
+    | "bfgs", "ssbroyden" | `secant.optim.BFGS`, plain, and self-scaled Broyden | gradient |
+    | "newton" | `secant.optim.Newton`, dense | Hessian |
+    | "newton-cg" | `secant.optim.NewtonCG` | products |
+    | "trust-ncg", "trust-exact" | `secant.optim.TrustRegion`, by Steihaug's CG, and dense | products, Hessian |
+    | "cubic" | `secant.optim.CubicNewton` | products |
+
+    Args:
+        fun: (x, *args) -> f(x). With jac=None, written in torch: it gets a tensor and returns one of one element that
+            autograd can follow.
+        x0: where to start: a tensor float32 or float64 of any shape, on any device; or an array or list of such or of
+            integers (float64 then). What comes back is of the same type, shape, dtype and device (of a list, an array).
+        args: more arguments of `fun`, `jac`, `hess` and `hessp`; what is no tuple is one argument.
+        method: of the table, in any case.
+        jac: None: by autograd. True: `fun` returns (f, g). A function: (x, *args) -> g. If x0 is no tensor, functions
+            then get arrays and may return them; `fun` need not be of torch.
+        hess: (x, *args) -> the Hessian (n, n), n the number of elements of x; None: by autograd, or from `hessp`.
+        hessp: (x, v, *args) -> its product with v, of the shape of x.
+        bounds: for "l-bfgs-b": n pairs (lower, upper), None or infinite for none; or what has `lb` and `ub`, such as
+            `scipy.optimize.Bounds`. x0 is projected, and nothing is evaluated outside.
+        tol: sets gtol, and for "l-bfgs" and "l-bfgs-b" ftol, unless the options do.
+        callback: after each iteration called with `intermediate_result`, an `OptimizeResult` with x and fun, if that is
+            its one parameter's name, with x otherwise; both are copies. Raising StopIteration ends the run.
+        options: maxiter (15,000 for "l-bfgs" and "l-bfgs-b", else 200 n) and maxfun (15,000, else no limit); gtol
+            (1e-5), on the largest component of the gradient (with bounds: of P(x - g) - x); ftol: the run ends when f
+            changes by less than ftol max(|f|, 1), or, but for "l-bfgs-b", no variable by more than ftol (2.2e-9 for
+            "l-bfgs" and "l-bfgs-b", else 0); disp: print the message; maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b");
+            maxls: evaluations of one search (20, "l-bfgs-b"); initial_trust_radius, max_trust_radius ("trust-...").
+
+    Returns:
+        `secant.result.OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev (calls of `hess` or `hessp`), status (a
+        `secant.Status`), message and success. A trial where `fun` raises a RuntimeError, ValueError or ArithmeticError
+        or is NaN counts as infinite, and the step is shortened. NaN at x0 ends as NOT_FINITE; an error there passes.
+
+    Raises:
+        TypeError, ValueError: an argument or option is invalid, or a function returns something else; the message names
+            it.
+        NotImplementedError: the method's optimizer is not in this version.
+
+    References:
+        Nocedal and Wright, Numerical Optimization, 2nd ed.; and those of the optimizers.
+
+    Example:
+        >>> def rosenbrock(x):
+        ...     return ((1 - x[:-1]) ** 2 + 100 * (x[1:] - x[:-1] ** 2) ** 2).sum()
+        >>> found = secant.minimize(rosenbrock, torch.zeros(5, dtype=torch.float64))
+        >>> found.success, bool((found.x - 1).abs().max() < 1e-4)
+        (True, True)
+        >>> found = secant.minimize(rosenbrock, torch.zeros(2), bounds=[(None, 0.5), (None, None)])
+        >>> found.x
+        tensor([0.5000, 0.2500])
+    """
+    op = "minimize"
+    name, chosen = _method(op, method, bounds)
+    settings = _settings(op, name, chosen, tol, options)
+    x, form = start(op, x0)
+    if chosen.closure == "gradient":
+        for which, given in (("hess", hess), ("hessp", hessp)):
+            if given is not None:
+                raise _checks.fail(op, which, f"None: {name!r} uses no second derivatives", _checks.describe(given))
+    elif form.arrays and jac is not None and jac is not False and hess is None and hessp is None:
+        raise _checks.fail(op, "hess or hessp", f"a function, as jac is one and {name!r} uses the Hessian", "None")
+    objective = Objective(op, form, fun, args if isinstance(args, tuple) else (args,), jac, hess, hessp)
+    told = _callback(op, callback, form)
+    settings.setdefault("maxiter", 200 * x.numel())
+    if chosen.optimizer is None:
+        found = _in_box(op, objective, x, form, bounds, settings, told)
+    else:
+        found = _drive(op, chosen, name, objective, x, form, settings, told)
+    if settings.get("disp"):
+        print(f"{op}: {found.message}; f = {found.fun:.6g}, {found.nit} iterations, {found.nfev} evaluations")
+    return found
+
+
+def _method(op: str, method: object, bounds: object) -> tuple[str, _Method]:
+    """Look up a method, in scipy's spelling or any other case."""
+    if method is None:
+        method = "l-bfgs" if bounds is None else "l-bfgs-b"
+    chosen = METHODS.get(method.lower()) if isinstance(method, str) else None
+    if chosen is None or not isinstance(method, str):
+        raise _checks.fail(op, "method", f"None or one of {', '.join(METHODS)}", _checks.show(method))
+    name = method.lower()
+    if bounds is not None and name != "l-bfgs-b":
+        raise _checks.fail(op, "bounds", f"None: {name!r} knows no bounds ('l-bfgs-b' does)", _checks.describe(bounds))
+    return name, chosen
+
+
+def _settings(op: str, name: str, chosen: _Method, tol: object, options: Any) -> dict[str, Any]:
+    """Check the options and add what `tol` and the method say."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"{op}: options: expected None or a dictionary, got {_checks.show(options)}")
+    given = dict(options or {})
+    table = {**_COMMON, **{option: may_be for option, (may_be, _) in chosen.options.items()}}
+    unknown = sorted(map(str, given.keys() - table.keys()))
+    if unknown:
+        expected = f"among {', '.join(table)} for {name!r}"
+        raise _checks.fail(op, "options", expected, ", ".join(map(repr, unknown)))
+    for option, value in given.items():
+        if not table[option].accept(value):
+            raise _checks.fail(op, f"options[{option!r}]", table[option].expected, _checks.show(value))
+    if name == "l-bfgs" and given.get("maxfun") == 1:
+        raise _checks.fail(op, "options['maxfun']", "an integer >= 2 (a line search needs one trial)", 1)
+    if tol is not None:
+        value = _checks.nonnegative(op, "tol", tol)
+        for option in chosen.tol:
+            given.setdefault(option, value)
+    return {"gtol": 1e-5, "ftol": 0.0, **chosen.defaults, **given}
+
+
+def _callback(op: str, callback: Any, form: Form) -> Callable[[Tensor, float], bool] | None:
+    """Make a function that calls a callback in scipy's way, and tells whether it wants to stop."""
+    if callback is None:
+        return None
+    if not callable(callback):
+        raise TypeError(f"{op}: callback: expected None or a function, got {_checks.show(callback)}")
+    try:
+        whole = set(inspect.signature(callback).parameters) == {"intermediate_result"}
+    except (TypeError, ValueError):  # a builtin
+        whole = False
+
+    def told(x: Tensor, value: float) -> bool:
+        x = form.give(x)
+        try:
+            if whole:
+                callback(intermediate_result=OptimizeResult(x=x, fun=value))
+            else:
+                callback(x)
+        except StopIteration:
+            return True
+        return False
+
+    return told
+
+
+def _optimizer(op: str, name: str, class_name: str) -> Any:
+    """Return an optimizer's class."""
+    found = getattr(optim, class_name, None)
+    if found is None:
+        raise NotImplementedError(f"{op}: method: {name!r} needs secant.optim.{class_name}, which is not in this version")
+    return found
+
+
+def _drive(
+    op: str,
+    chosen: _Method,
+    name: str,
+    objective: Objective,
+    x: Tensor,
+    form: Form,
+    settings: Mapping[str, Any],
+    told: Callable[[Tensor, float], bool] | None,
+) -> OptimizeResult:
+    """Run an optimizer on x, by one call of its step."""
+    assert chosen.optimizer is not None
+    cls = _optimizer(op, name, chosen.optimizer)
+    x.requires_grad_()
+
+    def gradient_closure() -> Any:
+        value, x.grad = objective.value_and_gradient(x)
+        return value
+
+    def loss_closure() -> Tensor:
+        return objective.loss(x)
+
+    n_iter = 0
+
+    def report(iteration: Iteration) -> bool:
+        nonlocal n_iter
+        n_iter = iteration.n
+        return n_iter > 0 and told is not None and told(x, iteration.value)
+
+    optimizer = cls(
+        [x],
+        **chosen.arguments,
+        **{argument: settings[option] for option, (_, argument) in chosen.options.items() if option in settings},
+        max_iter=settings["maxiter"],
+        max_eval=settings.get("maxfun", _UNLIMITED),
+        tolerance_grad=settings["gtol"],
+        tolerance_change=settings["ftol"],
+        tolerance_change_rel=settings["ftol"],
+        on_error="backtrack",
+        callback=report,
+    )
+    optimizer.step(gradient_closure if chosen.closure == "gradient" else loss_closure)
+    objective.raise_first_error()
+    x = x.detach()
+    value, gradient = objective.found(x)
+    return _result(objective, form, x, value, gradient, optimizer.status, n_iter)
+
+
+def _in_box(
+    op: str,
+    objective: Objective,
+    x: Tensor,
+    form: Form,
+    bounds: Any,
+    settings: Mapping[str, Any],
+    told: Callable[[Tensor, float], bool] | None,
+) -> OptimizeResult:
+    """Run L-BFGS-B."""
+    lower, upper = _sides(op, bounds, x)
+
+    def evaluate(x: Tensor) -> tuple[float, Tensor]:
+        try:
+            value, gradient = objective.value_and_gradient(x)
+        except Exception as error:
+            if objective.nfev == 1 or not forgiven(error):
+                raise
+            return math.inf, torch.zeros_like(x)
+        return float(value), gradient
+
+    def record(iterate: BoxIterate) -> bool:
+        return iterate.n > 0 and told is not None and told(iterate.x, iterate.value)
+
+    found = lbfgs_b(
+        evaluate,
+        x,
+        lower,
+        upper,
+        history_size=settings["maxcor"],
+        gtol=settings["gtol"],
+        ftol=settings["ftol"],
+        max_iter=settings["maxiter"],
+        max_evaluations=settings["maxfun"],
+        max_trials=settings["maxls"],
+        record=record,
+    )
+    gradient = found.grad.to(x.dtype)
+    return _result(objective, form, found.x, found.value, gradient, found.status, found.n_iter)
+
+
+def _result(
+    objective: Objective, form: Form, x: Tensor, value: float, gradient: Tensor, status: Status, n_iter: int
+) -> OptimizeResult:
+    return OptimizeResult(
+        x=form.give(x),
+        fun=value,
+        jac=form.give(gradient),
+        nit=n_iter,
+        nfev=objective.nfev,
+        njev=objective.njev,
+        nhev=objective.nhev,
+        status=status,
+        message=status.message,
+        success=status.ok,
+    )
+
+
+def _sides(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Read bounds as two tensors of float64 and of the shape of x."""
+    if bounds is None:
+        return torch.full_like(x, -math.inf, dtype=torch.float64), torch.full_like(x, math.inf, dtype=torch.float64)
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
+        return _side(op, "bounds.lb", bounds.lb, x), _side(op, "bounds.ub", bounds.ub, x)
+    try:
+        pairs = [(lower, upper) for lower, upper in bounds]
+    except (TypeError, ValueError):
+        raise _checks.fail(op, "bounds", "pairs (lower, upper), or an object with lb and ub", _checks.show(bounds)) from None
+    if len(pairs) != x.numel():
+        raise _checks.fail(op, "bounds", f"{x.numel()} pairs, one for each element of x0", f"{len(pairs)}")
+    sides = []
+    for k, none in ((0, -math.inf), (1, math.inf)):
+        values = [none if pair[k] is None else float(pair[k]) for pair in pairs]
+        sides.append(torch.tensor(values, dtype=torch.float64, device=x.device).view(x.shape))
+    for i, (lower, upper) in enumerate(zip(*(side.reshape(-1).tolist() for side in sides), strict=True)):
+        if not lower <= upper:
+            raise _checks.fail(op, f"bounds[{i}]", "lower <= upper", f"({lower}, {upper})")
+    return sides[0], sides[1]
+
+
+def _side(op: str, name: str, bound: Any, x: Tensor) -> Tensor:
+    """Read a number, or an array or tensor that broadcasts to the shape of x, as float64 of that shape."""
+    try:
+        given = torch.as_tensor(bound, dtype=torch.float64, device=x.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise _checks.fail(op, name, "a number, an array or a tensor", _checks.show(bound)) from None
+    try:
+        return given.expand(x.shape) if given.numel() != x.numel() else given.reshape(x.shape)
+    except RuntimeError:
+        raise _checks.fail(op, name, f"a shape that broadcasts to {tuple(x.shape)}", tuple(given.shape)) from None
+
+
+def least_squares(
+    fun: Callable[..., Any],
+    x0: Any,
+    jac: Any = None,
+    bounds: Any = (-math.inf, math.inf),
+    *,
+    ftol: float = 1e-8,
+    xtol: float = 1e-8,
+    gtol: float = 1e-8,
+    x_scale: Any = 1.0,
+    loss: str = "linear",
+    f_scale: float = 1.0,
+    max_nfev: int | None = None,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    callback: Callable[..., Any] | None = None,
+) -> OptimizeResult:
+    """Minimize 1/2 sum_i c^2 rho(r_i(x)^2 / c^2), in the shape of `scipy.optimize.least_squares`.
+
+    It drives `secant.optim.LevenbergMarquardt`; c is `f_scale`, and rho is that of `loss`.
+
+    Args:
+        fun: (x, *args, **kwargs) -> the residuals r, a tensor or array of any shape with m elements. With jac=None,
+            written in torch, as for `minimize`.
+        x0: where to start, as for `minimize`, within the bounds.
+        jac: None: by autograd. True: `fun` returns (r, J). A function: (x, *args, **kwargs) -> J (m, n).
+        bounds: (lower, upper), each a number or of the shape of x0, lower < upper; or what has `lb` and `ub`.
+        ftol: the run ends when the cost changes by less than this times the cost.
+        xtol: and when a step is shorter than xtol (xtol + |x|).
+        gtol: and when the largest component of the gradient (with bounds: of x - P(x - gradient)) is at most this.
+        x_scale: the size of each variable, a number or of the shape of x0; the method then works on x / x_scale. "jac":
+            by the columns of the Jacobian, after Marquardt.
+        loss: rho: "linear" z, "soft_l1" 2 ((1 + z)^1/2 - 1), "huber" z up to 1, then 2 z^1/2 - 1, "cauchy" ln(1 + z).
+        f_scale: c, the residual where outliers begin.
+        max_nfev: evaluations; None: 100 n.
+        args, kwargs: more arguments of `fun` and `jac`; `args` that is no tuple is one argument.
+        callback: as for `minimize`; `fun` is there the cost.
+
+    Returns:
+        `secant.result.OptimizeResult`: x, cost, fun (the residuals), jac (J (m, n), each row times what makes J^T J the
+        curvature of the cost where the loss is not "linear"), grad, optimality (what gtol is about), active_mask (-1 at
+        a lower bound, 1 at an upper one, else 0), nit, nfev, njev, status, message, success.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid, or a function returns something else.
+        NotImplementedError: the optimizer is not in this version.
+
+    References:
+        Moré, The Levenberg-Marquardt algorithm: implementation and theory, Lecture Notes in Mathematics 630 (1978).
+        Triggs et al., Bundle adjustment: a modern synthesis (2000), section 4.3.
+    """
+    op = "least_squares"
+    cls = _optimizer(op, "least_squares", "LevenbergMarquardt")
+    from secant.optim._robust import Robust
+
+    for name, tolerance in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
+        _checks.nonnegative(op, name, tolerance)
+    if max_nfev is not None:
+        _checks.integer(op, "max_nfev", max_nfev, 1)
+    _checks.options(op, {"loss": _LOSS}, {"loss": loss})
+    _checks.positive(op, "f_scale", f_scale)
+    x, form = start(op, x0)
+    args = args if isinstance(args, tuple) else (args,)
+    function = Residuals(op, form, fun, args, dict(kwargs or {}), jac)
+    told = _callback(op, callback, form)
+    scale, scaling = _scale(op, x_scale, x)
+    box = _limits(op, bounds, x)
+    limit = 100 * x.numel() if max_nfev is None else max_nfev
+    z = (x if scale is None else x / scale).requires_grad_()
+    last, n_iter, short = x.detach().clone(), 0, False
+
+    def unscaled(z: Tensor) -> Tensor:
+        return z if scale is None else z * scale
+
+    def report(iteration: Iteration) -> bool:
+        nonlocal last, n_iter, short
+        n_iter = iteration.n
+        if n_iter == 0:
+            return False
+        now = unscaled(z).detach().clone()
+        change, size = float((now - last).norm()), float(now.norm())
+        last, short = now, change < xtol * (xtol + size)
+        return (told is not None and told(now, iteration.value)) or short
+
+    optimizer = cls(
+        [z],
+        max_iter=limit,
+        max_eval=limit,
+        tolerance_grad=gtol,
+        tolerance_change_rel=ftol,
+        loss=loss,
+        f_scale=float(f_scale),
+        scaling=scaling,
+        bounds=None if box is None else tuple((b if scale is None else b / scale).reshape(-1) for b in box),
+        on_error="backtrack",
+        callback=report,
+    )
+    optimizer.step(lambda: function.residuals(unscaled(z)))
+    function.raise_first_error()
+    x = unscaled(z).detach()
+    status = Status.SMALL_CHANGE if short and optimizer.status is Status.STOPPED else optimizer.status
+
+    r, j = function.found(x)
+    robust = Robust(loss, float(f_scale))
+    right, weights = robust.linearized(r.reshape(-1).to(x.dtype))
+    if weights is not None:
+        j = j * weights[:, None]
+    grad = (j.mT @ right).view(x.shape)
+    mask, optimality = torch.zeros_like(x, dtype=torch.int64), grad
+    if box is not None:
+        lower, upper = box
+        mask = (x >= upper).long() - (x <= lower).long()
+        optimality = torch.minimum(torch.maximum(grad, x - upper), x - lower)
+    return OptimizeResult(
+        x=form.give(x),
+        cost=float(robust.value(r)),
+        fun=form.give(r),
+        jac=form.give(j),
+        grad=form.give(grad),
+        optimality=float(optimality.abs().max()),
+        active_mask=form.give(mask),
+        nit=n_iter,
+        nfev=function.nfev,
+        njev=function.njev,
+        status=status,
+        message=status.message,
+        success=status.ok,
+    )
+
+
+def _scale(op: str, x_scale: Any, x: Tensor) -> tuple[Tensor | None, str]:
+    """Read x_scale: a tensor of the shape of x or None for 1, and how the optimizer is to scale."""
+    if isinstance(x_scale, str):
+        if x_scale != "jac":
+            raise _checks.fail(op, "x_scale", 'a number, an array or "jac"', repr(x_scale))
+        return None, "marquardt"
+    scale = _side(op, "x_scale", x_scale, x).to(x.dtype)
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        raise _checks.fail(op, "x_scale", "finite numbers > 0", _checks.show(x_scale))
+    return None if bool((scale == 1).all()) else scale, "identity"
+
+
+def _limits(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Read (lower, upper); None where there is no bound."""
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
+        bounds = (bounds.lb, bounds.ub)
+    if not (isinstance(bounds, Sequence) and len(bounds) == 2):
+        raise _checks.fail(op, "bounds", "a pair (lower, upper), or an object with lb and ub", _checks.show(bounds))
+    lower, upper = (_side(op, f"bounds[{k}]", bound, x).to(x.dtype) for k, bound in enumerate(bounds))
+    if not bool((lower < upper).all()):
+        raise _checks.fail(op, "bounds", "lower < upper everywhere", "a lower bound that is not, or NaN")
+    if bool(((x < lower) | (x > upper)).any()):
+        raise _checks.fail(op, "x0", "a point within the bounds", "one beyond")
+    return None if bool(torch.isinf(lower).all() and torch.isinf(upper).all()) else (lower, upper)
