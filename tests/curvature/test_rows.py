@@ -60,7 +60,10 @@ def _images(n=11):
 
 
 LAYERS = {
-    **{name: lambda make=make: _case_of_layers(lambda: _dense_net(make), _inputs()) for name, make in ACTIVATIONS.items()},
+    **{
+        name: lambda make=make: _case_of_layers(lambda: _dense_net(make), _inputs())
+        for name, make in ACTIVATIONS.items()
+    },
     **{
         make.__name__: lambda make=make: _case_of_layers(lambda: _dense_net(make), _inputs())
         for make in (nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh, nn.LogSigmoid, nn.PReLU)
@@ -79,15 +82,15 @@ LAYERS = {
     ),
     "convolutions": lambda: _case_of_layers(
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1, stride=2), _uneven(nn.GroupNorm(2, 4)), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2),
-            nn.Flatten(), nn.Linear(4, 2),
+            nn.Conv2d(2, 4, 3, padding=1, stride=2), _uneven(nn.GroupNorm(2, 4)), nn.ReLU(),
+            nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2),
         ),
         _images(),
     ),
     "transposed convolution": lambda: _case_of_layers(
         lambda: nn.Sequential(
-            nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2, output_padding=1), _uneven(nn.InstanceNorm2d(4, affine=True)),
-            nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(196, 2),
+            nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2, output_padding=1),
+            _uneven(nn.InstanceNorm2d(4, affine=True)), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(196, 2),
         ),
         _images(),
     ),
@@ -105,11 +108,14 @@ LAYERS = {
     "lstm": lambda: _case_of_layers(lambda: _Last(nn.LSTM(3, 4, batch_first=True)), torch.randn(N, 5, 3, dtype=F64)),
     "gru": lambda: _case_of_layers(lambda: _Last(nn.GRU(3, 4, batch_first=True)), torch.randn(N, 5, 3, dtype=F64)),
     "encoder": lambda: _case_of_layers(
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 1)),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 1)
+        ),
         torch.randn(N, 3, 4, dtype=F64),
     ),
     "weight norm": lambda: _case_of_layers(
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1)), _inputs()
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1)),
+        _inputs(),
     ),
 }  # fmt: skip
 
@@ -291,6 +297,7 @@ def _parts_cases():
         "turned": (lambda: torch.tanh(net(x)).T - 1, p, 1),
         "penalties": (lambda: [u(x), *(0.1 * q for q in p)], p, None),
         "scalar": (lambda: net(x).square().mean(), p, 0),
+        "a mean of the others": (lambda: (lambda v: [v, u(x[:12]) - v.mean()])(u(x)), p, 2),
         "unused": (lambda: u(x), [*p, torch.ones(4, dtype=F64, requires_grad=True)], 1),
     }
 
@@ -409,8 +416,9 @@ def test_the_check_is_remembered(monkeypatch):
     checks, inner = [], _rows.Rows.check
     monkeypatch.setattr(_rows.Rows, "check", lambda self, *args: checks.append(number) or inner(self, *args))
     net, x = _dense_net(), _inputs()
-    params, point = list(net.parameters()), None
-    for number in range(1, 10):
+    params, point, number = list(net.parameters()), None, 0
+    while number < 9:
+        number += 1
         with torch.no_grad():
             params[0].mul_(1.01)
         point = EvaluatedPoint(lambda: net(x), params, "residuals", like=point)
@@ -611,7 +619,11 @@ def _bad(**options):
     [
         (lambda: _bad(row=1, samples=_X), TypeError, "Jacobian: row: expected a function, got int"),
         (lambda: _bad(samples=_X), TypeError, "Jacobian: row: expected a function, got None"),
-        (lambda: _bad(row=abs, samples=None), ValueError, "Jacobian: samples: expected tensors with one first dimension"),
+        (
+            lambda: _bad(row=abs, samples=None),
+            ValueError,
+            "Jacobian: samples: expected tensors with one first dimension",
+        ),
         (lambda: _bad(row=abs, samples=(_X, _X[:3])), ValueError, "Jacobian: samples: expected tensors"),
         (lambda: _bad(row=abs, samples=_X, batches=[1]), ValueError, "Jacobian: row: expected None with batches"),
         (lambda: _bad().gram(max_bytes=0), ValueError, "Jacobian.gram: max_bytes: expected an integer, 1 or more"),

@@ -1,8 +1,8 @@
 """Where the rows of residuals are in every value of a graph: from the residuals down to the parameters.
 
 A layout says along which dimension of a value the residuals have their parts. Known operations carry it to their
-arguments by what they do, others by the sizes of these; where that is a guess, and where an operation mixes rows without
-changing a shape (a cumulative sum), the product of the rows with a random vector tells (`Rows.check`).
+arguments by what they do, others by the sizes of these. Where that is a guess, and where an operation mixes rows and
+changes no shape (a cumulative sum), the product of the rows with a random vector tells (`Rows.check`).
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def _view(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) 
         rest = math.prod(target[dim + 1 :])
         apart = before % ahead or unit % rest or first % rest or span % rest
         if size > 1 and not apart and size == before // ahead * (span // rest):
-            return [
-                layout._replace(dim=dim, first=first // rest, width=unit // rest, repeats=before // ahead)
-            ]
+            return [layout._replace(dim=dim, first=first // rest, width=unit // rest, repeats=before // ahead)]
         ahead *= size
     raise NotUnderstood(f"{name_of(node)} takes the rows apart: {target} to {shape}")
 
@@ -127,12 +125,11 @@ def _shifted(layout: Layout, places: int, length: int) -> Layout:
         raise NotUnderstood("rows that are not in one piece are cut")
     first = layout.first + places
     ahead = -(-max(0, -first) // layout.width)  # rows that begin before it
-    count = min(layout.count - ahead, (length - first) // layout.width - ahead)
-    if (first < 0 and first % layout.width) or (0 < length - first and (length - first) % layout.width and (
-        length - first < layout.count * layout.width
-    )):  # fmt: skip
+    count = min(layout.rows - ahead, (length - first) // layout.width - ahead)
+    rest = length - first
+    if (first < 0 and first % layout.width) or (0 < rest < layout.rows * layout.width and rest % layout.width):
         raise NotUnderstood("rows are cut in the middle")
-    return layout._replace(first=first + ahead * layout.width, count=max(0, count), row=layout.row + ahead)
+    return layout._replace(first=first + ahead * layout.width, rows=max(0, count), row=layout.row + ahead)
 
 
 def _sliced(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
@@ -300,10 +297,11 @@ _RULES: dict[str, Rule] = {
     "IndexBackward0": _indexed,
     **dict.fromkeys(
         (
-            "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "MulBackward1", "DivBackward0", "NegBackward0",
-            "PowBackward0", "PowBackward1", "ExpBackward0", "LogBackward0", "SqrtBackward0", "TanhBackward0",
-            "TanhBackwardBackward0", "SigmoidBackward0", "SigmoidBackwardBackward0", "SinBackward0", "CosBackward0",
-            "ExpandBackward0", "CloneBackward0", "ToCopyBackward0", "WhereBackward0", "PreluKernelBackward0",
+            "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "MulBackward1", "DivBackward0",
+            "NegBackward0", "PowBackward0", "PowBackward1", "ExpBackward0", "LogBackward0", "SqrtBackward0",
+            "TanhBackward0", "TanhBackwardBackward0", "SigmoidBackward0", "SigmoidBackwardBackward0", "SinBackward0",
+            "CosBackward0", "ExpandBackward0", "CloneBackward0", "ToCopyBackward0", "WhereBackward0",
+            "PreluKernelBackward0",
         ),
         _pointwise,
     ),
@@ -362,7 +360,7 @@ class Trace:
                     kid_shape = inner[i]
                     assert kid_shape is not None
                     self.uses.append((_row_uses.make(node, edge, here, i, shape, kid_shape), kid))
-                elif below_it.count == 0:
+                elif below_it.rows == 0:
                     continue
                 elif kid not in layouts:
                     layouts[kid] = below_it
