@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from curvature_problems import ACTIVATIONS, ROUNDING, dense_jacobian, error, flat
@@ -403,9 +404,13 @@ def test_rows_that_a_zero_hides_are_seen_when_it_is_gone():
     nn.init.zeros_(last.weight)
     params = [*net.parameters(), *last.parameters()]
     closure = lambda: last(net(x).cumsum(0))[:, 0]  # noqa: E731
-    point = EvaluatedPoint(closure, params, "residuals")
-    assert error(point.jacobian().rows(), _all_rows(closure, params)) < ROUNDING
-    assert point.jacobian().rows_by == ONE  # nothing to see
+    point = None
+    for _ in range(2):
+        point = EvaluatedPoint(closure, params, "residuals", like=point)
+        assert error(point.jacobian().rows(), _all_rows(closure, params)) < ROUNDING
+        assert point.jacobian().rows_by == ONE  # nothing to see
+        with torch.no_grad():
+            last.bias.add_(1.0)
     nn.init.normal_(last.weight)
     point = EvaluatedPoint(closure, params, "residuals", like=point)
     assert error(point.jacobian().rows(), _all_rows(closure, params)) < ROUNDING
@@ -563,6 +568,11 @@ def test_a_function_of_one_sample_where_rows_are_not_understood(several, named):
         with torch.no_grad():
             params["linear.weight"].mul_(1.5)
     assert calls
+    point = EvaluatedPoint(closure, list(params.values()), "residuals")
+    if not named:
+        at = point.jacobian(row=row, samples=(x, y))
+        assert error(at.gram(), point.jacobian().gram()) < ROUNDING
+        assert (at.rows_by[:5], point.jacobian().rows_by[:5]) == ("row: ", "backw")
     with pytest.raises(ValueError, match=r"Jacobian: row: expected the \d+ residuals of the closure"):
         Jacobian(closure, given, row=row, samples=(x, y + 1)).rows()
     dense, calls[:] = _dense_net(), []
@@ -587,6 +597,30 @@ def test_gradients_of_samples(independent):
     for i in range(N):
         one = torch.autograd.grad(values[i], params, retain_graph=True)
         assert error(flat([g[i] for g in got], params), flat(one, params)) < ROUNDING
+
+
+def test_a_checkpoint_and_what_was_changed_in_place():
+    net, x = _dense_net(), _inputs()
+    _same_rows(lambda: torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False), list(net.parameters()))
+    kept = x.clone()
+    J = Jacobian(lambda: net(kept), net.parameters())
+    J.rows()
+    kept += 1.0
+    with pytest.raises(RuntimeError, match="changed in place: call refresh"):
+        J.rows()
+    J.refresh()
+    assert error(J.rows(), _all_rows(lambda: net(x + 1.0), list(net.parameters()))) < ROUNDING
+
+
+def test_what_a_node_does_not_keep_is_named(monkeypatch):
+    def without(node, *rest):
+        return node._saved_nothing
+
+    monkeypatch.setitem(_row_uses._MAKERS, "AddmmBackward0", without)
+    net, x = _dense_net(), _inputs()
+    J = Jacobian(lambda: net(x), net.parameters())
+    assert error(J.rows(), _all_rows(lambda: net(x), list(net.parameters()))) < ROUNDING
+    assert "AddmmBackward0 does not keep what is read of it" in J.rows_by
 
 
 def test_labels_chosen_by_index():

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeGuard, TypeVar
+
+from torch import Tensor
 
 from secant.curvature import _row_uses
 from secant.curvature._graph import VIEWS, Edge, Node, Slots, below, name_of
 from secant.curvature._row_uses import Layout, NotUnderstood, Shape, Use, signed
+
+Read = TypeVar("Read")
 
 #: The layout in each argument; None where an argument has no rows, or no gradient.
 Layouts = Sequence[Layout | None]
@@ -319,6 +324,18 @@ def rule_of(node: Node) -> Rule:
 # Walks ----------------------------------------------------------------------------------------------------------------
 
 
+def _read(node: Node, read: Callable[[], Read]) -> Read:
+    """Read something of a node.
+
+    Raises:
+        NotUnderstood: it does not keep what is read, as those of another version of torch.
+    """
+    try:
+        return read()
+    except AttributeError as error:
+        raise NotUnderstood(f"{name_of(node)} does not keep what is read of it: {error}") from error
+
+
 class Trace:
     """Uses of parameters in residuals that have a layout in the value at the top.
 
@@ -336,6 +353,7 @@ class Trace:
     def __init__(self, top: Edge, layout: Layout, reach: set[Node], slots: Slots) -> None:
         self.uses: list[tuple[Use, Edge]] = []
         self.own: set[int] = set()
+        self._kept: list[tuple[Tensor, int]] = []
         self.names: list[str] = []
         layouts, waiting = {top: layout}, [top]
         while waiting:
@@ -353,13 +371,15 @@ class Trace:
             self.names.append(name_of(node))
             shape = shape_of(edge)
             inner = [None if kid[0] is None else shape_of(kid) for kid in arguments]
-            found = rule_of(node)(node, number, here, shape, inner)
+            found = _read(node, lambda: rule_of(node)(node, number, here, shape, inner))  # noqa: B023
             for i in live:
                 kid, below_it = arguments[i], found[i]
                 if below_it is None:
                     kid_shape = inner[i]
                     assert kid_shape is not None
-                    self.uses.append((_row_uses.make(node, edge, here, i, shape, kid_shape), kid))
+                    use = _read(node, lambda: _row_uses.make(node, edge, here, i, shape, kid_shape))  # noqa: B023
+                    self.uses.append((use, kid))
+                    self._kept += [(x, x._version) for x in vars(use).values() if _has_version(x)]
                 elif below_it.rows == 0:
                     continue
                 elif kid not in layouts:
@@ -368,3 +388,16 @@ class Trace:
                 elif layouts[kid] != below_it:
                     raise NotUnderstood(f"rows depend on each other: {name_of(node)} moves them against others")
         self.nodes = {node for node, _ in layouts}
+
+    def check_versions(self) -> None:
+        """Check that what uses hold is as it was, as autograd does.
+
+        Raises:
+            RuntimeError: something was changed in place.
+        """
+        if any(x._version != version for x, version in self._kept):
+            raise RuntimeError("a value that rows need has been modified by an inplace operation")
+
+
+def _has_version(x: object) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and not x.is_inference()

@@ -167,6 +167,7 @@ class Rows:
         """Return the gradients of the sum of the rows of one pass, where they are needed."""
         ones = self._flat()
         for part, start in parts:
+            part.trace.check_versions()
             ones[_slice(start, part.step, 0, part.count)] = 1
         edges = list({edge: None for part, _ in parts for edge in part.edges})
         found = self._backward(self._split(ones), [GradientEdge(*edge) for edge in edges])

@@ -389,7 +389,8 @@ class Jacobian(_JacobianOperator):
     @contextlib.contextmanager
     def _reading_rows(self) -> Iterator[None]:
         self._check_surroundings()
-        with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
+        explained = _errors.explained(self._name, "rows")
+        with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients(), explained:
             yield
 
     def _row_sources(self) -> list[Source]:
