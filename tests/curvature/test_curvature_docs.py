@@ -32,6 +32,7 @@ def test_the_calls_of_the_page_run(tmp_path, monkeypatch):
     names = {"secant": secant, "nn": nn, "params": params, "model": model, "inputs": inputs, "targets": targets}
     m = 9 * 2 + params[0].numel()
     names |= {"v": torch.randn(n), "V": torch.randn(n, 2), "u": torch.randn(m), "U": torch.randn(m, 2)}
+    names |= {"r": torch.randn(m), "torch": torch, "losses": lambda: closures["EmpiricalFisher"]()[1]}
     names["residual_closure"] = closures["Jacobian"]
     block = [line.strip() for line in re.findall(r"^    (.+)$", PAGE, flags=re.M)]
     assert len(block) >= 12

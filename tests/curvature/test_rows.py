@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from curvature_problems import ACTIVATIONS, ROUNDING, dense_jacobian, error, flat
@@ -60,7 +61,10 @@ def _images(n=11):
 
 
 LAYERS = {
-    **{name: lambda make=make: _case_of_layers(lambda: _dense_net(make), _inputs()) for name, make in ACTIVATIONS.items()},
+    **{
+        name: lambda make=make: _case_of_layers(lambda: _dense_net(make), _inputs())
+        for name, make in ACTIVATIONS.items()
+    },
     **{
         make.__name__: lambda make=make: _case_of_layers(lambda: _dense_net(make), _inputs())
         for make in (nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh, nn.LogSigmoid, nn.PReLU)
@@ -79,15 +83,15 @@ LAYERS = {
     ),
     "convolutions": lambda: _case_of_layers(
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1, stride=2), _uneven(nn.GroupNorm(2, 4)), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2),
-            nn.Flatten(), nn.Linear(4, 2),
+            nn.Conv2d(2, 4, 3, padding=1, stride=2), _uneven(nn.GroupNorm(2, 4)), nn.ReLU(),
+            nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2),
         ),
         _images(),
     ),
     "transposed convolution": lambda: _case_of_layers(
         lambda: nn.Sequential(
-            nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2, output_padding=1), _uneven(nn.InstanceNorm2d(4, affine=True)),
-            nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(196, 2),
+            nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2, output_padding=1),
+            _uneven(nn.InstanceNorm2d(4, affine=True)), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(196, 2),
         ),
         _images(),
     ),
@@ -105,11 +109,14 @@ LAYERS = {
     "lstm": lambda: _case_of_layers(lambda: _Last(nn.LSTM(3, 4, batch_first=True)), torch.randn(N, 5, 3, dtype=F64)),
     "gru": lambda: _case_of_layers(lambda: _Last(nn.GRU(3, 4, batch_first=True)), torch.randn(N, 5, 3, dtype=F64)),
     "encoder": lambda: _case_of_layers(
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 1)),
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 1)
+        ),
         torch.randn(N, 3, 4, dtype=F64),
     ),
     "weight norm": lambda: _case_of_layers(
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1)), _inputs()
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1)),
+        _inputs(),
     ),
 }  # fmt: skip
 
@@ -291,6 +298,7 @@ def _parts_cases():
         "turned": (lambda: torch.tanh(net(x)).T - 1, p, 1),
         "penalties": (lambda: [u(x), *(0.1 * q for q in p)], p, None),
         "scalar": (lambda: net(x).square().mean(), p, 0),
+        "a mean of the others": (lambda: (lambda v: [v, u(x[:12]) - v.mean()])(u(x)), p, 2),
         "unused": (lambda: u(x), [*p, torch.ones(4, dtype=F64, requires_grad=True)], 1),
     }
 
@@ -396,9 +404,13 @@ def test_rows_that_a_zero_hides_are_seen_when_it_is_gone():
     nn.init.zeros_(last.weight)
     params = [*net.parameters(), *last.parameters()]
     closure = lambda: last(net(x).cumsum(0))[:, 0]  # noqa: E731
-    point = EvaluatedPoint(closure, params, "residuals")
-    assert error(point.jacobian().rows(), _all_rows(closure, params)) < ROUNDING
-    assert point.jacobian().rows_by == ONE  # nothing to see
+    point = None
+    for _ in range(2):
+        point = EvaluatedPoint(closure, params, "residuals", like=point)
+        assert error(point.jacobian().rows(), _all_rows(closure, params)) < ROUNDING
+        assert point.jacobian().rows_by == ONE  # nothing to see
+        with torch.no_grad():
+            last.bias.add_(1.0)
     nn.init.normal_(last.weight)
     point = EvaluatedPoint(closure, params, "residuals", like=point)
     assert error(point.jacobian().rows(), _all_rows(closure, params)) < ROUNDING
@@ -409,8 +421,9 @@ def test_the_check_is_remembered(monkeypatch):
     checks, inner = [], _rows.Rows.check
     monkeypatch.setattr(_rows.Rows, "check", lambda self, *args: checks.append(number) or inner(self, *args))
     net, x = _dense_net(), _inputs()
-    params, point = list(net.parameters()), None
-    for number in range(1, 10):
+    params, point, number = list(net.parameters()), None, 0
+    while number < 9:
+        number += 1
         with torch.no_grad():
             params[0].mul_(1.01)
         point = EvaluatedPoint(lambda: net(x), params, "residuals", like=point)
@@ -555,6 +568,11 @@ def test_a_function_of_one_sample_where_rows_are_not_understood(several, named):
         with torch.no_grad():
             params["linear.weight"].mul_(1.5)
     assert calls
+    point = EvaluatedPoint(closure, list(params.values()), "residuals")
+    if not named:
+        at = point.jacobian(row=row, samples=(x, y))
+        assert error(at.gram(), point.jacobian().gram()) < ROUNDING
+        assert (at.rows_by[:5], point.jacobian().rows_by[:5]) == ("row: ", "backw")
     with pytest.raises(ValueError, match=r"Jacobian: row: expected the \d+ residuals of the closure"):
         Jacobian(closure, given, row=row, samples=(x, y + 1)).rows()
     dense, calls[:] = _dense_net(), []
@@ -579,6 +597,30 @@ def test_gradients_of_samples(independent):
     for i in range(N):
         one = torch.autograd.grad(values[i], params, retain_graph=True)
         assert error(flat([g[i] for g in got], params), flat(one, params)) < ROUNDING
+
+
+def test_a_checkpoint_and_what_was_changed_in_place():
+    net, x = _dense_net(), _inputs()
+    _same_rows(lambda: torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False), list(net.parameters()))
+    kept = x.clone()
+    J = Jacobian(lambda: net(kept), net.parameters())
+    J.rows()
+    kept += 1.0
+    with pytest.raises(RuntimeError, match="changed in place: call refresh"):
+        J.rows()
+    J.refresh()
+    assert error(J.rows(), _all_rows(lambda: net(x + 1.0), list(net.parameters()))) < ROUNDING
+
+
+def test_what_a_node_does_not_keep_is_named(monkeypatch):
+    def without(node, *rest):
+        return node._saved_nothing
+
+    monkeypatch.setitem(_row_uses._MAKERS, "AddmmBackward0", without)
+    net, x = _dense_net(), _inputs()
+    J = Jacobian(lambda: net(x), net.parameters())
+    assert error(J.rows(), _all_rows(lambda: net(x), list(net.parameters()))) < ROUNDING
+    assert "AddmmBackward0 does not keep what is read of it" in J.rows_by
 
 
 def test_labels_chosen_by_index():
@@ -611,7 +653,11 @@ def _bad(**options):
     [
         (lambda: _bad(row=1, samples=_X), TypeError, "Jacobian: row: expected a function, got int"),
         (lambda: _bad(samples=_X), TypeError, "Jacobian: row: expected a function, got None"),
-        (lambda: _bad(row=abs, samples=None), ValueError, "Jacobian: samples: expected tensors with one first dimension"),
+        (
+            lambda: _bad(row=abs, samples=None),
+            ValueError,
+            "Jacobian: samples: expected tensors with one first dimension",
+        ),
         (lambda: _bad(row=abs, samples=(_X, _X[:3])), ValueError, "Jacobian: samples: expected tensors"),
         (lambda: _bad(row=abs, samples=_X, batches=[1]), ValueError, "Jacobian: row: expected None with batches"),
         (lambda: _bad().gram(max_bytes=0), ValueError, "Jacobian.gram: max_bytes: expected an integer, 1 or more"),

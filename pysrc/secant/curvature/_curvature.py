@@ -195,7 +195,7 @@ class CurvatureOperator(LinearOperator):
         return operator
 
     #: What is found out once per operator, and holds at other points of the same problem.
-    _LEARNT = (
+    _LEARNT: tuple[str, ...] = (
         "timings", "_columns", "_chosen", "_used", "_used_slots", "_in_parts", "_is_visible", "_is_checked", "_eps",
         "_warned",
     )  # fmt: skip

@@ -253,13 +253,16 @@ class EvaluatedPoint:
         """
         return self._operator("fisher", Fisher, {"outputs": _whole}, **options)
 
-    def jacobian(self) -> Jacobian:
-        """Return the Jacobian of the residuals, or of the outputs.
+    def jacobian(self, **options: Any) -> Jacobian:
+        """Return the Jacobian of the residuals, or of the outputs; its rows are read from this point's graph.
+
+        Args:
+            options: row and samples of `Jacobian`; other options are another operator.
 
         Raises:
-            ValueError: the closure gives neither.
+            TypeError, ValueError: the closure gives neither; an option is invalid.
         """
-        return self._operator("jacobian", Jacobian, {"residuals": _whole, "outputs": _first})
+        return self._operator("jacobian", Jacobian, {"residuals": _whole, "outputs": _first}, **options)
 
     @property
     def modes(self) -> dict[str, str | None]:

@@ -1,18 +1,23 @@
 """Where the rows of residuals are in every value of a graph: from the residuals down to the parameters.
 
 A layout says along which dimension of a value the residuals have their parts. Known operations carry it to their
-arguments by what they do, others by the sizes of these; where that is a guess, and where an operation mixes rows without
-changing a shape (a cumulative sum), the product of the rows with a random vector tells (`Rows.check`).
+arguments by what they do, others by the sizes of these. Where that is a guess, and where an operation mixes rows and
+changes no shape (a cumulative sum), the product of the rows with a random vector tells (`Rows.check`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeGuard, TypeVar
+
+from torch import Tensor
 
 from secant.curvature import _row_uses
 from secant.curvature._graph import VIEWS, Edge, Node, Slots, below, name_of
 from secant.curvature._row_uses import Layout, NotUnderstood, Shape, Use, signed
+
+Read = TypeVar("Read")
 
 #: The layout in each argument; None where an argument has no rows, or no gradient.
 Layouts = Sequence[Layout | None]
@@ -85,9 +90,7 @@ def _view(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) 
         rest = math.prod(target[dim + 1 :])
         apart = before % ahead or unit % rest or first % rest or span % rest
         if size > 1 and not apart and size == before // ahead * (span // rest):
-            return [
-                layout._replace(dim=dim, first=first // rest, width=unit // rest, repeats=before // ahead)
-            ]
+            return [layout._replace(dim=dim, first=first // rest, width=unit // rest, repeats=before // ahead)]
         ahead *= size
     raise NotUnderstood(f"{name_of(node)} takes the rows apart: {target} to {shape}")
 
@@ -127,12 +130,11 @@ def _shifted(layout: Layout, places: int, length: int) -> Layout:
         raise NotUnderstood("rows that are not in one piece are cut")
     first = layout.first + places
     ahead = -(-max(0, -first) // layout.width)  # rows that begin before it
-    count = min(layout.count - ahead, (length - first) // layout.width - ahead)
-    if (first < 0 and first % layout.width) or (0 < length - first and (length - first) % layout.width and (
-        length - first < layout.count * layout.width
-    )):  # fmt: skip
+    count = min(layout.rows - ahead, (length - first) // layout.width - ahead)
+    rest = length - first
+    if (first < 0 and first % layout.width) or (0 < rest < layout.rows * layout.width and rest % layout.width):
         raise NotUnderstood("rows are cut in the middle")
-    return layout._replace(first=first + ahead * layout.width, count=max(0, count), row=layout.row + ahead)
+    return layout._replace(first=first + ahead * layout.width, rows=max(0, count), row=layout.row + ahead)
 
 
 def _sliced(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
@@ -300,10 +302,11 @@ _RULES: dict[str, Rule] = {
     "IndexBackward0": _indexed,
     **dict.fromkeys(
         (
-            "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "MulBackward1", "DivBackward0", "NegBackward0",
-            "PowBackward0", "PowBackward1", "ExpBackward0", "LogBackward0", "SqrtBackward0", "TanhBackward0",
-            "TanhBackwardBackward0", "SigmoidBackward0", "SigmoidBackwardBackward0", "SinBackward0", "CosBackward0",
-            "ExpandBackward0", "CloneBackward0", "ToCopyBackward0", "WhereBackward0", "PreluKernelBackward0",
+            "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "MulBackward1", "DivBackward0",
+            "NegBackward0", "PowBackward0", "PowBackward1", "ExpBackward0", "LogBackward0", "SqrtBackward0",
+            "TanhBackward0", "TanhBackwardBackward0", "SigmoidBackward0", "SigmoidBackwardBackward0", "SinBackward0",
+            "CosBackward0", "ExpandBackward0", "CloneBackward0", "ToCopyBackward0", "WhereBackward0",
+            "PreluKernelBackward0",
         ),
         _pointwise,
     ),
@@ -319,6 +322,18 @@ def rule_of(node: Node) -> Rule:
 
 
 # Walks ----------------------------------------------------------------------------------------------------------------
+
+
+def _read(node: Node, read: Callable[[], Read]) -> Read:
+    """Read something of a node.
+
+    Raises:
+        NotUnderstood: it does not keep what is read, as those of another version of torch.
+    """
+    try:
+        return read()
+    except AttributeError as error:
+        raise NotUnderstood(f"{name_of(node)} does not keep what is read of it: {error}") from error
 
 
 class Trace:
@@ -338,6 +353,7 @@ class Trace:
     def __init__(self, top: Edge, layout: Layout, reach: set[Node], slots: Slots) -> None:
         self.uses: list[tuple[Use, Edge]] = []
         self.own: set[int] = set()
+        self._kept: list[tuple[Tensor, int]] = []
         self.names: list[str] = []
         layouts, waiting = {top: layout}, [top]
         while waiting:
@@ -355,14 +371,16 @@ class Trace:
             self.names.append(name_of(node))
             shape = shape_of(edge)
             inner = [None if kid[0] is None else shape_of(kid) for kid in arguments]
-            found = rule_of(node)(node, number, here, shape, inner)
+            found = _read(node, lambda: rule_of(node)(node, number, here, shape, inner))  # noqa: B023
             for i in live:
                 kid, below_it = arguments[i], found[i]
                 if below_it is None:
                     kid_shape = inner[i]
                     assert kid_shape is not None
-                    self.uses.append((_row_uses.make(node, edge, here, i, shape, kid_shape), kid))
-                elif below_it.count == 0:
+                    use = _read(node, lambda: _row_uses.make(node, edge, here, i, shape, kid_shape))  # noqa: B023
+                    self.uses.append((use, kid))
+                    self._kept += [(x, x._version) for x in vars(use).values() if _has_version(x)]
+                elif below_it.rows == 0:
                     continue
                 elif kid not in layouts:
                     layouts[kid] = below_it
@@ -370,3 +388,16 @@ class Trace:
                 elif layouts[kid] != below_it:
                     raise NotUnderstood(f"rows depend on each other: {name_of(node)} moves them against others")
         self.nodes = {node for node, _ in layouts}
+
+    def check_versions(self) -> None:
+        """Check that what uses hold is as it was, as autograd does.
+
+        Raises:
+            RuntimeError: something was changed in place.
+        """
+        if any(x._version != version for x, version in self._kept):
+            raise RuntimeError("a value that rows need has been modified by an inplace operation")
+
+
+def _has_version(x: object) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and not x.is_inference()

@@ -122,12 +122,15 @@ class Passes:
         """Yield where at most so many rows are, and what writes them into a tensor (rows, n)."""
         m, n = self.operator.shape
         if n < m == self.m <= most:  # as many products as there are columns are less
-            yield slice(0, m), lambda out: out.copy_(LinearOperator.to_dense(self.operator))
+            yield slice(0, m), self._write_all
             return
         most = min(most, _TOGETHER)
         for low in range(0, self.m, most):
             rows = slice(low, min(self.m, low + most))
             yield rows, functools.partial(self._write, rows)
+
+    def _write_all(self, out: Tensor) -> None:
+        out.copy_(LinearOperator.to_dense(self.operator))
 
     def _write(self, rows: slice, out: Tensor) -> None:
         unit = torch.zeros(len(out), self.operator.shape[0], dtype=out.dtype, device=out.device)

@@ -35,13 +35,13 @@ class NotUnderstood(Exception):
 class Layout(NamedTuple):
     """Where the rows of residuals are in a value: `width` places along `dim` each, from the place `first` on.
 
-    Row `row + i` has the places first + i width, ..., first + (i + 1) width - 1, for 0 <= i < count; where `repeats` is
+    Row `row + i` has the places first + i width, ..., first + (i + 1) width - 1, for 0 <= i < rows; where `repeats` is
     more than 1 (the tokens of a sequence before the samples, made one dimension), in each so many-th part of `dim`.
     """
 
     dim: int
     first: int
-    count: int
+    rows: int
     width: int
     row: int
     repeats: int = 1
@@ -105,9 +105,7 @@ class Product(Use):
         self.at, self.layout, self.scale, self.lifted = at, layout, scale, lifted
         self.other, self.layout_of_other, self.gradient_first = other.detach(), layout_of_other, gradient_first
 
-    def factors(
-        self, gradient: Tensor, low: int, high: int, size: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, gradient: Tensor, low: int, high: int, size: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the rows of both factors, (rows, places, a) and (rows, places, b) for a parameter (a, b)."""
         count = high - low
         g = self.layout.take(gradient, low, high)
@@ -200,9 +198,7 @@ class Lookup(Use):
 
     kind = "lookup"
 
-    def __init__(
-        self, at: Edge, layout: Layout, inner: Shape, indices: Tensor, without: int | None = None
-    ) -> None:
+    def __init__(self, at: Edge, layout: Layout, inner: Shape, indices: Tensor, without: int | None = None) -> None:
         self.at, self.layout, self.inner, self.indices, self.without = at, layout, inner, indices, without
 
     def rows(self, gradient: Tensor, low: int, high: int, size: Callable[[Tensor], Tensor]) -> Tensor:
@@ -426,7 +422,8 @@ def _batch_norm(node: Node, at: Edge, layout: Layout, index: int, shape: Shape, 
         return Broadcast(at, layout, shape, inner, 1.0)
     ones = [1, -1] + [1] * (len(shape) - 2)
     mean, variance = (t.detach().reshape(ones) for t in (node._saved_running_mean, node._saved_running_var))
-    return Broadcast(at, layout, shape, inner, (node._saved_input.detach() - mean) * (variance + node._saved_eps).rsqrt())
+    normal = (node._saved_input.detach() - mean) * (variance + node._saved_eps).rsqrt()
+    return Broadcast(at, layout, shape, inner, normal)
 
 
 _MAKERS: dict[str, Maker] = {

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,18 +23,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from secant.curvature import _graph, _row_layouts
-from secant.curvature._graph import VIEWS, Edge, Node, Slots, name_of
+from secant.curvature._graph import Edge, Node, Slots
 from secant.curvature._parameters import Parameters
-from secant.curvature._row_layouts import Trace, shape_of
-from secant.curvature._row_uses import Layout, NotUnderstood, Own, Product, Shape, Use
+from secant.curvature._row_parts import Part, resolve, take_apart
+from secant.curvature._row_uses import NotUnderstood
 
 #: Numbers of a residual tensor that is not understood for which a backward pass each is as good.
 _FEW = 8
-#: Values made of parameters alone, up to as many numbers, through which single vectors are pulled one after the other.
-_SINGLE = 4
 _CHECKED_BYTES = 2**26
-#: Columns from which an outer product is as fast by broadcasting; numbers of one up to which a copy of it costs little.
-_WIDE, _SMALL = 16, 2**11
 #: Roundings of a number on its way through the backward pass, for the bound of the check.
 _ROUNDINGS = 128
 
@@ -65,301 +60,22 @@ def symmetric_product(x: Tensor, out: Tensor, *, accumulate: bool) -> None:
         torch.mm(x.T, x, out=out)
 
 
-# Targets --------------------------------------------------------------------------------------------------------------
-
-
-class _Target:
-    """What uses add to: a parameter, or a value made of parameters alone.
-
-    Args:
-        first, length: its place in a row.
-    """
-
-    def __init__(self, first: int, length: int) -> None:
-        self.first, self.length = first, length
-        self.products: list[tuple[Product, bool]] = []
-        self.others: list[tuple[Use, Shape, bool]] = []
-
-    def add(self, use: Use, inner: Shape, turned: bool, count: int) -> None:
-        """Enter a use.
-
-        Args:
-            inner: the shape in which the target is used. turned: whether it is used as a transpose. count: all rows.
-        """
-        if isinstance(use, Product) and use.layout.row == 0 and use.layout.count == count:
-            self.products.append((use, turned))
-        else:
-            self.others.append((use, inner, turned))
-
-    def write(
-        self, gradients: dict[Edge, Tensor | None], low: int, high: int, out: Tensor, size: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Write rows low to high.
-
-        Args:
-            gradients: at the results of all uses. out: (high - low, ...). size: see `Use.rows`.
-        """
-        out, rows = out[:, self.first : self.first + self.length], high - low
-        firsts, seconds = list[Tensor](), list[Tensor]()
-        for use, turned in self.products:
-            gradient = gradients[use.at]
-            if gradient is not None:
-                a, b = use.factors(gradient, low, high, size)
-                firsts.append(b if turned else a)
-                seconds.append(a if turned else b)
-        written = bool(firsts)
-        if written:
-            first, second = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (firsts, seconds))
-            _sum_of_outer(first, second, out)
-        for other, inner, turned in self.others:
-            gradient, layout = gradients[other.at], other.layout
-            start, end = max(low, layout.row), min(high, layout.row + layout.count)
-            if gradient is None or start >= end:
-                continue
-            found = other.rows(gradient, start, end, size)
-            if turned:
-                found = found.reshape(end - start, *inner).mT
-            if written:
-                out[start - low : end - low].add_(found.reshape(end - start, -1))
-            elif end - start == rows:
-                out.copy_(found.reshape(rows, -1))
-            else:
-                out.zero_()
-                out[start - low : end - low].copy_(found.reshape(end - start, -1))
-            written = True
-        if not written:
-            out.zero_()
-
-
-def _sum_of_outer(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """Write sum_u first_iu outer second_iu, i by i: (rows, u, a), (rows, u, b), out (rows, a b)."""
-    first, second = first.to(out.dtype), second.to(out.dtype)
-    rows, uses, a = first.shape
-    b = second.shape[2]
-    if uses == 1 and b >= _WIDE:
-        torch.mul(first.mT, second, out=out.view(rows, a, b))
-    elif a * b <= _SMALL:  # into rows that are apart torch multiplies one by one
-        out.copy_(torch.bmm(first.mT, second).view(rows, a * b))
-    else:
-        torch.bmm(first.mT, second, out=out.view(rows, a, b))
-
-
-def _resolve(edge: Edge, slots: Slots) -> tuple[int, bool] | None:
-    """Follow transposes, then views, of a parameter: its place, and whether it is turned. None: something else."""
-    turned = viewed = False
-    while edge not in slots:
-        node, shape = edge[0], shape_of(edge)
-        name = name_of(node)
-        if name in VIEWS:
-            viewed = True
-        elif viewed or len(shape) != 2:
-            return None
-        elif name == "TBackward0" or (name == "PermuteBackward0" and tuple(node._saved_dims) == (1, 0)):
-            turned = not turned
-        elif name == "TransposeBackward0":
-            turned ^= (int(node._saved_dim0) ^ int(node._saved_dim1)) & 1 == 1
-        else:
-            return None
-        edge = node.next_functions[0]
-    return slots[edge], turned
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
-class _Part:
-    """Residuals with rows along one dimension of one value.
-
-    Attributes:
-        count: rows of a pass. starts, step: where row 0 of each pass is among the residuals, and row 1 behind it.
-        edges: where gradients are needed. computed: values made of parameters alone.
-    """
-
-    def __init__(self, top: Edge, places: Tensor, dim: int, reach: set[Node], slots: Slots, params: Parameters) -> None:
-        shape = shape_of(top)
-        self.dim, self.count, self.step = dim, shape[dim], places.stride(dim)
-        others = [range(n) for d, n in enumerate(shape) if d != dim]
-        strides = [s for d, s in enumerate(places.stride()) if d != dim]
-        origin = places.storage_offset()
-        self.starts = [
-            origin + sum(i * s for i, s in zip(index, strides, strict=True)) for index in itertools.product(*others)
-        ]
-        self.trace = trace = Trace(top, Layout(dim, 0, self.count, 1, 0), reach, slots)
-        self.edges = list({use.at: None for use, _ in trace.uses})
-        self.computed: list[Edge] = []
-        self.length = 0  # of all of these
-        targets: dict[Any, _Target] = {}
-        offsets = list(itertools.accumulate(params.sizes, initial=0))
-        touched: set[int] = set()
-        for use, edge in trace.uses:
-            found = _resolve(edge, slots)
-            if found is None:
-                if edge not in targets:
-                    touched |= self._below(edge, reach, slots)
-                    targets[edge] = _Target(self.length, math.prod(shape_of(edge)))
-                    self.length += targets[edge].length
-                    self.computed.append(edge)
-                targets[edge].add(use, shape_of(edge), False, self.count)
-            else:
-                slot, turned = found
-                if not isinstance(use, Own):
-                    touched.add(slot)
-                target = targets.setdefault(slot, _Target(offsets[slot], params.sizes[slot]))
-                target.add(use, shape_of(edge), turned, self.count)
-        if touched & trace.own:
-            raise NotUnderstood("a parameter is used row by row, and by all rows too")
-        self.direct = [target for key, target in targets.items() if isinstance(key, int)]
-        self.indirect = [targets[edge] for edge in self.computed]
-        self.untouched = [
-            (offsets[i], size) for i, size in enumerate(params.sizes) if i not in targets
-        ]  # of the direct ones
-        self.cost = len(self.starts) + min(self.length, self.count)  # backward passes
-        self._pulled: Tensor | None = None
-
-    def _below(self, edge: Edge, reach: set[Node], slots: Slots) -> set[int]:
-        """Return the places of the parameters below a value made of parameters alone.
-
-        Raises:
-            NotUnderstood: it is made of what has rows.
-        """
-        found, seen, waiting = set[int](), set[Node](), [edge]
-        while waiting:
-            here = waiting.pop()
-            if here in slots:
-                found.add(slots[here])
-            elif here[0] in reach and here[0] not in seen:
-                seen.add(here[0])
-                if here[0] in self.trace.nodes:
-                    raise NotUnderstood(f"rows depend on each other: all of them use one {name_of(edge[0])} of theirs")
-                waiting += _graph.below(here[0])
-        return found
-
-    def signature(self) -> tuple[Any, ...]:
-        """Return what is the same where the same computation was done with values of the same shapes."""
-        uses = tuple((use.signature(), shape_of(edge)) for use, edge in self.trace.uses)
-        return self.count, self.step, len(self.starts), self.starts[0], tuple(self.trace.names), uses
-
-    def write(
-        self,
-        gradients: dict[Edge, Tensor | None],
-        params: Parameters,
-        low: int,
-        high: int,
-        out: Tensor,
-        *,
-        size: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> None:
-        """Write rows low to high into out (high - low, n)."""
-        for first, length in self.untouched:
-            out[:, first : first + length].zero_()
-        for target in self.direct:
-            target.write(gradients, low, high, out, size)
-        if self.indirect:
-            rows = torch.empty(high - low, self.length, dtype=out.dtype, device=out.device)
-            for target in self.indirect:
-                target.write(gradients, low, high, rows, size)
-            self._pull(rows, params, out, size)
-
-    def _pull(self, rows: Tensor, params: Parameters, out: Tensor, size: Callable[[Tensor], Tensor]) -> None:
-        """Add to rows of the parameters what those of values made of them add: J_p += J_q dq/dp."""
-        if self._pulled is None and self.length <= self.count:
-            unit = torch.eye(self.length, dtype=out.dtype, device=out.device)
-            self._pulled = torch.zeros(self.length, params.n, dtype=out.dtype, device=out.device)
-            self._add_products(unit, params, self._pulled)
-        if self._pulled is not None:
-            out.addmm_(rows, size(self._pulled))
-        else:
-            self._add_products(rows, params, out)
-
-    def _add_products(self, rows: Tensor, params: Parameters, out: Tensor) -> None:
-        lengths, outputs = [t.length for t in self.indirect], [GradientEdge(*edge) for edge in self.computed]
-        cotangents = [
-            x.reshape(len(rows), *shape_of(edge)).to(edge[0]._input_metadata[edge[1]].dtype)
-            for x, edge in zip(rows.split(lengths, 1), self.computed, strict=True)
-        ]
-        places = out.split(params.sizes, 1)
-
-        def grad(chosen: Sequence[Tensor], *, batched: bool) -> Sequence[Tensor | None]:
-            return torch.autograd.grad(
-                outputs, params.tensors, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-
-        if len(rows) > _SINGLE:
-            for place, x in zip(places, grad(cotangents, batched=True), strict=True):
-                if x is not None:
-                    place.add_(x.reshape(len(rows), -1))
-            return
-        for i in range(len(rows)):
-            for place, x in zip(places, grad([c[i] for c in cotangents], batched=False), strict=True):
-                if x is not None:
-                    place[i].add_(x.reshape(-1))
-
-
-#: Leave every number in its place where they have one argument with a gradient of their own shape.
-_PLAIN = {
-    "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "DivBackward0", "NegBackward0", "CloneBackward0",
-    "ToCopyBackward0",
-}  # fmt: skip
-
-
-def _take_apart(
-    edge: Edge, places: Tensor, reach: set[Node], slots: Slots
-) -> Iterator[list[tuple[Edge, Tensor]]]:
-    """Yield the values that residuals are made of, below views, constants and concatenations, with their places.
-
-    Each is a list: the same numbers in other shapes, the lowest in the graph first.
-
-    Args:
-        places: a tensor without memory whose strides say where among the residuals each number is.
-    """
-    shapes = [(edge, places)]
-    while edge not in slots:
-        node, shape = edge[0], shape_of(edge)
-        live = [kid for kid in node.next_functions if kid[0] in reach or kid in slots]
-        if not live:
-            return
-        name, inner = name_of(node), shape_of(live[0])
-        if name == "CatBackward0":
-            dim, start = _row_layouts.signed(node._saved_dim) % len(shape), 0
-            known = [None if kid[0] is None else shape_of(kid) for kid in node.next_functions]
-            lengths = _row_layouts.lengths(node, dim, shape[dim], known)
-            for kid, length in zip(node.next_functions, lengths, strict=True):
-                if kid in live and length:
-                    yield from _take_apart(kid, places.narrow(dim, start, length), reach, slots)
-                start += length
-            return
-        if len(live) > 1:
-            break
-        if name in VIEWS:
-            try:
-                places = places.view(inner)
-            except RuntimeError:  # not in one order any more
-                break
-        elif name == "TBackward0":
-            places = places.t()
-        elif name == "TransposeBackward0":
-            places = places.transpose(*(_row_layouts.signed(d) for d in (node._saved_dim0, node._saved_dim1)))
-        elif name == "PermuteBackward0":
-            dims = [_row_layouts.signed(d) % len(shape) for d in node._saved_dims]
-            places = places.permute([dims.index(d) for d in range(len(dims))])
-        elif name not in _PLAIN or inner != shape:
-            break
-        edge = live[0]
-        if len(inner) == len(shape):  # the same dimensions, or turned
-            shapes.pop(0)
-        shapes.insert(0, (edge, places))
-    yield shapes
-
-
 class _Pass(NamedTuple):
-    """Parts that one backward pass serves, each with one of its starts, and the nodes that have rows in them.
+    """Parts that one backward pass serves, each with one of its starts.
 
-    alone: whether no other part may join.
+    nodes: that have rows in them. below: that all rows use. alone: whether no other part may join.
     """
 
-    parts: list[tuple[_Part, int]]
+    parts: list[tuple[Part, int]]
     nodes: set[Node]
+    below: set[Node]
     alone: bool
+
+    def is_apart_from(self, part: Part) -> bool:
+        """Tell whether no row of one gets gradients from the other."""
+        nodes = part.trace.nodes
+        apart = self.nodes.isdisjoint(nodes) and self.nodes.isdisjoint(part.below) and self.below.isdisjoint(nodes)
+        return apart and not self.alone
 
 
 class Rows:
@@ -378,41 +94,42 @@ class Rows:
     def __init__(self, residuals: Sequence[Tensor], params: Parameters, slots: Slots) -> None:
         self.params, self.slots = params, slots
         self.residuals = [r for r in residuals if r.requires_grad]
-        starts = list(itertools.accumulate((r.numel() for r in residuals), initial=0))
+        starts = list(itertools.accumulate((int(r.numel()) for r in residuals), initial=0))
         self.m = starts[-1]
         self.ranges = [(start, r.numel()) for start, r in zip(starts, residuals, strict=False) if r.requires_grad]
         edges = [_graph.edge_of(r) for r in self.residuals]
         reach = _row_layouts.reaching(edges, slots)
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self.singles: list[int] = []
         for edge, residual, (start, length) in zip(edges, self.residuals, self.ranges, strict=True):
             if edge[0] not in reach and edge not in slots:
                 continue
             places = torch.empty(start + length, device="meta")[start:].view(residual.shape)
-            for shapes in _take_apart(edge, places, reach, slots):
+            for shapes in take_apart(edge, places, reach, slots):
                 self._read(shapes, reach)
         self.full = sum(len(p.starts) * p.count for p in self.parts) + len(self.singles) == self.m
         self.passes: list[_Pass] = []
         for part in self.parts:
             alone = bool(part.trace.own)  # the gradient of a parameter itself is that of all parts of a pass
-            free = [p for p in self.passes if not alone and not p.alone and p.nodes.isdisjoint(part.trace.nodes)]
-            for start in part.starts:
+            free = [] if alone else [p for p in self.passes if p.is_apart_from(part)]
+            for first in part.starts:
                 if not free:
-                    self.passes.append(_Pass([], set(), alone))
+                    self.passes.append(_Pass([], set(), set(), alone))
                 chosen = free.pop(0) if free else self.passes[-1]
-                chosen.parts.append((part, start))
+                chosen.parts.append((part, first))
                 chosen.nodes.update(part.trace.nodes)
+                chosen.below.update(part.below)
 
     def _read(self, shapes: Sequence[tuple[Edge, Tensor]], reach: set[Node]) -> None:
         """Enter residuals, which are a value in one of several shapes, by the fewest backward passes."""
         reason: NotUnderstood | None = None
-        best: _Part | None = None
+        best: Part | None = None
         for top, places in shapes:
             for dim in (d for d, n in enumerate(places.shape) if n > 1):
                 if best is not None and best.cost == 1:
                     break
                 try:
-                    part = _Part(top, places, dim, reach, self.slots, self.params)
+                    part = Part(top, places, dim, reach, self.slots, self.params)
                 except NotUnderstood as error:
                     reason = reason or error
                 else:
@@ -425,9 +142,8 @@ class Rows:
             assert reason is not None
             raise reason
         for index in itertools.product(*map(range, places.shape)):
-            self.singles.append(
-                places.storage_offset() + sum(i * s for i, s in zip(index, places.stride(), strict=True))
-            )
+            steps = sum(i * s for i, s in zip(index, places.stride(), strict=True))
+            self.singles.append(int(places.storage_offset()) + steps)
 
     def signature(self) -> tuple[Any, ...]:
         """Return what is the same at points where the same was computed, with values of the same shapes."""
@@ -447,10 +163,11 @@ class Rows:
     def _flat(self) -> Tensor:
         return torch.zeros(self.m, dtype=self.params.dtype, device=self.params.device)
 
-    def _gradients(self, parts: Sequence[tuple[_Part, int]]) -> dict[Edge, Tensor | None]:
+    def _gradients(self, parts: Sequence[tuple[Part, int]]) -> dict[Edge, Tensor | None]:
         """Return the gradients of the sum of the rows of one pass, where they are needed."""
         ones = self._flat()
         for part, start in parts:
+            part.trace.check_versions()
             ones[_slice(start, part.step, 0, part.count)] = 1
         edges = list({edge: None for part, _ in parts for edge in part.edges})
         found = self._backward(self._split(ones), [GradientEdge(*edge) for edge in edges])
@@ -526,7 +243,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _slots_of(edge: Edge, slots: Slots) -> list[int]:
-    found = _resolve(edge, slots)
+    found = resolve(edge, slots)
     return [] if found is None else [found[0]]
 
 

@@ -17,6 +17,7 @@ from secant.curvature._estimators import Diagonal
 from secant.curvature._evaluate import Evaluator, Remembered
 from secant.curvature._operator import LinearOperator, Seed
 from secant.curvature._parameters import Parameters
+from secant.curvature._rows import Source, Write
 from secant.curvature.ggn import _JacobianOperator
 from secant.curvature.hessian import trainable
 
@@ -37,8 +38,8 @@ class Jacobian(_JacobianOperator):
     J^T u by u on the kept graph ("double-backward") or forward mode through the closure ("forward"). J^T u is always
     one backward pass on the kept graph.
 
-    **Rows.** `J.rows()`, `J.row_blocks()`, `J.gram()` = J^T J, `J.outer()` = J J^T and `J.gram_and_gradient(r)` have the
-    rows of all residuals by one backward pass of their sum, where residual i depends on row i of every value alone:
+    **Rows.** `J.rows()`, `J.row_blocks()`, `J.gram()` = J^T J, `J.outer()` = J J^T and `J.gram_and_gradient(r)` have
+    the rows of all residuals by one backward pass of their sum, where residual i depends on row i of every value alone:
 
         J_i = sum over the uses u of a parameter of (row i of the gradient at u) times (row i of the other argument)
 
@@ -57,9 +58,9 @@ class Jacobian(_JacobianOperator):
         params, keep_graphs: as for `Hessian`; params may be a dict by names.
         batches: as for `Hessian`; the rows of one batch follow those of another.
         mode: "auto", "r-operator", "double-backward" or "forward".
-        row: (params, *sample) -> the residuals of one sample, a number or (K,), as `torch.func.vmap` takes it: params is
-            a dict of tensors where `params` is one, as for `torch.func.functional_call`, and else a list; the samples'
-            rows follow each other in the order of the closure's. Used where rows cannot be read from the graph.
+        row: (params, *sample) -> the residuals of one sample, a number or (K,), as `torch.func.vmap` takes it: params
+            is a dict of tensors where `params` is one, as for `torch.func.functional_call`, and else a list; the
+            samples' rows follow each other in the order of the closure's. Used where rows are not read from the graph.
         samples: of `row`: a tensor, or a tuple of them, whose first dimension is that of the samples, or a function ()
             -> such, asked at each point.
 
@@ -99,7 +100,7 @@ class Jacobian(_JacobianOperator):
     ) -> None:
         self._m: int | None = None
         self._facts = _row_sources.Facts()
-        self._sources: list[_rows.Source] | None = None
+        self._sources: list[Source] | None = None
         self._remembered: list[Evaluator] | None = None
         names = None
         if isinstance(params, Mapping):
@@ -367,7 +368,7 @@ class Jacobian(_JacobianOperator):
                 return out
             out.zero_()  # rows that no block holds
             most, first = max(1, max_bytes // (2 * size)), 0
-            blocks: list[tuple[slice, _rows.Write]] = []
+            blocks: list[tuple[slice, Write]] = []
             for source in sources:
                 blocks += [(_moved(rows, first), write) for rows, write in source.blocks(most)]
                 first += source.m
@@ -388,10 +389,11 @@ class Jacobian(_JacobianOperator):
     @contextlib.contextmanager
     def _reading_rows(self) -> Iterator[None]:
         self._check_surroundings()
-        with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients():
+        explained = _errors.explained(self._name, "rows")
+        with _evaluate.plain(self.device), torch.no_grad(), self._kept_gradients(), explained:
             yield
 
-    def _row_sources(self) -> list[_rows.Source]:
+    def _row_sources(self) -> list[Source]:
         """Return the rows of all batches: those that are kept, or new ones."""
         state = self.params.state()
         if state != self._state:
@@ -399,7 +401,7 @@ class Jacobian(_JacobianOperator):
             self._state = state
         if self._sources is not None:
             return self._sources
-        sources, first = list[_rows.Source](), 0
+        sources, first = list[Source](), 0
         self._facts.said = None
         for evaluator in self._evaluators():
             result, outputs = self._evaluated(evaluator, self._rooted)
@@ -415,7 +417,7 @@ class Jacobian(_JacobianOperator):
         self._state = self.params.state()
         return sources
 
-    def _chunks(self, sources: list[_rows.Source], max_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, sources: list[Source], max_bytes: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield blocks of rows, each overwritten by the next: all of a batch where they fit."""
         n, first = self.params.n, 0
         most = max(1, max_bytes // max(1, n * self.dtype.itemsize))
@@ -466,7 +468,7 @@ def _moved(rows: slice, first: int) -> slice:
     return slice(rows.start + first, rows.stop + first, rows.step)
 
 
-def _fill(source: _rows.Source, out: Tensor) -> None:
+def _fill(source: Source, out: Tensor) -> None:
     """Write all rows of a batch."""
     if not source.full:
         out.zero_()
@@ -474,7 +476,7 @@ def _fill(source: _rows.Source, out: Tensor) -> None:
         write(out[rows])
 
 
-def _written(write: _rows.Write, room: Tensor, rows: slice) -> Tensor:
+def _written(write: Write, room: Tensor, rows: slice) -> Tensor:
     """Write a block into the first rows of a room."""
     block = room[: len(range(rows.start, rows.stop, rows.step or 1))]
     write(block)
