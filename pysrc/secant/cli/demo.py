@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -322,7 +323,7 @@ def run(device: torch.device, output: Path, *, quick: bool = False) -> dict[str,
 
     bandwidth = machine.bandwidth(device)
     seconds = 0.02 if quick else DIRECTION_SECONDS
-    found = measure_directions(sizes, device, seconds=seconds, deadline=start + ALL_SECONDS)
+    found = measure_directions(sizes, device, seconds=seconds, deadline=math.inf if quick else start + ALL_SECONDS)
     console.show(directions_table(found, bandwidth))
     if len(found) < len(sizes):
         print(f"Left out, for time or memory: n = {', '.join(f'{n:,}' for n in sizes[len(found) :])}.")
