@@ -177,33 +177,31 @@ struct Gram {
   // -------------------------------------------------------------------------------------------------------- result
 
   // Adds the parts of the units begin..end up, in their order, and writes both triangles. Of `out` one is read.
-  void finish(int64_t begin, int64_t end, const double* sums, int64_t parts) const {
-    double low[W * W];
+  void finish(int64_t begin, int64_t end, double* sums, int64_t parts) const {
     int64_t at = 0;
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t q = 0; q <= p; ++q, ++at) {
         if (at < begin || at >= end) continue;
         const int64_t rows = columns(p), cols = columns(q);
-        for (int64_t j = 0; j < cols; ++j) {
-          for (int64_t i = p == q ? j : 0; i < rows; ++i) {
-            const double* x = sums + at * kUnit + j * W + i;
-            double total = *x;
-            for (int64_t part = 1; part < parts; ++part) total += x[part * units * kUnit];
-            low[i * W + j] = total;
+        double* const total = sums + at * kUnit;
+        for (int64_t part = 1; part < parts; ++part) {
+          const double* more = total + part * units * kUnit;
+          for (int64_t j = 0; j < cols; ++j) {
+            for (int64_t i = p == q ? j : 0; i < rows; ++i) total[j * W + i] += more[j * W + i];
           }
         }
         T* const out = static_cast<T*>(c.out);
         for (int64_t i = 0; i < rows; ++i) {
           T* row = out + (p * W + i) * c.n + q * W;
-          for (int64_t j = 0; j < (p == q ? i + 1 : cols); ++j) {
-            double& x = low[i * W + j];
-            if (c.accumulate) x += static_cast<double>(row[j]);
-            row[j] = static_cast<T>(x);
+          const int64_t size = p == q ? i + 1 : cols;
+          if (c.accumulate) {
+            for (int64_t j = 0; j < size; ++j) total[j * W + i] += static_cast<double>(row[j]);
           }
+          for (int64_t j = 0; j < size; ++j) row[j] = static_cast<T>(total[j * W + i]);
         }
         for (int64_t j = 0; j < cols; ++j) {
           T* row = out + (q * W + j) * c.n + p * W;
-          for (int64_t i = p == q ? j + 1 : 0; i < rows; ++i) row[i] = static_cast<T>(low[i * W + j]);
+          for (int64_t i = p == q ? j + 1 : 0; i < rows; ++i) row[i] = static_cast<T>(total[j * W + i]);
         }
       }
     }
