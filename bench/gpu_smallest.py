@@ -86,6 +86,8 @@ def hvp(device: torch.device, *, every: bool) -> None:
         if dtype is wide:
             a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((40, 3000), (3000, 50)))
             ops.paired_matmul(a, b, a, b, scale=torch.rand(40, 50, device=device, dtype=dtype))
+            ops.gram(a)
+            ops.gram(b)
 
 
 FAMILIES = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp}

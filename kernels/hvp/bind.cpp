@@ -52,6 +52,13 @@ void hvp_cross_entropy(int type, int64_t rows, int64_t size, uintptr_t logits, i
   kernels().cross_entropy[type](c);
 }
 
+void hvp_gram(int type, int64_t m, int64_t n, uintptr_t x, int64_t x_row, int64_t x_column, uintptr_t weight,
+              bool accumulate, uintptr_t out, int threads) {
+  const secant::HvpGram c{m, n, ptr(x), x_row, x_column, ptr(weight), accumulate, ptr(out), threads};
+  py::gil_scoped_release release;
+  kernels().gram[type](c);
+}
+
 // Whether x is a contiguous vector of this size and dtype.
 bool is_vector(const Tensor& x, int64_t size, int type) {
   return x.ndim == 1 && x.size(1) == size && (size == 1 || x.stride(1) == 1) && dtype_code(x) == type;
@@ -93,6 +100,7 @@ void define(py::module_& m) {
   m.def("hvp_rows", &hvp_rows);
   m.def("hvp_glm_plain", &hvp_glm_plain, "Takes tensors; False when the gate has to look at them.");
   m.def("hvp_cross_entropy", &hvp_cross_entropy);
+  m.def("hvp_gram", &hvp_gram);
 }
 
 const secant::Family family(define);

@@ -62,3 +62,6 @@ class Backend(Protocol):
         out: Tensor,
     ) -> None:
         """out = scale * (a b + c e + bias) + p * q: a step of the R-operator through a layer."""
+
+    def gram(self, x: Tensor, weight: Tensor | None, accumulate: bool, out: Tensor) -> None:
+        """out = X^T diag(weight) X, or that added to the lower triangle of `out`; the upper one is its mirror image."""

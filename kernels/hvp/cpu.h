@@ -44,12 +44,24 @@ struct HvpCrossEntropy {
   int threads;
 };
 
+// X^T diag(weight) X, float32 or float64.
+struct HvpGram {
+  int64_t m, n;
+  const void* x;
+  int64_t x_row, x_column;  // elements between rows, between columns
+  const void* weight;       // null for ones
+  bool accumulate;
+  void* out;
+  int threads;
+};
+
 // One entry per storage type: float32 (0), float64 (1), bfloat16 (2), float16 (3). `sparse` returns the first row whose
 // pointers or columns are out of range, and has then written nothing but `row_out`; else -1.
 struct HvpCpu {
   void (*rows[4])(const HvpRows&);
   int64_t (*sparse[2])(const HvpRows&);
   void (*cross_entropy[4])(const HvpCrossEntropy&);
+  void (*gram[2])(const HvpGram&);
 };
 
 }  // namespace secant

@@ -124,6 +124,13 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, lse: Tensor | None, out: Tensor
     )  # fmt: skip
 
 
+def gram(x: Tensor, weight: Tensor | None, accumulate: bool, out: Tensor, *, threads: int = 0) -> None:
+    """See `reference.gram`."""
+    _cpu.hvp_gram(
+        _TYPES[x.dtype], *x.shape, x.data_ptr(), *x.stride(), address(weight), accumulate, out.data_ptr(), threads
+    )
+
+
 def paired_matmul(
     a: Tensor,
     b: Tensor,

@@ -17,6 +17,8 @@ void cross_entropy_f32(const secant::HvpCrossEntropy& c);  // cpu_cross_entropy.
 void cross_entropy_f64(const secant::HvpCrossEntropy& c);
 void cross_entropy_bf16(const secant::HvpCrossEntropy& c);
 void cross_entropy_f16(const secant::HvpCrossEntropy& c);
+void gram_f32(const secant::HvpGram& c);  // cpu_gram.cpp
+void gram_f64(const secant::HvpGram& c);
 
 }  // namespace hvp
 }  // namespace SECANT_ISA

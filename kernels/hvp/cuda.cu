@@ -42,6 +42,12 @@ struct Product {
   int tiles_n, parts;                                          // parts > 1: sums go to out[part], hvp_sum ends the work
 };
 
+struct Gram {
+  u64 x, y, out;                               // y: x, or its weighted rows
+  i64 m, n, each, x_row, x_col, y_row, y_col;  // each: rows of a part
+  int tiles, parts, accumulate, unused;        // parts > 1: sums go to out[part], hvp_gram_sum (x: them) ends the work
+};
+
 namespace secant_hvp {
 
 constexpr u32 kAll = 0xffffffffu;
@@ -834,6 +840,72 @@ SECANT_DEVICE void sum(const Product& a) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------- Gram matrices
+
+constexpr i64 kGramRun = 512;  // rows whose sum is added to the others as a whole
+
+// Entry (i, j), i >= j, and its mirror image. What it may be added to is read here alone.
+template <class C>
+SECANT_DEVICE void write_both(const Gram& a, C x, i64 i, i64 j) {
+  C* out = reinterpret_cast<C*>(a.out);
+  if (a.accumulate) x += out[i * a.n + j];
+  out[i * a.n + j] = x;
+  out[j * a.n + i] = x;
+}
+
+// The tiles of the lower triangle, `tiles` squares along its side, each of them M / N tiles of a product. A line of
+// tiles and the one as far from the other end make tiles + 1 squares.
+template <class C>
+SECANT_DEVICE void gram(const Gram& a, unsigned char* memory) {
+  constexpr int M = Shape<C>::M, N = Shape<C>::N, TM = Shape<C>::TM, TN = Shape<C>::TN;
+  const int square = int(blockIdx.x) / (M / N), line = square / (a.tiles + 1), place = square % (a.tiles + 1);
+  const i64 row = i64(place <= line ? line : a.tiles - 1 - line) * M, part = blockIdx.y;
+  const i64 col = i64(place <= line ? place : place - line - 1) * M + i64(int(blockIdx.x) % (M / N)) * N;
+  const i64 first = part * a.each, last = first + a.each < a.m ? first + a.each : a.m;
+  C total[TM][TN] = {};
+  SECANT_LOOP
+  for (i64 run = first; run < last; run += kGramRun) {
+    C acc[TM][TN] = {};
+    multiply(reinterpret_cast<const C*>(a.x), a.x_col, a.x_row, reinterpret_cast<const C*>(a.y), a.y_row, a.y_col, row,
+             a.n, col, a.n, run, run + kGramRun < last ? run + kGramRun : last, reinterpret_cast<C*>(memory), acc);
+    SECANT_UNROLL
+    for (int e = 0; e < TM; ++e) {
+      SECANT_UNROLL
+      for (int f = 0; f < TN; ++f) total[e][f] += acc[e][f];
+    }
+  }
+  const i64 i0 = row + int(threadIdx.x) / (N / TN) * TM, j0 = col + int(threadIdx.x) % (N / TN) * TN;
+  SECANT_UNROLL
+  for (int e = 0; e < TM; ++e) {
+    SECANT_UNROLL
+    for (int f = 0; f < TN; ++f) {
+      const i64 i = i0 + e, j = j0 + f;
+      if (i >= a.n || j > i) continue;
+      if (a.parts > 1) {
+        reinterpret_cast<C*>(a.out)[(part * a.n + i) * a.n + j] = total[e][f];
+      } else {
+        write_both(a, total[e][f], i, j);
+      }
+    }
+  }
+}
+
+// The parts of a triangle in their order, in float64.
+template <class C>
+SECANT_DEVICE void gram_sum(const Gram& a) {
+  const C* parts = reinterpret_cast<const C*>(a.x);
+  const i64 size = a.n * a.n;
+  SECANT_LOOP
+  for (i64 at = i64(blockIdx.x) * kBlock + threadIdx.x; at < size; at += i64(gridDim.x) * kBlock) {
+    const i64 i = at / a.n, j = at % a.n;
+    if (j > i) continue;
+    double total = 0.0;
+    SECANT_UNROLL_4
+    for (int part = 0; part < a.parts; ++part) total += double(parts[part * size + at]);
+    write_both(a, C(total), i, j);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------- entry points
 
 }  // namespace secant_hvp
@@ -856,20 +928,25 @@ SECANT_DEVICE void sum(const Product& a) {
       secant_hvp::cross_entropy<false, C, T>(a, memory);                       \
     }                                                                          \
   }
-#define SECANT_HVP_REST_ENTRIES(TAG, C)                                               \
-  extern "C" __global__ void __launch_bounds__(256, 4) hvp_between_##TAG(OfX a) {     \
-    SECANT_DYNAMIC_SHARED(memory);                                                    \
-    secant_hvp::between<C>(a, memory);                                                \
-  }                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256) hvp_finish_##TAG(OfX a) {         \
-    SECANT_DYNAMIC_SHARED(memory);                                                    \
-    secant_hvp::finish<C>(a, memory);                                                 \
-  }                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 2) hvp_product_##TAG(Product a) { \
-    SECANT_DYNAMIC_SHARED(memory);                                                    \
-    secant_hvp::product<C>(a, memory);                                                \
-  }                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256) hvp_sum_##TAG(Product a) { secant_hvp::sum<C>(a); }
+#define SECANT_HVP_REST_ENTRIES(TAG, C)                                                                 \
+  extern "C" __global__ void __launch_bounds__(256, 4) hvp_between_##TAG(OfX a) {                       \
+    SECANT_DYNAMIC_SHARED(memory);                                                                      \
+    secant_hvp::between<C>(a, memory);                                                                  \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256) hvp_finish_##TAG(OfX a) {                           \
+    SECANT_DYNAMIC_SHARED(memory);                                                                      \
+    secant_hvp::finish<C>(a, memory);                                                                   \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256, 2) hvp_product_##TAG(Product a) {                   \
+    SECANT_DYNAMIC_SHARED(memory);                                                                      \
+    secant_hvp::product<C>(a, memory);                                                                  \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256) hvp_sum_##TAG(Product a) { secant_hvp::sum<C>(a); } \
+  extern "C" __global__ void __launch_bounds__(256, 2) hvp_gram_##TAG(Gram a) {                         \
+    SECANT_DYNAMIC_SHARED(memory);                                                                      \
+    secant_hvp::gram<C>(a, memory);                                                                     \
+  }                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256) hvp_gram_sum_##TAG(Gram a) { secant_hvp::gram_sum<C>(a); }
 
 // The shapes of plan.py. A build may choose fewer kernels by defining the three lists before this file.
 #define SECANT_HVP_SHAPES(X, TAG, C, T) \

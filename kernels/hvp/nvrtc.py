@@ -46,3 +46,4 @@ softmax_hvp = _launcher.softmax_hvp
 softmax_value_grad = _launcher.softmax_value_grad
 cross_entropy_hvp = _launcher.cross_entropy_hvp
 paired_matmul = _launcher.paired_matmul
+gram = _launcher.gram

@@ -19,10 +19,11 @@ from secant.kernels._cuda_driver import Device, Driver, Launch
 from secant.kernels.hvp import LOSSES
 from torch import Tensor
 
-#: struct OfX, CrossEntropy and Product of cuda.cu.
+#: struct OfX, CrossEntropy, Product and Gram of cuda.cu.
 OF_X = struct.Struct("11Q6q2d20i")
 CROSS_ENTROPY = struct.Struct("4Q4q4i")
 PRODUCT = struct.Struct("9Q14q2i")
+GRAM = struct.Struct("3Q7q4i")
 
 #: Storage dtype -> (kernels' tag, type of the arithmetic, bytes of a stored number and of one in arithmetic, type).
 TYPES = {
@@ -82,7 +83,11 @@ class Plan(NamedTuple):
 
 def kernels() -> list[str]:
     """Return the names of all kernels that a plan may ask for."""
-    names = [f"hvp_{kind}_{tag}" for kind in ("between", "finish", "product", "sum") for tag in ("f32", "f64")]
+    names = [
+        f"hvp_{kind}_{tag}"
+        for kind in ("between", "finish", "product", "sum", "gram", "gram_sum")
+        for tag in ("f32", "f64")
+    ]
     for tag in C_TYPES:
         names.append(f"hvp_cross_entropy_{tag}")
         names += [f"hvp_tile_{k}x{e}_{tag}" for k, widths in SHAPES.items() for e in widths if fits(k, e, tag)]
@@ -384,3 +389,25 @@ class Launcher:
             grid = min(-(-m * n // BLOCK), 8 * device.multiprocessors)
             parameters = PRODUCT.pack(work.data_ptr(), 0, 0, 0, *last, out.data_ptr(), *numbers)
             self.driver.launch(Launch(f"hvp_sum_{tag}", grid, 1, BLOCK, 0), index, stream, parameters)
+
+    def gram(self, x: Tensor, weight: Tensor | None, accumulate: bool, out: Tensor) -> None:
+        """out = X^T diag(weight) X, one triangle mirrored: see `reference.gram`."""
+        m, n = x.shape
+        tag, _, _, size, _ = TYPES[out.dtype]
+        index = out.device.index or 0
+        device, stream = self._device(index), self.driver.stream(index)
+        y = x if weight is None else x * weight[:, None]
+        tile_m, tile_n = TILES[size]
+        side = -(-n // tile_m)
+        tiles = side * (side + 1) // 2 * (tile_m // tile_n)
+        parts = max(1, min(2 * device.multiprocessors // tiles, m // FEWEST_TERMS, WORKSPACE // (n * n * size)))
+        each = _up(-(-m // parts), TERMS)
+        work = out if parts == 1 else out.new_empty(parts * n * n)
+        numbers = (m, n, each, *x.stride(), *y.stride(), side, parts, accumulate, 0)
+        shared = size * TERMS * (tile_m + tile_n + 2 * 16 // size)
+        item = Launch(f"hvp_gram_{tag}", tiles, parts, BLOCK, shared)
+        self.driver.launch(item, index, stream, GRAM.pack(x.data_ptr(), y.data_ptr(), work.data_ptr(), *numbers))
+        if parts > 1:
+            grid = min(-(-n * n // BLOCK), 8 * device.multiprocessors)
+            parameters = GRAM.pack(work.data_ptr(), 0, out.data_ptr(), *numbers)
+            self.driver.launch(Launch(f"hvp_gram_sum_{tag}", grid, 1, BLOCK, 0), index, stream, parameters)

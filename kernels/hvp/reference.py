@@ -270,3 +270,22 @@ def paired_matmul(
     if p is not None and q is not None:
         total += p.double() * q.double()
     out.copy_(total)
+
+
+def gram(x: Tensor, weight: Tensor | None, accumulate: bool, out: Tensor) -> None:
+    """out = X^T diag(weight) X, symmetric bit for bit.
+
+    Args:
+        x: (m, n), m >= 1, n >= 1, any strides, float32 or float64, like all here. weight: (m,) or None, for ones.
+        accumulate: whether the product is added to `out`, of which the lower triangle is read then.
+        out: (n, n).
+    """
+    total = out.double() if accumulate else torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+    for rows, part in _chunks("gram", x):
+        total = total + part.mT @ (part if weight is None else weight[rows, None].double() * part)
+    out.copy_(mirrored(total))
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """Return the symmetric matrix that has the lower triangle of x."""
+    return x.tril() + x.tril(-1).mT

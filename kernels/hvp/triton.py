@@ -46,6 +46,8 @@ _FINISH_PARTS, _FINISH_ENTRIES, _VALUE_ENTRIES = 128, 16, 4096
 _ROW, _ROW_BLOCK = 16384, 8192
 #: Side of a tile of a product, half of it for float64, terms at a time, and the fewest worth a program of their own.
 _PRODUCT_SIDE, _PRODUCT_K, _PRODUCT_TERMS = 64, 32, 512
+#: Of a Gram matrix: rows whose sum is added to the others as a whole, rows at a time.
+_GRAM_RUN, _GRAM_K = 512, 16
 
 _GLM_HVP, _GLM_VALUE_GRAD, _SOFTMAX_HVP, _SOFTMAX_VALUE_GRAD = 0, 1, 2, 3
 
@@ -457,6 +459,75 @@ def _product_finish(
     tl.store(out + at, _epilogue(total.to(C), i, j, n, mask, bias, scale, p, q), mask=mask)
 
 
+@triton.jit
+def _square(tiles, B: tl.constexpr):
+    """Find the rows and columns of a tile of the lower triangle, which has `tiles` along its side.
+
+    A line of tiles and the one as far from the other end are tiles + 1 together.
+    """
+    line = tl.program_id(0) // (tiles + 1)
+    place = tl.program_id(0) % (tiles + 1)
+    row = tl.where(place <= line, line, tiles - 1 - line)
+    column = tl.where(place <= line, place, place - line - 1)
+    return row.to(tl.int64) * B + tl.arange(0, B), column.to(tl.int64) * B + tl.arange(0, B)
+
+
+@triton.jit
+def _store_both(x, out, i, j, n, ACCUMULATE: tl.constexpr):
+    """Write entries (i, j), i >= j, and their mirror images; what they may be added to is read here alone."""
+    lower = (i < n)[:, None] & (j[None, :] <= i[:, None])
+    at = out + i[:, None] * n + j[None, :]
+    if ACCUMULATE:
+        x += tl.load(at, mask=lower, other=0.0)
+    tl.store(at, x, mask=lower)
+    tl.store(out + j[None, :] * n + i[:, None], x, mask=lower)
+
+
+@triton.jit
+def _gram(
+    x, x_row, x_column, y, y_row, y_column, out, m, n, tiles, each,
+    ACCUMULATE: tl.constexpr, SPLIT: tl.constexpr, RUN: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the lower triangle of X^T Y, y = weight * x, and its mirror image; `SPLIT`: to `out[part]`."""
+    part = tl.program_id(1)
+    i, j = _square(tiles, B)
+    first = part * each
+    last = tl.minimum(first + each, m)
+    total = tl.zeros([B, B], C)
+    for run in range(first, last, RUN):
+        acc = tl.zeros([B, B], C)
+        stop = tl.minimum(run + RUN, last)
+        for base in range(run, stop, BK):
+            k = (base + tl.arange(0, BK)).to(tl.int64)
+            inside = k < stop
+            left = tl.load(
+                x + i[:, None] * x_column + k[None, :] * x_row, mask=(i < n)[:, None] & inside[None, :], other=0.0
+            )
+            right = tl.load(
+                y + k[:, None] * y_row + j[None, :] * y_column, mask=inside[:, None] & (j < n)[None, :], other=0.0
+            )
+            acc += tl.dot(left, right, input_precision="ieee", out_dtype=C)
+        total += acc
+    if SPLIT:
+        lower = (i < n)[:, None] & (j[None, :] <= i[:, None])
+        tl.store(out + (part.to(tl.int64) * n + i[:, None]) * n + j[None, :], total, mask=lower)
+    else:
+        _store_both(total, out, i, j, n, ACCUMULATE)
+
+
+@triton.jit
+def _gram_finish(partial, out, n, tiles, parts, ACCUMULATE: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """Add the parts of a Gram matrix in their order, in float64."""
+    i, j = _square(tiles, B)
+    lower = (i < n)[:, None] & (j[None, :] <= i[:, None])
+    total = tl.zeros([B, B], tl.float64)
+    for part in range(parts):
+        at = partial + (_wide(part) * n + i[:, None]) * n + j[None, :]
+        total += tl.load(at, mask=lower, other=0.0).to(tl.float64)
+    _store_both(total.to(C), out, i, j, n, ACCUMULATE)
+
+
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 _INTERPRETED = _triton_support.interpreted(_pass)
@@ -644,3 +715,25 @@ def paired_matmul(
         )  # fmt: skip
         if parts > 1:
             _product_finish[(tiles,)](target, *last, out, m, n, tiles_n, parts, num_warps=4, **sizes)
+
+
+def gram(x: Tensor, weight: Tensor | None, accumulate: bool, out: Tensor) -> None:
+    """out = X^T diag(weight) X, one triangle mirrored; see `reference.py`."""
+    m, n = x.shape
+    y = x if weight is None else x * weight[:, None]  # the kernel would have no registers for that
+    wide = out.dtype == torch.float64
+    side = _PRODUCT_SIDE // 2 if wide else _PRODUCT_SIDE
+    lines = -(-n // side)
+    tiles = lines * (lines + 1) // 2
+    parts = max(1, min(2 * _processors(out.device) // tiles, m // _PRODUCT_TERMS, _WORKSPACE // out.nbytes))
+    each = -(-m // (parts * _GRAM_K)) * _GRAM_K
+    target = out if parts == 1 else out.new_empty(parts * n * n)
+    sizes = {"ACCUMULATE": accumulate, "B": side, "C": tl.float64 if wide else tl.float32}
+    warps = 4 if wide else 8
+    with _triton_support.on(out.device):
+        _gram[(tiles, parts)](
+            x, *x.stride(), y, *y.stride(), target, m, n, lines, each,
+            SPLIT=parts > 1, RUN=_GRAM_RUN, BK=_GRAM_K, num_warps=warps, **sizes,
+        )  # fmt: skip
+        if parts > 1:
+            _gram_finish[(tiles,)](target, out, n, lines, parts, num_warps=warps, **sizes)

@@ -31,6 +31,7 @@ def test_bytes_count_x_once():
     assert Case("glm_hvp", 10, 3, 1, torch.bfloat16).nbytes == 30 * 2 + (10 + 6) * 4
     assert Case("softmax_hvp", 10, 3, 5).nbytes == (30 + 50 + 30) * 4
     assert Case("cross_entropy_hvp", 10, 3).nbytes == 90 * 4
+    assert Case("gram", 10, 3).nbytes == (30 + 9) * 4
     assert Case("glm_hvp", 10, 30, 2, entries=4).nbytes == 10 * (4 * 8 + 4) + (10 + 120) * 4
 
 
@@ -89,10 +90,11 @@ def test_the_bars_are_those_of_the_full_cases():
     for case in hvp.cases(CPU):
         rows += [row(case, "cpu", "backend", 1.0), row(case, "eager", "peer", 5.0), row(case, READ, "limit", 1.0)]
     bars = {bar.measure: bar for bar in hvp.cpu_bars(rows)}
-    assert len(bars) == 9
+    assert len(bars) == 13
     measure = "glm_hvp 200,000 x 784, k = 8 against eager, times faster"
     assert bars[measure][:4] == Bar(measure, 8.0, True, 5.0)[:4]
     assert bars[measure].case == Case("glm_hvp", 200_000, 784, 8)
+    assert bars["gram 3,500 x 449, float64 against eager, times faster"].target == 1.6
     assert [bar.met for bar in bars.values()].count(False) == 2
     assert bars[f"glm_hvp 200,000 x 784, k = 1 against {READ}, times longer"].met is True
 

@@ -289,6 +289,14 @@ def paired_matmul(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     return OPS["paired_matmul"], args | {"out": f.out((m, n), dtype, a, b, strided=False)}
 
 
+def gram(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    m, n, dtype = f.pick((0, 1, 2, 9, 40, 300)), f.size(), f.pick((F32, F64))
+    x = f.tensor(f.normal(m, n, dtype=dtype))
+    weight = f.pick((None, f.tensor(f.normal(m, dtype=dtype))))
+    args = {"x": x, "weight": weight, "out": f.out((n, n), dtype, x, weight)}
+    return OPS["gram"], args | ({"accumulate": True} if f.spoil(0.1) else {})
+
+
 def first(result: Any) -> list[Tensor]:
     return [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
 
@@ -316,6 +324,7 @@ MAKERS: dict[str, Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, Any]]]]
     "softmax_value_grad": softmax_value_grad,
     "cross_entropy_hvp": cross_entropy_hvp,
     "paired_matmul": paired_matmul,
+    "gram": gram,
     "history": history,
 } | {
     name: blocks(name)

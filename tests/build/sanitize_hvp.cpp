@@ -13,6 +13,7 @@
 
 using namespace SECANT_ISA;
 using secant::HvpCrossEntropy;
+using secant::HvpGram;
 using secant::HvpRows;
 
 // The aligned allocations are those of the kernels. One of them fails: the next when `countdown` is 0.
@@ -176,6 +177,22 @@ void cross_entropy(void (*kernel)(const HvpCrossEntropy&), int64_t rows, int64_t
   kernel({rows, size, logits.data(), size + 1, u.data(), size, nullptr, out.data(), threads});
 }
 
+// Rows or columns of one piece, and neither; weights, and a result to add to.
+template <class T>
+void gram(void (*kernel)(const HvpGram&), int64_t m, int64_t n, int threads) {
+  const auto rows = numbers<T>((m - 1) * (n + 1) + n), columns = numbers<T>((n - 1) * (m + 1) + m);
+  const auto spread = numbers<T>((m - 1) * 2 * n + (n - 1) * 2 + 1), weight = numbers<T>(m);
+  std::vector<T> out(static_cast<size_t>(n * n));
+  kernel({m, n, rows.data(), n + 1, 1, weight.data(), false, out.data(), threads});
+  kernel({m, n, columns.data(), 1, m + 1, nullptr, true, out.data(), threads});
+  kernel({m, n, spread.data(), 2 * n, 2, weight.data(), true, out.data(), threads});
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      expect(out[static_cast<size_t>(i * n + j)] == out[static_cast<size_t>(j * n + i)], "a symmetric result");
+    }
+  }
+}
+
 // Classes that are none, among some that are.
 template <class T>
 void classes(void (*rows)(const HvpRows&), int64_t n, int64_t k, int threads) {
@@ -223,6 +240,7 @@ int main() {
       classes<float>(hvp::dense_f32, 40, k, threads);
       classes<double>(hvp::dense_f64, 40, k, threads);
     }
+    without_memory([=] { gram<float>(hvp::gram_f32, 40, 5, threads); });
     without_memory([=] { cross_entropy<float, float>(hvp::cross_entropy_f32, 7, 9, threads); });
     without_memory([=] { dense<bf16, float>(hvp::dense_bf16, 40, 5, 3, true, threads); });
     without_memory([=] { sparse<double, int64_t, int64_t>(hvp::sparse_f64, 40, 5, 1, true, threads); });
@@ -245,6 +263,14 @@ int main() {
         cross_entropy<double, double>(hvp::cross_entropy_f64, n, size, threads);
         cross_entropy<bf16, float>(hvp::cross_entropy_bf16, n, size, threads);
         cross_entropy<f16, float>(hvp::cross_entropy_f16, n, size, threads);
+      }
+    }
+  }
+  for (int threads : {1, 2, 3}) {
+    for (int64_t m : {1, 7, 257, 1600}) {
+      for (int64_t n : {1, 2, 5, 24, 31, 49, 130}) {
+        gram<float>(hvp::gram_f32, m, n, threads);
+        gram<double>(hvp::gram_f64, m, n, threads);
       }
     }
   }

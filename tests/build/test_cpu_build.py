@@ -44,11 +44,11 @@ def test_sanitizers(tmp_path, isa):
 
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
 def test_sanitizers_on_products(tmp_path, isa):
-    """The same for the products with X and cross entropy."""
+    """The same for the products with X, Gram matrices and cross entropy."""
     program = tmp_path / "sanitize_hvp"
     sources = [
         "tests/build/sanitize_hvp.cpp",
-        *(f"kernels/hvp/cpu_{s}.cpp" for s in ("cross_entropy", "dense", "sparse")),
+        *(f"kernels/hvp/cpu_{s}.cpp" for s in ("cross_entropy", "dense", "gram", "sparse")),
     ]
     compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     done = subprocess.run([program], capture_output=True, text=True)

@@ -216,7 +216,7 @@ def test_runtime_source_of_blocks(tmp_path, kernel):
     [
         ("tile_4x16_f16", ["hvp_tile_4x16_f16"]),
         ("cross_entropy_f32", ["hvp_cross_entropy_f32"]),
-        ("rest_f64", [f"hvp_{kind}_f64" for kind in ("between", "finish", "product", "sum")]),
+        ("rest_f64", [f"hvp_{kind}_f64" for kind in ("between", "finish", "gram", "gram_sum", "product", "sum")]),
     ],
 )
 def test_runtime_source_of_hvp(tmp_path, module, kernels):

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 KERNELS = {
     lbfgs: ("_dots", "_solve", "_combine", "_panel", "_update_one", "_two_loop_one"),
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
-    hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish"),
+    hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish", "_gram", "_gram_finish"),
 }
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -319,3 +319,12 @@ def test_products_compile_without_spills(gpu, tmp_path, m, n, k, dtype):
     a, b, out = torch.zeros(m, k, dtype=dtype), torch.zeros(n, k, dtype=dtype).T, torch.zeros(m, n, dtype=dtype)
     hvp.paired_matmul(a, b, a, b, out[0], out, out, out, out)
     check_resources(gpu, tmp_path, f"product {m} {n} {k} {dtype}", lambda registers: 0)
+
+
+@pytest.mark.parametrize(("m", "n", "dtype"), [(9000, 999, F32), (9000, 800, F64), (5000, 65, F32), (5000, 30, F32)])
+def test_grams_compile_without_spills(gpu, tmp_path, m, n, dtype):
+    x, out = torch.zeros(m, n, dtype=dtype), torch.zeros(n, n, dtype=dtype)
+    hvp.gram(x, None, False, out)
+    hvp.gram(torch.zeros(n, m, dtype=dtype).T, x[:, 0].contiguous(), True, out)
+    assert ("_gram_finish" in {kernel.metadata.name for kernel in gpu[1]}) == (n < 64)  # split over rows
+    check_resources(gpu, tmp_path, f"gram {m} {n} {dtype}", lambda registers: 0)

@@ -147,6 +147,7 @@ def test_layers_and_multinomial_losses_of_fresh_inputs(name, device, dtype, pois
         # Sums of +-1: exact in any order.
         a, b, c, e = (rademacher(*shape, dtype=dtype, device=device) for shape in ((m, k), (k, n), (m, k), (k, n)))
         assert torch.equal(ops.paired_matmul(a, b, c, e), a @ b + c @ e), (SEED, m, n, k)
+        assert torch.equal(ops.gram(a, weight=a[:, 0].contiguous()), a.mT @ (a[:, :1] * a)), (SEED, m, k)
         x, v = torch.randn(m, n, dtype=dtype, device=device), torch.randn(n, 5, dtype=dtype, device=device) / n**0.5
         classes = torch.randint(0, 5, (m,), device=device)
         value, grad, probs = ops.softmax_value_grad(x, classes, v)
@@ -180,6 +181,7 @@ def operands(device):
         "softmax_hvp": (lambda x, v, p: ops.softmax_hvp(x, v, p), (x, v, p)),
         "softmax_value_grad": (lambda x, v: ops.softmax_value_grad(x, classes, v), (x, v)),
         "cross_entropy_hvp": (lambda x: ops.cross_entropy_hvp(x, x), (x,)),
+        "gram": (lambda x, w: ops.gram(x, weight=w), (x, w)),
         "paired_matmul": (lambda x, v, p: ops.paired_matmul(x, v, x, v, scale=p), (x, v, p)),
     }
 

@@ -22,6 +22,7 @@ from secant.ops import (
     cross_entropy_hvp,
     glm_hvp,
     glm_value_grad,
+    gram,
     paired_matmul,
     softmax_hvp,
     softmax_value_grad,
@@ -200,13 +201,15 @@ def _calls():
         "softmax_hvp": lambda: softmax_hvp(x, v, p),
         "softmax_value_grad": lambda: softmax_value_grad(x, classes, v),
         "cross_entropy_hvp": lambda: cross_entropy_hvp(x, x),
+        "gram": lambda: gram(x, weight=w),
         "paired_matmul": lambda: paired_matmul(x, v, x, v, scale=p),
     }
 
 
 NAMES = (
     "two_loop", "block_inv", "block_inv general", "block_solve", "block_eigh", "block_abs_inv", "block_inv_root",
-    "glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad", "cross_entropy_hvp", "paired_matmul",
+    "glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad", "cross_entropy_hvp", "gram",
+    "paired_matmul",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from secant.ops import (
     cross_entropy_hvp,
     glm_hvp,
     glm_value_grad,
+    gram,
     paired_matmul,
     softmax_hvp,
     softmax_value_grad,
@@ -68,6 +69,8 @@ FUNCTIONS = {
     "softmax_value_grad": (lambda c: softmax_value_grad(x, classes, c)[1], coef),
     "cross_entropy_hvp by u": (lambda u: cross_entropy_hvp(logits, u), u),
     "cross_entropy_hvp by logits": (lambda logits: cross_entropy_hvp(logits, u), logits),
+    "gram": (lambda x: gram(x, weight=w), x),
+    "gram by weight": (lambda w: gram(x, weight=w), w),
     "paired_matmul": (lambda a: paired_matmul(a, coef), random(5, 4)),
 }
 

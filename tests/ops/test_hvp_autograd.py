@@ -10,6 +10,7 @@ from secant.ops import (
     cross_entropy_hvp,
     glm_hvp,
     glm_value_grad,
+    gram,
     paired_matmul,
     softmax_hvp,
     softmax_value_grad,
@@ -142,6 +143,31 @@ def test_paired_matmul():
         )
 
 
+def test_gram():
+    x, w = real(5, 3), (rows(5, grad=False) - 0.5).requires_grad_()
+
+    def weighted(x, w):
+        return gram(x, weight=w)
+
+    assert gradcheck(gram, (x,), check_forward_ad=True, check_batched_grad=True)
+    assert gradcheck(weighted, (x, w), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(weighted, (x, w))
+    assert torch.equal(gram(x), gram(x.detach()))  # the kernel's bits, also where autograd looks on
+    batch, fixed = torch.randn(4, 5, 3, dtype=F64), w.detach()
+    expected = torch.stack([gram(z, weight=fixed) for z in batch])
+    assert torch.equal(torch.vmap(weighted, (0, None))(batch, fixed), expected)
+
+
+def test_gram_is_differentiated_through_what_it_was_added_to():
+    x, out = real(5, 3), torch.randn(3, 3, dtype=F64)
+    before = out.clone()
+    gram(x, out=out, accumulate=True)
+    assert torch.equal(out, out.mT)
+    torch.testing.assert_close(out.tril(), (before + x.mT @ x).tril())
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, x.detach() @ torch.full((3, 3), 2.0, dtype=F64))
+
+
 def test_a_batch_of_vectors_is_one_call(monkeypatch):
     from secant.ops import _hvp_dispatch
 
@@ -163,6 +189,7 @@ COMPILED = {
     "softmax_value_grad": lambda v: softmax_value_grad(X, Y, v),
     "cross_entropy_hvp": lambda v: cross_entropy_hvp(v, v * v),
     "cross_entropy_hvp, lse": lambda v: cross_entropy_hvp(v, v * v, lse=v.logsumexp(-1)),
+    "gram": lambda v: gram(v, weight=W[:4]),
     "paired_matmul": lambda v: paired_matmul(X, v, scale=W[:, None].expand(9, 3)),
 }
 
@@ -227,6 +254,7 @@ OPCHECKS = {
     "softmax_hvp": (X, torch.randn(4, 3), torch.softmax(X[:, :3], -1), None, 0.1, E4),
     "softmax_value_grad": (X, Y, torch.randn(4, 3), None, 0.1, VALUE, E4, torch.empty(9, 3)),
     "cross_entropy_hvp": (X, X * 2, None, torch.empty(9, 4)),
+    "gram": (X, W, True, torch.zeros(4, 4)),
     "paired_matmul": (X, torch.randn(4, 3), None, None, torch.randn(3), None, None, None, torch.empty(9, 3)),
 }
 

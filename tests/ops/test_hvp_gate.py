@@ -14,6 +14,7 @@ from secant.ops import (
     cross_entropy_hvp,
     glm_hvp,
     glm_value_grad,
+    gram,
     paired_matmul,
     softmax_hvp,
     softmax_value_grad,
@@ -102,6 +103,16 @@ WRONG = [
         ValueError,
         "out: expected None where a derivative",
     ),
+    (lambda: gram([1.0]), TypeError, "gram: x: expected a torch.Tensor, got list"),
+    (lambda: gram(v), ValueError, r"gram: x: expected shape \(m, n\), got shape \(4,\)"),
+    (lambda: gram(x.half()), TypeError, "gram: x: expected dtype float32 or float64"),
+    (lambda: gram(sparse), ValueError, "gram: x: expected a dense"),
+    (lambda: gram(x, weight=w[:5]), ValueError, r"gram: weight: expected shape \(6,\), got shape \(5,\)"),
+    (lambda: gram(x, weight=w.double()), TypeError, "gram: weight: expected dtype float32"),
+    (lambda: gram(x, accumulate=True), ValueError, "gram: out: expected a tensor to add to, with accumulate=True"),
+    (lambda: gram(x, out=torch.empty(4, 3)), ValueError, r"gram: out: expected shape \(4, 4\), got shape \(4, 3\)"),
+    (lambda: gram(x, out=x[:4]), ValueError, "gram: out: expected no overlap with x"),
+    (lambda: gram(x[:, :1], weight=w, out=w[:1, None]), ValueError, "gram: out: expected no overlap with weight"),
     (lambda: paired_matmul(a.half(), b.half()), TypeError, "a: expected dtype float32 or float64"),
 ]
 
@@ -145,6 +156,26 @@ def test_out():
     assert torch.equal(strided, glm_hvp(x, columns, w))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gram(weighted):
+    weight = w - 0.5 if weighted else None
+    right = x.mT @ (x if weight is None else weight[:, None] * x)
+    whole = gram(x, weight=weight)
+    assert torch.equal(whole, whole.mT)
+    torch.testing.assert_close(whole, right)
+    for z in (x.mT.contiguous().mT, torch.stack((x, x), -1)[..., 0], torch._neg_view(-x)):
+        torch.testing.assert_close(gram(z, weight=weight), right)
+    torch.testing.assert_close(gram(x.T), x @ x.T)
+    for out in (torch.full((4, 4), torch.nan), torch.full((4, 8), torch.nan)[:, ::2]):
+        assert gram(x, weight=weight, out=out) is out
+        assert torch.equal(out, whole)
+    for out in (torch.zeros(4, 4), torch.zeros(4, 8)[:, ::2], torch._neg_view(torch.zeros(4, 4))):
+        for rows in (slice(0, 2), slice(2, 6)):
+            gram(x[rows], weight=None if weight is None else weight[rows], out=out, accumulate=True)
+        assert torch.equal(out, out.mT)
+        torch.testing.assert_close(out, right)
+
+
 def test_any_strides():
     turned = x.mT.contiguous().mT
     columns = torch.randn(3, 4).mT
@@ -173,6 +204,12 @@ def test_no_rows_leave_the_penalty():
     assert glm_hvp(x, torch.empty(4, 0), w).shape == (4, 0)
     assert cross_entropy_hvp(torch.empty(0, 5), torch.empty(0, 5)).shape == (0, 5)
     assert paired_matmul(a[:0], b).shape == (0, 2)
+    assert torch.equal(gram(none), torch.zeros(4, 4))
+    assert gram(x[:, :0]).shape == (0, 0)
+    before = torch.randn(4, 4)
+    after = gram(none, out=before.clone(), accumulate=True)
+    assert torch.equal(after.tril(), before.tril())
+    assert torch.equal(after, after.mT)
 
 
 def test_dtypes_of_the_results():
@@ -192,9 +229,10 @@ def test_results_without_memory():
             glm_hvp(x, coef, w),
             *glm_value_grad(x, w, v, loss="poisson"),
             cross_entropy_hvp(x, x),
+            gram(x),
         )
     assert all(isinstance(result, FakeTensor) for result in results)
-    assert [tuple(result.shape) for result in results] == [(4,), (4, 3), (), (4,), (6,), (6, 4)]
+    assert [tuple(result.shape) for result in results] == [(4,), (4, 3), (), (4,), (6,), (6, 4), (4, 4)]
 
 
 #: The functions of x.
@@ -316,6 +354,9 @@ DIRECT = {
     "cross_entropy_hvp: lse": (w[:3], w.double()),
     "paired_matmul: bias": (v,),
     "paired_matmul: e": (a,),
+    "gram: x": (x.half(), x[0]),
+    "gram: weight": (w[:5], w.double()),
+    "gram: out": (torch.empty(4, 3), torch.empty(4, 4).double()),
 }
 
 
@@ -337,6 +378,7 @@ def test_registered_ops_check_what_a_kernel_trusts(name):
         "paired_matmul": {
             "a": a, "b": b, "c": a, "e": b, "bias": v[:2], "scale": None, "p": None, "q": None, "out": full,
         },
+        "gram": {"x": x, "weight": w, "accumulate": False, "out": torch.empty(4, 4)},
     }[op]  # fmt: skip
     getattr(OPS, op)(*right.values())
     for wrong in DIRECT[name]:
@@ -348,6 +390,9 @@ def test_registered_ops_write_results_of_any_strides():
     turned = torch.full((3, 4), torch.nan).mT
     OPS.glm_hvp(x, coef, w, 0.1, turned)
     assert torch.equal(turned, glm_hvp(x, coef, w, l2=0.1))
+    turned = torch.ones(4, 8)[:, ::2]
+    OPS.gram(x, None, True, turned)
+    torch.testing.assert_close(turned, gram(x) + 1)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3, 2**32 + 1, -(2**63)])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import secant
-from secant.ops import _gate, block_inv, block_solve, glm_hvp, paired_matmul, two_loop
+from secant.ops import _gate, block_inv, block_solve, glm_hvp, gram, paired_matmul, two_loop
 
 torch.manual_seed(0)
 grad, s = torch.randn(6), torch.randn(3, 6)
@@ -43,6 +43,7 @@ OPS = {
     "block_solve": (lambda out: block_solve(a, b, assume="general", out=out)[0], (4, 3), True),
     "glm_hvp": (lambda out: glm_hvp(x, v, weight, out=out), (5, 2), True),
     "glm_hvp of one vector": (lambda out: glm_hvp(x, v[:, 0], weight, out=out), (5,), True),
+    "gram": (lambda out: gram(x, out=out), (5, 5), True),
     "paired_matmul": (lambda out: paired_matmul(x, v, out=out), (8, 2), False),
     "direction": (direction, (6,), False),
     "step, direction": (step_direction, (6,), False),

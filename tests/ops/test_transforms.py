@@ -46,6 +46,9 @@ CASES = {
     "softmax_hvp": (lambda v: ops.softmax_hvp(X, v, P), V),
     "softmax_value_grad": (lambda c: ops.softmax_value_grad(X, C, c)[0], V),
     "cross_entropy_hvp": (lambda u: ops.cross_entropy_hvp(L, u), randn(2, 4)),
+    "gram": (lambda x: ops.gram(x), X),
+    "gram, weighted": (lambda x: ops.gram(x, weight=T - 0.3), X),
+    "gram, weight": (lambda w: ops.gram(X, weight=w), W),
     "paired_matmul": (lambda a: ops.paired_matmul(a, V, bias=V[0]), X),
 }
 

@@ -117,6 +117,55 @@ class ValueGrad(Function):
         return total, None, None, None
 
 
+#: x (m, n), weight (m,) or None -> X^T diag(weight) X, by a kernel.
+Gram = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class _Gram(Function):
+    """X^T diag(w) X by its kernel; the derivatives are products of torch, but that by w, which is of the same form."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, kernel: Gram) -> Tensor:
+        return kernel(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.kernel = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        y = x @ (g + g.mT)
+        by_weight = (x * y).sum(-1) / 2 if ctx.needs_input_grad[1] else None
+        return y if weight is None else weight[:, None] * y, by_weight, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, *others: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        parts = []
+        if dx is not None:
+            product = dx.mT @ (x if weight is None else weight[:, None] * x)
+            parts.append(product + product.mT)
+        if dw is not None:
+            parts.append(gram(x, dw, ctx.kernel))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, weight: Tensor | None, kernel: Gram) -> tuple[Tensor, int]:
+        xs, weights = (
+            [t] * info.batch_size if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((x, weight), dims, strict=False)
+        )
+        return torch.stack([gram(a, b, kernel) for a, b in zip(xs, weights, strict=True)]), 0
+
+
+def gram(x: Tensor, weight: Tensor | None, kernel: Gram) -> Tensor:
+    """kernel(x, weight), differentiable by both."""
+    return _batching.apply(_Gram, x, weight, kernel)
+
+
 def value_grad_of(value: Callable[[Tensor], Tensor], coef: Tensor) -> tuple[Tensor, Tensor]:
     """(value, gradient) of a formula, both differentiable to any order and by everything that it closes over."""
     grad, result = torch.func.grad_and_value(value)(coef)

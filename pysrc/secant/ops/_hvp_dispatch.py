@@ -24,10 +24,15 @@ def _line(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
+#: Ops of full matrices of any strides, float32 or float64: how many of their arguments are such.
+_ANY_STRIDES = {"paired_matmul": 4, "gram": 1}
+
+
 def _arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """In the layout of the contract: a compiler may hand over other strides than it traced."""
-    if name == "paired_matmul":
-        factors, rest = args[:4], args[4:]
+    if name in _ANY_STRIDES:
+        count = _ANY_STRIDES[name]
+        factors, rest = args[:count], args[count:]
         return (
             *[x if x is None else x.resolve_neg() for x in factors],
             *[_line(x) if isinstance(x, Tensor) else x for x in rest],
@@ -48,6 +53,7 @@ _SHAPES = {
     "softmax_value_grad": ("nd", "n", "lk", "n?", "-", "", "lk", "nk"),
     "cross_entropy_hvp": ("rv", "rv", "r?", "rv"),
     "paired_matmul": ("mk", "kn", "mp?", "pn?", "n?", "mn?", "mn?", "mn?", "mn"),
+    "gram": ("mn", "m?", "-", "nn"),
 }
 
 
@@ -67,7 +73,7 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
             dtype = torch.int64
         else:
             dtype = first.dtype if place == 0 or name in ("cross_entropy_hvp", "paired_matmul") else wide
-            dtype = wide if argument == "lse" else dtype
+            dtype = wide if argument == "lse" or name == "gram" else dtype
         if x.dtype is not dtype or x.device != first.device or x.layout is not torch.strided:
             raise _checks.fail(name, argument, f"a dense tensor of {dtype} on {first.device}", _checks.describe(x))
         fits = x.dim() == len(letters)
@@ -105,6 +111,7 @@ _KERNELS = {
             "cross_entropy_hvp(Tensor logits, Tensor u, Tensor? lse, Tensor(a!) out)",
             "paired_matmul(Tensor a, Tensor b, Tensor? c, Tensor? e, Tensor? bias, Tensor? scale, Tensor? p, "
             "Tensor? q, Tensor(a!) out)",
+            "gram(Tensor x, Tensor? weight, bool accumulate, Tensor(a!) out)",
         ),
     )
 }

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.kernels.hvp import LOSSES, rows
+from secant.kernels.hvp import LOSSES, reference, rows
 from secant.ops import _gate, _register, _shortcut
 from secant.ops import _hvp_autograd as autograd
 from secant.ops import _hvp_dispatch as dispatch
@@ -576,3 +576,71 @@ def paired_matmul(
         dispatch.call("paired_matmul", a, b, c, e, bias, scale, p, q, out)
         _gate.written(out)
     return out
+
+
+@_register.whole
+def gram(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+    """Compute the Gram matrix X^T diag(weight) X of the columns of X: one triangle, then its mirror image.
+
+    It is the symmetric rank-k update of BLAS, with weights: J^T J of Gauss-Newton, or J J^T as gram(J.T). The result
+    is symmetric bit for bit, and half the arithmetic of a matrix product.
+
+    Args:
+        x: (m, n), float32 or float64, any strides.
+        weight: (m,), of the dtype of `x`, of any sign, or None for ones.
+        out: (n, n), of the dtype of `x`; receives the result. It must not overlap an input.
+        accumulate: whether the product is added to `out`, as for blocks of rows. Of `out` the lower triangle is read.
+
+    Returns:
+        (n, n), contiguous where `out` is None. Differentiable in `x` and `weight`, in both modes.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shape, device or layout does not fit, or there is no `out` to add to.
+
+    References:
+        Goto and van de Geijn, High-performance implementation of the level-3 BLAS, ACM Transactions on Mathematical
+        Software 35(1), 2008, section 3 (the symmetric update as a product of panels).
+
+    Example:
+        >>> j = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+        >>> secant.ops.gram(j)
+        tensor([[ 1.,  2.],
+                [ 2., 13.]])
+        >>> total = torch.zeros(2, 2)
+        >>> for rows in j.split(1):
+        ...     _ = secant.ops.gram(rows, out=total, accumulate=True)
+        >>> total
+        tensor([[ 1.,  2.],
+                [ 2., 13.]])
+    """
+    op = "gram"
+    _checks.tensor(op, "x", x, _checks.REAL)
+    if x.dim() != 2:
+        raise _checks.fail(op, "x", "shape (m, n)", f"shape {tuple(x.shape)}")
+    if weight is not None:
+        _checks.shaped(op, "weight", weight, (x.shape[0],), x.dtype, x.device)
+    shape = (x.shape[1], x.shape[1])
+    if out is not None:
+        _gate.output(op, out, shape, x.dtype, x.device, {"x": x, "weight": weight})
+    elif accumulate:
+        raise _checks.fail(op, "out", "a tensor to add to, with accumulate=True", None)
+
+    def product(x: Tensor, weight: Tensor | None) -> Tensor:
+        if not x.numel():
+            return x.new_zeros(shape)
+        result = torch.empty(shape, dtype=x.dtype, device=x.device)
+        dispatch.call("gram", x, weight, False, result)
+        return result
+
+    if autograd.is_differentiated(x, weight, out):
+        result = autograd.gram(x, weight, product)
+    elif out is not None and x.numel() and out.is_contiguous() and not out.is_neg():
+        dispatch.call("gram", x, weight, bool(accumulate), out)
+        _gate.written(out)
+        return out
+    else:
+        result = product(x, weight)
+    if out is None:
+        return result
+    return out.copy_(reference.mirrored(out) + result if accumulate else result)

@@ -17,6 +17,7 @@ from hvp_oracle import (
     Problem,
     arithmetic,
     cross_entropy_bound,
+    gram_bound,
     product_bound,
     shape_of,
     softmax_bound,
@@ -122,6 +123,73 @@ def paired_matmul(backend: Any, m: int, n: int, k1: int, k2: int | None, dtype: 
         bound = bound * (1 if scale is None else scale.double().abs())
         bound = (bound + (0 if p is None else (p * q).double().abs())) * (k1 + (k2 or 0) + 8) * unit(dtype)
         compare(backend, "paired_matmul", (a, b, c, e, bias, scale, p, q), [((m, n), dtype)], [bound], device)
+
+
+def gram(
+    backend: Any, m: int, n: int, dtype: Any, layout: str = "rows", weighted: bool = False, accumulate: bool = False,
+    run: int = 256, device: Any = "cpu",
+) -> Tensor:  # fmt: skip
+    """Within the bound, symmetric bit for bit; of what it is added to, the upper triangle is never read."""
+    g = torch.Generator().manual_seed(m * 31 + n)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=dtype)
+
+    x = {
+        "rows": lambda: normal(m, n),
+        "wide rows": lambda: normal(m, n + 5)[:, 2 : n + 2],
+        "columns": lambda: normal(n, m).mT,
+        "long columns": lambda: normal(n, m + 3).mT[1 : m + 1],
+        "spread": lambda: normal(m, 2 * n, 3)[:, ::2, 1],
+        "one row": lambda: normal(1, n).expand(m, n),
+    }[layout]()
+    weight = normal(m) if weighted else None  # of either sign
+    before = normal(n, n)
+    lower = torch.tril(torch.ones(n, n, dtype=torch.bool))
+    out = place(torch.where(lower, before if accumulate else math.nan * before, math.nan), device)
+    backend.gram(*(place(t, device) for t in (x, weight)), accumulate, out)
+    out = out.cpu()
+    before = torch.where(lower, before, before.mT) if accumulate else torch.zeros_like(before)
+    wide = x.double()
+    expected = before.double() + wide.mT @ (wide if weight is None else weight.double()[:, None] * wide)
+    assert torch.equal(out, out.mT)
+    excess = ((out.double() - expected).abs() - gram_bound(x, weight, before, run)).max()
+    assert excess <= 0, f"gram: beyond the bound by {float(excess):.3g}"
+    return out
+
+
+def gram_of_odd_entries(backend: Any, dtype: Any, device: Any = "cpu") -> None:
+    """A NaN, or a weight that is one, reaches what its column or row reaches; infinities are what the formula makes."""
+
+    def of(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        out = place(torch.full((x.shape[1],) * 2, math.nan, dtype=dtype), device)
+        backend.gram(*(place(t, device) for t in (x, weight)), False, out)
+        return out.cpu()
+
+    for n, column in ((1, 0), (3, 1), (70, 65)):
+        x = torch.randn(9, n, dtype=dtype)
+        whole = of(x)
+        x[4, column] = math.nan
+        found, touched = of(x), torch.zeros(n, n, dtype=torch.bool)
+        touched[column], touched[:, column] = True, True
+        assert torch.equal(found.isnan(), touched)
+        assert torch.equal(found[~touched], whole[~touched])
+        x[4, column] = math.inf
+        assert of(x)[column, column] == math.inf
+        weight = torch.ones(9, dtype=dtype)
+        weight[4] = 0
+        assert of(x, weight)[column, column].isnan()  # zero times infinity
+        x[4, column], weight[4] = 1, math.nan
+        assert of(x, weight).isnan().all()
+
+
+def gram_of_many_rows(backend: Any, m: int, run: int = 256, device: Any = "cpu") -> None:
+    """Rows that are all alike, in float32: an error of a run and of the number of runs, or of a run alone."""
+    x = torch.full((m, 3), 0.1)
+    out = place(torch.full((3, 3), math.nan), device)
+    backend.gram(place(x, device), None, False, out)
+    error = (out.cpu().double() / (m * float(x[0, 0]) ** 2) - 1).abs().max()
+    assert error <= (run + (0 if run == 256 else m / run) + 4) * unit(F32)
 
 
 def strides(backend: Any, n: int, d: int, k: int, dtype: Any, device: Any = "cpu") -> None:

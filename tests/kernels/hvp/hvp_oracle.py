@@ -87,6 +87,15 @@ def product_bound(x: Tensor, v: Tensor, weight: Tensor, l2: float, dtype: torch.
     return _gradient_bound(x, w * z, w * (_logits_error(x, v, u) + 2 * u * z), u) + 4 * u * l2 * v.abs()
 
 
+def gram_bound(x: Tensor, weight: Tensor | None, before: Tensor | None = None, run: int = 256) -> Tensor:
+    """Of X^T diag(weight) X, added to `before`: sums of `run` rows, added in float64 or in the arithmetic itself."""
+    size = x.double().abs()
+    size = size.mT @ (size if weight is None else weight.double().abs()[:, None] * size)
+    runs = len(x) / run if x.dtype is F64 or run != 256 else 0  # the CPU adds those of float32 in float64
+    terms = min(len(x), run) + runs + 4
+    return (size * terms + (0 if before is None else 4 * before.double().abs())) * unit(x.dtype)
+
+
 def value_grad_bounds(
     x: Tensor, target: Tensor, coef: Tensor, loss: str, delta: float, c: Tensor | None, l2: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,6 +107,26 @@ def products_of_many_terms(dtype):
             checks.paired_matmul(backend, 20, 30, 200, k2, dtype, device)
 
 
+@case((1, 1, F32), (5, 7, F64), (70, 65, F32), (40, 130, F32), (33, 70, F64))
+def grams(m, n, dtype):
+    for i, layout in enumerate(("rows", "columns", "spread")):
+        checks.gram(backend, m, n, dtype, layout, i != 1, i > 0, run=512, device=device)
+
+
+@case((F32,), (F64,))
+def grams_of_many_rows(dtype):
+    """Split over programs, and in runs."""
+    with tuned(_PRODUCT_TERMS=32, _GRAM_RUN=64):
+        for accumulate in (False, True):
+            checks.gram(backend, 300, 20, dtype, "rows", True, accumulate, run=64, device=device)
+    checks.gram_of_odd_entries(backend, dtype, device)
+
+
+@case(slow=True)
+def error_of_grams_does_not_grow_with_the_rows():
+    checks.gram_of_many_rows(backend, 50_000, run=512, device=device)
+
+
 @case((5, 1), (33, 3))
 def rows_may_be_strided_and_repeated(d, k):
     checks.strides(backend, 9, d, k, F32, device)

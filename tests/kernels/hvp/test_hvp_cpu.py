@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 
 import hvp_checks
 import pytest
@@ -332,6 +334,48 @@ def test_sparse_rows_give_the_same_bits(k, threads):
 @pytest.mark.parametrize(("m", "n", "k1", "k2"), [(1, 1, 1, None), (9, 11, 7, 5), (90, 211, 7, 40), (300, 77, 5, None)])
 def test_paired_matmul(m, n, k1, k2, dtype):
     hvp_checks.paired_matmul(cpu, m, n, k1, k2, dtype)
+
+
+LAYOUTS = ["rows", "wide rows", "columns", "long columns", "spread", "one row"]
+#: Around the widths of registers, panels and groups of panels of every instruction set, and of runs of rows.
+GRAMS = [(1, 1), (3, 2), (2, 7), (9, 8), (256, 12), (7, 23), (257, 24), (30, 25), (300, 47), (515, 48), (40, 97)]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("m", "n"), GRAMS)
+def test_gram(m, n, dtype):
+    for i, layout in enumerate(LAYOUTS):
+        for weighted in (False, True):
+            hvp_checks.gram(cpu, m, n, dtype, layout, weighted, accumulate=(i + weighted) % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(5000, 3), (1100, 30), (2600, 230), (300, 401), (1, 130)])
+def test_gram_in_threads(m, n, dtype):
+    """Parts of the rows, parts of the triangle, and both; the same call gives the same bits."""
+    for layout in ("rows", "columns"):
+        for threads in (1, 2, 3, 5):
+            few = types.SimpleNamespace(gram=functools.partial(cpu.gram, threads=threads))
+            results = [hvp_checks.gram(few, m, n, dtype, layout, layout == "rows") for _ in range(2)]
+            assert torch.equal(*results)
+
+
+def test_gram_of_few_rows_has_the_same_bits_whatever_the_threads():
+    """Rows are split from 1,024 on; up to there only the triangle is shared out."""
+    x = torch.randn(1023, 300)
+    results = [torch.full((300, 300), math.nan) for _ in range(3)]
+    for threads, out in enumerate(results, 1):
+        cpu.gram(x, None, False, out, threads=threads)
+    assert all(torch.equal(out, results[0]) for out in results)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_gram_of_odd_entries(dtype):
+    hvp_checks.gram_of_odd_entries(cpu, dtype)
+
+
+def test_the_error_of_gram_does_not_grow_with_the_rows():
+    hvp_checks.gram_of_many_rows(cpu, 1_000_000)
 
 
 @pytest.mark.parametrize("isa", _cpu.build_config()["isas_usable"][:-1])

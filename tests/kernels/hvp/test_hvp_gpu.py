@@ -43,6 +43,14 @@ def test_paired_matmul(backend, m, n, k1, k2, dtype):
     checks.paired_matmul(backend, m, n, k1, None, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (530, 65), (20_000, 30), (3500, 449), (300, 2000)])
+def test_gram(backend, m, n, dtype):
+    for layout in ("rows", "columns", "spread"):
+        checks.gram(backend, m, n, dtype, layout, layout != "rows", layout == "columns", run=512, device=DEVICE)
+    checks.gram_of_odd_entries(backend, dtype, DEVICE)
+
+
 @pytest.mark.parametrize(("d", "k"), [(5, 1), (33, 3), (785, 1), (1027, 16)])
 def test_rows_may_be_strided_and_repeated(backend, d, k):
     for dtype in (F32, F64, BF16):
@@ -85,6 +93,7 @@ def calls(name: str):
         "softmax_value_grad": (problem.x, problem.classes, problem.v),
         "cross_entropy_hvp": (logits, torch.randn_like(logits)),
         "paired_matmul": (torch.randn(64, 3000), torch.randn(3000, 64)),
+        "gram": (torch.randn(3000, 64), torch.randn(3000)),
     }[name]
     placed = [x.to(DEVICE) for x in inputs]
 
@@ -112,6 +121,9 @@ def calls(name: str):
             backend.cross_entropy_hvp(*placed, None, grad)
             return (grad,)
         out = torch.full((64, 64), float("nan"), device=DEVICE)
+        if name == "gram":
+            backend.gram(*placed, False, out)
+            return (out,)
         backend.paired_matmul(*placed, *[None] * 6, out)
         return (out,)
 
@@ -119,7 +131,7 @@ def calls(name: str):
 
 
 NAMES = ["glm_hvp", "glm_hvp of long rows", "glm_value_grad", "softmax_hvp", "softmax_value_grad", "cross_entropy_hvp",
-         "paired_matmul"]  # fmt: skip
+         "paired_matmul", "gram"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

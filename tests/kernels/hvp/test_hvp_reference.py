@@ -133,6 +133,23 @@ def test_large_logits_of_the_logistic_loss(size):
     assert (float(value), float(first), float(second)) == (max(size, 0.0), float(size > 0), 0.0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gram(monkeypatch, weighted):
+    x, weight = torch.randn(23, 5, dtype=F64), torch.randn(23, dtype=F64) if weighted else None
+    expected = sum((1 if weight is None else weight[i]) * torch.outer(row, row) for i, row in enumerate(x))
+    before = torch.randn(5, 5, dtype=F64)
+    for chunk in (reference._CHUNK, 12):
+        monkeypatch.setattr(reference, "_CHUNK", chunk)
+        out = torch.full((5, 5), math.nan, dtype=F64)
+        reference.gram(x, weight, False, out)
+        torch.testing.assert_close(out, expected)
+        assert torch.equal(out, out.mT)
+        out = before.clone()
+        reference.gram(x, weight, True, out)
+        torch.testing.assert_close(out, expected + before.tril() + before.tril(-1).mT)
+        assert torch.equal(out, out.mT)
+
+
 def test_paired_matmul():
     a, b, c, e = (torch.randn(s, dtype=F64) for s in ((4, 3), (3, 5), (4, 2), (2, 5)))
     bias, (scale, p, q) = torch.randn(5, dtype=F64), torch.randn(3, 4, 5, dtype=F64)

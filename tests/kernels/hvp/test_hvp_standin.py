@@ -22,7 +22,8 @@ TABLE = """
 #define SECANT_LINE(TAG, C, T) SECANT_ROW(SECANT_HVP_OTHER_NAME(cross_entropy, TAG), CrossEntropy)
 #define SECANT_REST(TAG, C) \\
   SECANT_ROW(SECANT_HVP_OTHER_NAME(between, TAG), OfX) SECANT_ROW(SECANT_HVP_OTHER_NAME(finish, TAG), OfX) \\
-  SECANT_ROW(SECANT_HVP_OTHER_NAME(product, TAG), Product) SECANT_ROW(SECANT_HVP_OTHER_NAME(sum, TAG), Product)
+  SECANT_ROW(SECANT_HVP_OTHER_NAME(product, TAG), Product) SECANT_ROW(SECANT_HVP_OTHER_NAME(sum, TAG), Product) \\
+  SECANT_ROW(SECANT_HVP_OTHER_NAME(gram, TAG), Gram) SECANT_ROW(SECANT_HVP_OTHER_NAME(gram_sum, TAG), Gram)
 static const secant_standin::Kernel kKernels[] = {
     SECANT_HVP_TILES(SECANT_TILE) SECANT_HVP_CROSS_ENTROPY(SECANT_LINE) SECANT_HVP_REST(SECANT_REST)};
 SECANT_STANDIN_EXPORT(kKernels)
@@ -168,6 +169,33 @@ def test_products_of_many_terms_are_split(make, monkeypatch, dtype):
         assert kernels_of(backend)[:2] == [f"hvp_{kind}_{plan.TYPES[dtype][0]}" for kind in ("product", "sum")]
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 7), (530, 65), (9, 129), (20, 260)])
+def test_gram(make, m, n, dtype):
+    for i, layout in enumerate(("rows", "columns", "spread")):
+        backend = make(i)
+        checks.gram(backend, m, n, dtype, layout, i != 1, i > 0, run=512)
+        assert kernels_of(backend) == [f"hvp_gram_{plan.TYPES[dtype][0]}"]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_gram_of_many_rows_is_split(make, monkeypatch, dtype):
+    monkeypatch.setattr(plan, "FEWEST_TERMS", 32)
+    for accumulate in (False, True):
+        backend = make()
+        checks.gram(backend, 200, 33, dtype, weighted=True, accumulate=accumulate, run=512)
+        assert kernels_of(backend) == [f"hvp_{kind}_{plan.TYPES[dtype][0]}" for kind in ("gram", "gram_sum")]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_gram_of_odd_entries(make, dtype):
+    checks.gram_of_odd_entries(make(), dtype)
+
+
+def test_the_error_of_gram_does_not_grow_with_the_rows(make):
+    checks.gram_of_many_rows(make(), 50_000, run=512)
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize(("d", "k"), [(5, 1), (33, 3), (785, 1), (300, 10)])
 def test_rows_may_be_strided_and_repeated(make, d, k, dtype):
@@ -309,11 +337,12 @@ def test_reference_is_what_the_planner_answers_for():
     """The same functions, so that no op is without a kernel."""
     names = {name for name in vars(plan.Launcher) if not name.startswith("_")}
     assert names == {name for name in ("glm_hvp", "glm_value_grad", "softmax_hvp", "softmax_value_grad",
-                                       "cross_entropy_hvp", "paired_matmul") if hasattr(reference, name)}  # fmt: skip
+                                       "cross_entropy_hvp", "paired_matmul", "gram")
+                     if hasattr(reference, name)}  # fmt: skip
 
 
 @pytest.mark.slow
 def test_address_sanitizer():
     names = ["test_every_shape_of_the_tile", "test_small_problems", "test_groups_of_columns", "test_cross_entropy",
-             "test_paired_matmul", "test_rows_may_be_strided_and_repeated"]  # fmt: skip
+             "test_paired_matmul", "test_gram", "test_rows_may_be_strided_and_repeated"]  # fmt: skip
     under_address_sanitizer(__file__, names)

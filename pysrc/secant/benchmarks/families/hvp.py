@@ -45,6 +45,8 @@ REFERENCE_ELEMENTS = 1 << 22
 
 #: Rows and columns of the cases with a bar.
 BAR_SHAPES = ((100_000, 256), (200_000, 784))
+#: Of Gram matrices: Jacobians of networks that Levenberg-Marquardt fits.
+GRAM_SHAPES = ((3500, 449), (20_000, 1000))
 
 Answer = tuple[Tensor, ...]
 Call = Callable[[], Answer]
@@ -92,9 +94,11 @@ class Case(Base):
 
     @property
     def nbytes(self) -> int:
-        """Count X once; logits, u and the result once each."""
+        """Count X once, and the result; logits, u and the result once each."""
         if self.op == "cross_entropy_hvp":
             return 3 * self.limit_bytes
+        if self.op == "gram":
+            return self.limit_bytes + self.d**2 * self.dtype.itemsize
         per_row = {"glm_hvp": 1, "glm_value_grad": 2, "softmax_hvp": self.k}[self.op]
         return self.limit_bytes + (per_row * self.n + 2 * self.d * self.k) * self.compute.itemsize
 
@@ -104,8 +108,10 @@ class Case(Base):
 
         X V and its transpose 4 N d k, and what a row needs between them: a product with its weight, or the loss and
         its derivatives (about 10), or for each class a product with a probability, a sum, a difference and a product.
-        An entry of logits: x - lse, exp, a product and a sum for p.u, u - p.u, a product.
+        An entry of logits: x - lse, exp, a product and a sum for p.u, u - p.u, a product. Of a Gram matrix a triangle.
         """
+        if self.op == "gram":
+            return self.n * self.d * (self.d + 1)
         if self.op == "cross_entropy_hvp":
             return 6 * self.n * self.d
         row = {"glm_hvp": self.k, "glm_value_grad": 10, "softmax_hvp": 4 * self.k}[self.op]
@@ -188,6 +194,9 @@ class Problem:
         if self.case.op == "cross_entropy_hvp":
             out = wide(self.x.shape)
             reference.cross_entropy_hvp(self.x, self.u, None, out)
+        elif self.case.op == "gram":
+            out = wide(self.case.d, self.case.d)
+            reference.gram(self.x, None, False, out)
         elif self.case.op == "glm_value_grad":
             value, grad = wide(()), wide(self.case.d)
             curvature = wide(self.case.n)
@@ -221,6 +230,9 @@ def _ours(problem: Problem) -> Call:
         return lambda: secant.ops.glm_value_grad(x, problem.target, coef, loss="logistic")[:2]
     if case.op == "softmax_hvp":
         return lambda: (secant.ops.softmax_hvp(x, v, problem.probs),)
+    if case.op == "gram":
+        out = x.new_empty(case.d, case.d)
+        return lambda: (secant.ops.gram(x, out=out),)
     return lambda: (secant.ops.cross_entropy_hvp(x, problem.u, lse=problem.lse),)
 
 
@@ -254,6 +266,10 @@ def _cross_entropy_hvp(logits: Tensor, u: Tensor) -> Answer:
     return (p * (u - (p * u).sum(-1, keepdim=True)),)
 
 
+def _gram(x: Tensor) -> Answer:
+    return (x.T @ x,)
+
+
 def _peer(problem: Problem, how: Callable[[Callable[..., Answer]], Callable[..., Answer]]) -> Call:
     """Make what computes the same with torch, as one writes it; `how`: as it is, or compiled."""
     x, v, op = problem.x, problem.v, problem.case.op
@@ -266,6 +282,8 @@ def _peer(problem: Problem, how: Callable[[Callable[..., Answer]], Callable[...,
         return functools.partial(how(function), x, v[:, 0].contiguous(), problem.target)
     if op == "softmax_hvp":
         return functools.partial(how(_softmax_hvp), x, v, problem.probs)
+    if op == "gram":
+        return functools.partial(how(_gram), x)
     return functools.partial(how(_cross_entropy_hvp), x, problem.u)
 
 
@@ -279,6 +297,7 @@ def cases(device: torch.device) -> list[Case]:
     found += [Case("softmax_hvp", 100_000, 256, 10), Case("softmax_hvp", 200_000, 784, 10)]
     if device.type == "cpu":
         found += [Case("glm_hvp", 200_000, 10_000, k, entries=20) for k in (1, 8)]
+    found += [Case("gram", n, d, dtype=dtype) for n, d in GRAM_SHAPES for dtype in (torch.float64, f32)]
     rows = 16384 if device.type == "cuda" else 512
     found += [Case("cross_entropy_hvp", rows, 50304, 1, dtype) for dtype in (f32, bf16)]
     return found
@@ -293,6 +312,7 @@ def small_cases(device: torch.device) -> list[Case]:
         Case("glm_value_grad", 200, 20),
         Case("softmax_hvp", 200, 20, 10),
         *sparse,
+        Case("gram", 200, 50),
         Case("cross_entropy_hvp", 8, 300),
     ]
 
@@ -312,6 +332,9 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
     targets = {("glm_hvp", 1): 2.5, ("glm_hvp", 8): 8.0, ("glm_value_grad", 1): 3.0, ("softmax_hvp", 10): 3.0}
     found = []
     for case in dict.fromkeys(row.case for row in rows):
+        if case.op == "gram" and (case.n, case.d) in GRAM_SHAPES:
+            found.append(speed_bar(rows, case, ("eager",), 1.6, title=case.label))
+            continue
         target = targets.get((case.op, case.k))
         if target is None or case.dtype is not torch.float32 or (case.n, case.d) not in BAR_SHAPES:
             continue
