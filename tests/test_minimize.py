@@ -11,8 +11,8 @@ import torch
 
 import secant
 from secant import Status, least_squares, minimize
-from secant.benchmarks import hock_schittkowski, mgh
 from secant._functions import Objective, Residuals, start
+from secant.benchmarks import hock_schittkowski, mgh
 
 # The module; its name in the package is the function's.
 METHODS = importlib.import_module("secant.minimize").METHODS
@@ -154,7 +154,7 @@ def test_rosenbrock_of_any_shape_and_dtype(name, dtype):
     assert found.x.dtype is found.jac.dtype is dtype
     assert not found.x.requires_grad
     assert torch.equal(start, kept)
-    # Curvature along the valley is about .4, and f ends below 1e-7 (float32: its rounding of 1, 1e-7): |dx|^2 = 2 f / .4.
+    # Curvature along the valley is about .4, and f ends below 1e-7 (float32: below 1e-4): |dx|^2 = 2 f / .4.
     assert (found.x - 1).abs().max() <= (5e-2 if dtype is torch.float32 else 1e-3)
 
 
@@ -359,7 +359,8 @@ def test_a_graph_of_a_given_jacobian():
     x, form = start("test", fun.start.numpy())
     calls = []
     residuals = Residuals(
-        "test", form, lambda x: fun.residuals(torch.from_numpy(x)).numpy(), (), {}, lambda x: (calls.append(x), exact(x))[1]
+        "test", form, lambda x: fun.residuals(torch.from_numpy(x)).numpy(), (), {},
+        lambda x: calls.append(x) or exact(x),
     )  # fmt: skip
     x.requires_grad_()
     r = residuals.residuals(x)
@@ -550,7 +551,7 @@ def test_the_message_is_printed(capsys):
         ({"hessp": rosenbrock}, "minimize: hessp: expected None: 'l-bfgs' uses no second derivatives"),
         ({"method": "l-bfgs", "bounds": [(0, 1)] * 4}, "minimize: bounds: expected None: 'l-bfgs' knows no bounds"),
         ({"bounds": [(0, 1)]}, "minimize: bounds: expected 4 pairs, one for each element of x0, got 1"),
-        ({"bounds": [(0, 1), (2, 1), (0, 1), (0, 1)]}, r"minimize: bounds\[1\]: expected lower <= upper, got \(2.0, 1.0\)"),
+        ({"bounds": [(0, 1), (2, 1)] * 2}, r"minimize: bounds\[1\]: expected lower <= upper, got \(2.0, 1.0\)"),
         ({"bounds": 3}, r"minimize: bounds: expected pairs \(lower, upper\), or an object with lb and ub, got 3"),
         ({"bounds": types.SimpleNamespace(lb=[0, 0], ub=1)}, "minimize: bounds.lb: expected a shape that broadcasts"),
         ({"tol": -1}, "minimize: tol: expected a finite number >= 0"),
@@ -561,7 +562,7 @@ def test_the_message_is_printed(capsys):
         ({"options": {"gtol": True}}, r"minimize: options\['gtol'\]: expected a finite number >= 0, got True"),
         ({"options": {"maxfun": 1}}, r"minimize: options\['maxfun'\]: expected an integer >= 2"),
         ({"options": {"maxls": 3}}, "minimize: options: expected among .* for 'l-bfgs', got 'maxls'"),
-        ({"method": "newton", "x0": [0.0, 1.0], "jac": rosenbrock_gradient}, "minimize: hess or hessp: expected a function"),
+        ({"method": "newton", "x0": [0.0, 1.0], "jac": rosenbrock}, "minimize: hess or hessp: expected a function"),
     ],
 )  # fmt: skip
 def test_invalid_arguments(change, words):
@@ -577,7 +578,11 @@ def test_invalid_arguments(change, words):
         (lambda x: x**2, None, "fun: expected a real number or a tensor of one, got a tensor of shape"),
         (lambda x: None, None, "fun: expected a real number or a tensor of one, got NoneType"),
         (lambda x: 3.0, None, r"fun: expected a tensor that autograd can follow \(or give jac\), got float 3.0"),
-        (lambda x: x.detach().sum(), None, "fun: expected a tensor that autograd can follow .* got one without a graph"),
+        (
+            lambda x: x.detach().sum(),
+            None,
+            "fun: expected a tensor that autograd .* got one without a graph",
+        ),
         (lambda x: x.sum(), True, r"fun: expected a pair \(f, g\), as jac=True says"),
         (lambda x: x.sum(), lambda x: x[:2], r"jac: expected shape \(4,\), got shape \(2,\)"),
     ],
@@ -592,7 +597,7 @@ def test_functions_that_return_something_else(name, fun, jac, words):
 
 @pytest.mark.skipif(not missing("LevenbergMarquardt"), reason="the optimizer is there")
 def test_least_squares_says_what_it_lacks():
-    with pytest.raises(NotImplementedError, match="least_squares: .* needs secant.optim.LevenbergMarquardt"):
+    with pytest.raises(NotImplementedError, match=r"least_squares.* needs secant.optim.LevenbergMarquardt"):
         least_squares(rosenbrock, x0())
 
 
@@ -697,7 +702,7 @@ def test_least_squares_stops_and_survives():
         least_squares(lambda x: (_ for _ in ()).throw(ValueError("no")), first)
     with pytest.raises(TypeError, match="least_squares: fun: expected a tensor of real residuals"):
         least_squares(lambda x: 3, first)
-    for change, words in (({"loss": "l2"}, "loss"), ({"f_scale": 0.0}, "f_scale"), ({"x_scale": -1.0}, "x_scale"),
-                          ({"ftol": -1.0}, "ftol"), ({"max_nfev": 0}, "max_nfev"), ({"bounds": (1.0, 0.0)}, "bounds")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"least_squares: {words}: "):
-            least_squares(decay, first, args=args, **change)
+    wrong = {"loss": "l2", "f_scale": 0.0, "x_scale": -1.0, "ftol": -1.0, "max_nfev": 0, "bounds": (1.0, 0.0)}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"least_squares: {name}: "):
+            least_squares(decay, first, args=args, **{name: value})

@@ -19,7 +19,7 @@ _REMEMBERED = 4
 
 
 class Form(NamedTuple):
-    """Tells what x0 was: an array or a tensor, of which shape, dtype and device; what comes back is of the same form."""
+    """Tells what x0 was: an array or a tensor, of which shape, dtype and device; what comes back is so, too."""
 
     arrays: bool
     shape: torch.Size
@@ -94,7 +94,7 @@ class _Loss(torch.autograd.Function):
         return f.clone()
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> Any:
         return u.to(ctx.gradient.dtype) * ctx.gradient, None, None
 
 
@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> Any:
         return ctx.product(u), None, None
 
 
@@ -257,6 +257,7 @@ class Objective(Function):
     def _gradient(self, x: Tensor, g: Any) -> Tensor:
         """Return the user's gradient, computed if it did not come with the value."""
         if self._jac is not True:
+            assert callable(self._jac)
             g = self._call(self._jac, x)
         return as_tensor(self.op, "jac", g, x, self.form.shape)
 
@@ -306,13 +307,15 @@ class Residuals(Function):
             r = self._checked(returned, x)
             self.njev += torch.is_grad_enabled()
             if torch.is_grad_enabled() and not r.requires_grad and self.nfev == 1:
-                raise Malformed(f"{self.op}: fun: expected a tensor that autograd can follow (or give jac), got another")
+                raise Malformed(
+                    f"{self.op}: fun: expected a tensor that autograd can follow (or give jac), got one without a graph"
+                )
             self._known.append((x.detach().clone(), r.detach(), None))
             return r
         if self._known and torch.equal(self._known[-1][0], x.detach()):
-            _, r, jacobian = self._known[-1]
-            assert jacobian is not None
-            return self._linear(x, r, jacobian)
+            _, r, known = self._known[-1]
+            assert known is not None
+            return self._linear(x, r, known)
         at = x.detach().clone()
         with torch.no_grad():
             returned, given = self._evaluate(at)
@@ -322,7 +325,7 @@ class Residuals(Function):
         def jacobian() -> Tensor:
             if not matrix:
                 self.njev += 1
-                found = given if self._jac is True else self._call(self._jac, at)
+                found = self._call(self._jac, at) if callable(self._jac) else given
                 matrix.append(as_tensor(self.op, "jac", found, at, (r.numel(), at.numel())))
             return matrix[0]
 

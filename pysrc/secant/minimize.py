@@ -1,4 +1,4 @@
-"""One entry in scipy's shape: `minimize` drives the optimizers of `secant.optim`, `least_squares` their residual one."""
+"""One entry in scipy's shape: `minimize` drives the optimizers of `secant.optim`, `least_squares` one of them."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def _optimizer(op: str, name: str, class_name: str) -> Any:
     """Return an optimizer's class."""
     found = getattr(optim, class_name, None)
     if found is None:
-        raise NotImplementedError(f"{op}: method: {name!r} needs secant.optim.{class_name}, which is not in this version")
+        raise NotImplementedError(f"{op}: {name!r} needs secant.optim.{class_name}, which is not in this version")
     return found
 
 
@@ -355,7 +355,9 @@ def _sides(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     try:
         pairs = [(lower, upper) for lower, upper in bounds]
     except (TypeError, ValueError):
-        raise _checks.fail(op, "bounds", "pairs (lower, upper), or an object with lb and ub", _checks.show(bounds)) from None
+        raise _checks.fail(
+            op, "bounds", "pairs (lower, upper), or an object with lb and ub", _checks.show(bounds)
+        ) from None
     if len(pairs) != x.numel():
         raise _checks.fail(op, "bounds", f"{x.numel()} pairs, one for each element of x0", f"{len(pairs)}")
     sides = []
