@@ -276,6 +276,15 @@ def test_bounds_choose_the_method_and_have_three_forms():
     assert torch.equal(found.x, torch.full((2, 2), 0.5))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", EVERY)
+def test_the_device_is_kept(name):
+    found = minimize(rosenbrock, x0().cuda(), method=name)
+    assert found.x.device == found.jac.device == x0().cuda().device
+    assert (found.x - 1).abs().max() < 1e-3
+
+
 # Second derivatives of the user ---------------------------------------------------------------------------------------
 
 
