@@ -11,8 +11,8 @@ import torch
 
 import secant
 from secant import Status, least_squares, minimize
-from secant.benchmarks import hock_schittkowski, mgh
 from secant._functions import Objective, Residuals, start
+from secant.benchmarks import hock_schittkowski, mgh
 
 # The module; its name in the package is the function's.
 METHODS = importlib.import_module("secant.minimize").METHODS
@@ -37,14 +37,15 @@ RESIDUALS = needs("LevenbergMarquardt")
 
 
 def rosenbrock(x):
-    return ((1 - x[:-1]) ** 2 + 100 * (x[1:] - x[:-1] ** 2) ** 2).sum()
+    """Sum over pairs: one minimum, at ones."""
+    return ((1 - x[0::2]) ** 2 + 100 * (x[1::2] - x[0::2] ** 2) ** 2).sum()
 
 
 def rosenbrock_gradient(x):
     """Its gradient for arrays and tensors alike."""
     g = 0.0 * x
-    g[:-1] = -2 * (1 - x[:-1]) - 400 * x[:-1] * (x[1:] - x[:-1] ** 2)
-    g[1:] += 200 * (x[1:] - x[:-1] ** 2)
+    g[0::2] = -2 * (1 - x[0::2]) - 400 * x[0::2] * (x[1::2] - x[0::2] ** 2)
+    g[1::2] = 200 * (x[1::2] - x[0::2] ** 2)
     return g
 
 
@@ -105,17 +106,30 @@ def test_what_scipy_solves_of_the_35_problems_in_as_few_evaluations(name):
 
 
 @pytest.mark.parametrize("name", EVERY[2:])
-def test_the_35_problems(name):
-    """The others stop by the gradient alone and have no bar in evaluations but trust-exact."""
+def test_what_scipy_solves_is_solved(name):
+    for problem in mgh.PROBLEMS:
+        other = of_scipy(problem.value, problem.start)
+        if is_solved(problem, other.fun, other.jac):
+            found = minimize(problem.value, problem.start, method=name)
+            assert is_solved(problem, found.fun, found.jac), problem.name
+
+
+@needs("TrustRegion")
+def test_trust_exact_in_as_few_evaluations_as_scipys():
+    optimize = pytest.importorskip("scipy.optimize")
     ours = theirs = 0
     for problem in mgh.PROBLEMS:
-        found = minimize(problem.value, problem.start, method=name)
-        other = of_scipy(problem.value, problem.start)
+        hess = lambda x, p=problem: torch.autograd.functional.hessian(p.value, torch.as_tensor(x))  # noqa: E731
+        grad = lambda x, p=problem: torch.autograd.functional.jacobian(p.value, torch.as_tensor(x))  # noqa: E731
+        found = minimize(problem.value, problem.start, method="trust-exact", jac=grad, hess=hess)
+        other = optimize.minimize(
+            lambda x, p=problem: float(p.value(torch.from_numpy(x))), problem.start.numpy(), method="trust-exact",
+            jac=lambda x, f=grad: f(x).numpy(), hess=lambda x, f=hess: f(x).numpy(), options={"gtol": 1e-5},
+        )  # fmt: skip
         if is_solved(problem, other.fun, other.jac):
             assert is_solved(problem, found.fun, found.jac), problem.name
             ours, theirs = ours + found.nfev, theirs + other.nfev
-    if name == "trust-exact":
-        assert ours <= theirs
+    assert ours <= theirs
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -140,7 +154,7 @@ def test_rosenbrock_of_any_shape_and_dtype(name, dtype):
     assert found.x.dtype is found.jac.dtype is dtype
     assert not found.x.requires_grad
     assert torch.equal(start, kept)
-    # Curvature along the valley is about .4, and f ends below 1e-7 (float32: its rounding of 1, 1e-7): |dx|^2 = 2 f / .4.
+    # Curvature along the valley is about .4, and f ends below 1e-7 (float32: below 1e-4): |dx|^2 = 2 f / .4.
     assert (found.x - 1).abs().max() <= (5e-2 if dtype is torch.float32 else 1e-3)
 
 
@@ -183,7 +197,7 @@ def test_arrays_and_lists_come_back_as_arrays(name):
 @pytest.mark.parametrize("name", OF_GRADIENTS)
 def test_functions_of_arrays_with_their_gradient(name, together):
     np = pytest.importorskip("numpy")
-    start, types = np.array([-1.2, 1.0, 0.5]), set()
+    start, types = np.array([-1.2, 1.0, 0.5, 0.5]), set()
 
     def fun(x):
         types.add(type(x))
@@ -192,7 +206,7 @@ def test_functions_of_arrays_with_their_gradient(name, together):
 
     found = minimize(fun, start, method=name, jac=True if together else rosenbrock_gradient)
     assert types == {np.ndarray}
-    assert start.tolist() == [-1.2, 1.0, 0.5]
+    assert start.tolist() == [-1.2, 1.0, 0.5, 0.5]
     assert np.abs(found.x - 1).max() < 1e-3
     assert np.allclose(found.jac, rosenbrock_gradient(found.x), rtol=0, atol=0)
     reference = minimize(rosenbrock, torch.from_numpy(start), method=name)
@@ -262,6 +276,15 @@ def test_bounds_choose_the_method_and_have_three_forms():
     assert torch.equal(found.x, torch.full((2, 2), 0.5))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", EVERY)
+def test_the_device_is_kept(name):
+    found = minimize(rosenbrock, x0().cuda(), method=name)
+    assert found.x.device == found.jac.device == x0().cuda().device
+    assert (found.x - 1).abs().max() < 1e-3
+
+
 # Second derivatives of the user ---------------------------------------------------------------------------------------
 
 
@@ -319,18 +342,21 @@ def test_second_derivatives_of_the_user_are_used(name):
     assert (products.x - 1).abs().max() < 1e-4
 
 
-def test_the_gradient_where_a_run_ends_costs_no_evaluation():
+def test_no_evaluation_but_those_of_points():
+    """Not for the gradient where a run ends, and not to choose among ways to the Hessian, which differ in time only."""
     x, form = start("test", x0())
     objective = Objective("test", form, rosenbrock, (), None, None, None)
     x.requires_grad_()
-    loss = objective.loss(x)
+    point = secant.curvature.EvaluatedPoint(lambda: objective.loss(x), [x])
+    v = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+    assert torch.allclose(point.hessian() @ v, hessian(x.detach()) @ v, rtol=1e-12)
+    end = x.detach().clone()
     with torch.no_grad():
-        end = x.clone()
-        x.mul_(2.0)  # as an optimizer moves
+        x.mul_(2.0)  # as an optimizer moves, and comes back
         x.copy_(end)
     value, gradient = objective.found(x.detach())
-    assert objective.nfev == 1
-    assert value == loss.item()
+    assert objective.nfev == objective.njev == 1
+    assert value == float(rosenbrock(end))
     assert torch.allclose(gradient, rosenbrock_gradient(end), rtol=1e-13)
     assert torch.allclose(objective.found(2.0 * end)[1], rosenbrock_gradient(2.0 * end), rtol=1e-13)
     assert objective.nfev == 2
@@ -342,7 +368,8 @@ def test_a_graph_of_a_given_jacobian():
     x, form = start("test", fun.start.numpy())
     calls = []
     residuals = Residuals(
-        "test", form, lambda x: fun.residuals(torch.from_numpy(x)).numpy(), (), {}, lambda x: (calls.append(x), exact(x))[1]
+        "test", form, lambda x: fun.residuals(torch.from_numpy(x)).numpy(), (), {},
+        lambda x: calls.append(x) or exact(x),
     )  # fmt: skip
     x.requires_grad_()
     r = residuals.residuals(x)
@@ -353,6 +380,9 @@ def test_a_graph_of_a_given_jacobian():
     found, jacobian = residuals.found(x.detach())
     assert torch.equal(found, fun.residuals(x.detach()))
     assert torch.equal(jacobian, exact(x.detach()))
+    point = secant.curvature.EvaluatedPoint(lambda: residuals.residuals(x), [x], "residuals")
+    assert torch.allclose(point.jacobian().T @ u, product, rtol=1e-13)
+    assert torch.allclose(point.jacobian().to_dense(), exact(x.detach()), rtol=1e-13)
     assert len(calls) == residuals.njev == residuals.nfev == 1
 
 
@@ -444,15 +474,14 @@ def test_limits(name):
                          options={"maxfun": limit})  # fmt: skip
         assert found.status is Status.MAX_EVAL
         assert found.nfev == len(calls)
-        # Where a search ends at another point than its last one, and only a graph was asked for, one more tells g.
-        assert found.nfev <= limit + (METHODS[name].closure == "loss")
+        assert found.nfev <= limit
     assert minimize(rosenbrock, x0(), method="l-bfgs-b", options={"maxfun": 1}).nfev == 1
 
 
 def test_tolerances():
     loose, tight = (minimize(rosenbrock, x0(), tol=tol) for tol in (1e-2, 1e-12))
     assert loose.nfev < tight.nfev
-    assert tight.jac.abs().max() <= 1e-6
+    assert tight.fun <= 1e-12 < loose.fun  # the last step changed it by less
     # tol is gtol and ftol here; an option wins over it.
     same = minimize(rosenbrock, x0(), options={"gtol": 1e-2, "ftol": 1e-2})
     assert torch.equal(same.x, loose.x)
@@ -531,7 +560,7 @@ def test_the_message_is_printed(capsys):
         ({"hessp": rosenbrock}, "minimize: hessp: expected None: 'l-bfgs' uses no second derivatives"),
         ({"method": "l-bfgs", "bounds": [(0, 1)] * 4}, "minimize: bounds: expected None: 'l-bfgs' knows no bounds"),
         ({"bounds": [(0, 1)]}, "minimize: bounds: expected 4 pairs, one for each element of x0, got 1"),
-        ({"bounds": [(0, 1), (2, 1), (0, 1), (0, 1)]}, r"minimize: bounds\[1\]: expected lower <= upper, got \(2.0, 1.0\)"),
+        ({"bounds": [(0, 1), (2, 1)] * 2}, r"minimize: bounds\[1\]: expected lower <= upper, got \(2.0, 1.0\)"),
         ({"bounds": 3}, r"minimize: bounds: expected pairs \(lower, upper\), or an object with lb and ub, got 3"),
         ({"bounds": types.SimpleNamespace(lb=[0, 0], ub=1)}, "minimize: bounds.lb: expected a shape that broadcasts"),
         ({"tol": -1}, "minimize: tol: expected a finite number >= 0"),
@@ -542,7 +571,7 @@ def test_the_message_is_printed(capsys):
         ({"options": {"gtol": True}}, r"minimize: options\['gtol'\]: expected a finite number >= 0, got True"),
         ({"options": {"maxfun": 1}}, r"minimize: options\['maxfun'\]: expected an integer >= 2"),
         ({"options": {"maxls": 3}}, "minimize: options: expected among .* for 'l-bfgs', got 'maxls'"),
-        ({"method": "newton", "x0": [0.0, 1.0], "jac": rosenbrock_gradient}, "minimize: hess or hessp: expected a function"),
+        ({"method": "newton", "x0": [0.0, 1.0], "jac": rosenbrock}, "minimize: hess or hessp: expected a function"),
     ],
 )  # fmt: skip
 def test_invalid_arguments(change, words):
@@ -558,7 +587,11 @@ def test_invalid_arguments(change, words):
         (lambda x: x**2, None, "fun: expected a real number or a tensor of one, got a tensor of shape"),
         (lambda x: None, None, "fun: expected a real number or a tensor of one, got NoneType"),
         (lambda x: 3.0, None, r"fun: expected a tensor that autograd can follow \(or give jac\), got float 3.0"),
-        (lambda x: x.detach().sum(), None, "fun: expected a tensor that autograd can follow .* got one without a graph"),
+        (
+            lambda x: x.detach().sum(),
+            None,
+            "fun: expected a tensor that autograd .* got one without a graph",
+        ),
         (lambda x: x.sum(), True, r"fun: expected a pair \(f, g\), as jac=True says"),
         (lambda x: x.sum(), lambda x: x[:2], r"jac: expected shape \(4,\), got shape \(2,\)"),
     ],
@@ -573,7 +606,7 @@ def test_functions_that_return_something_else(name, fun, jac, words):
 
 @pytest.mark.skipif(not missing("LevenbergMarquardt"), reason="the optimizer is there")
 def test_least_squares_says_what_it_lacks():
-    with pytest.raises(NotImplementedError, match="least_squares: .* needs secant.optim.LevenbergMarquardt"):
+    with pytest.raises(NotImplementedError, match=r"least_squares.* needs secant.optim.LevenbergMarquardt"):
         least_squares(rosenbrock, x0())
 
 
@@ -678,7 +711,7 @@ def test_least_squares_stops_and_survives():
         least_squares(lambda x: (_ for _ in ()).throw(ValueError("no")), first)
     with pytest.raises(TypeError, match="least_squares: fun: expected a tensor of real residuals"):
         least_squares(lambda x: 3, first)
-    for change, words in (({"loss": "l2"}, "loss"), ({"f_scale": 0.0}, "f_scale"), ({"x_scale": -1.0}, "x_scale"),
-                          ({"ftol": -1.0}, "ftol"), ({"max_nfev": 0}, "max_nfev"), ({"bounds": (1.0, 0.0)}, "bounds")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"least_squares: {words}: "):
-            least_squares(decay, first, args=args, **change)
+    wrong = {"loss": "l2", "f_scale": 0.0, "x_scale": -1.0, "ftol": -1.0, "max_nfev": 0, "bounds": (1.0, 0.0)}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"least_squares: {name}: "):
+            least_squares(decay, first, args=args, **{name: value})

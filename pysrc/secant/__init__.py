@@ -2,8 +2,8 @@
 
 The name is the secant equation, B s = y. `secant.ops` holds the functions over the fused kernels, `secant.optim` the
 optimizers over them, `secant.curvature` Hessians as operators, `secant.solvers` line searches, conjugate gradients and
-what else optimizers are made of, `secant.glm` generalised linear models; `secant.minimize` and `secant.least_squares` are one entry to them in scipy's
-shape.
+what else optimizers are made of, `secant.glm` generalised linear models; `secant.minimize` and `secant.least_squares`
+are one entry to the optimizers in scipy's shape.
 """
 
 import torch as _torch  # noqa: F401  (first: the extension binds to the OpenMP runtime that torch loads)

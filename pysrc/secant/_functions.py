@@ -19,7 +19,7 @@ _REMEMBERED = 4
 
 
 class Form(NamedTuple):
-    """Tells what x0 was: an array or a tensor, of which shape, dtype and device; what comes back is of the same form."""
+    """Tells what x0 was: an array or a tensor, of which shape, dtype and device; what comes back is so, too."""
 
     arrays: bool
     shape: torch.Size
@@ -94,7 +94,7 @@ class _Loss(torch.autograd.Function):
         return f.clone()
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> Any:
         return u.to(ctx.gradient.dtype) * ctx.gradient, None, None
 
 
@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> Any:
         return ctx.product(u), None, None
 
 
@@ -178,7 +178,7 @@ class Objective(Function):
                 raise _checks.fail(op, name, "None or a function", _checks.describe(function))
         self._hess, self._hessp = hess, hessp
         self._known: deque[tuple[Tensor, Any, Tensor]] = deque(maxlen=_REMEMBERED)
-        self._graph: tuple[Tensor, Tensor, Tensor] | None = None  # the last loss, z that it is of, and what z is
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # of a graph: x, f and g, which has a graph
 
     def value_and_gradient(self, x: Tensor) -> tuple[Any, Tensor]:
         """Evaluate at a point, which is not kept: f as a tensor or a number, and g."""
@@ -198,29 +198,28 @@ class Objective(Function):
         return found, g
 
     def loss(self, x: Tensor) -> Tensor:
-        """Evaluate at x; the loss has a graph that leads to it, as far as second derivatives."""
-        derived = self._hess is not None or self._hessp is not None
+        """Evaluate at x; the loss has a graph that leads to it, as far as second derivatives.
+
+        The graph is always that of f and of its gradient as one node: whoever evaluates a point again, to look for a
+        faster way to the Hessian, is told that there is no other, and the function is not called for it.
+        """
         if not torch.is_grad_enabled():
             return self._tensor(self._value(x.detach(), graph=False), x)
-        if self._jac is None and not derived:
+        derived = self._hess is not None or self._hessp is not None
+        if self._last is None or not torch.equal(self._last[0], x.detach()):
+            at = x.detach().clone() if derived else x.clone()  # what a graph keeps is not written when x moves
+            if self._jac is None:
+                value = self._value(at.requires_grad_() if derived else at, graph=True)
+                g = self._autograd(value, at, graph=not derived)
+            else:
+                returned, g = self._evaluate(at)
+                value = self._checked(returned, at)
+                g = self._gradient(at, g)
             self.njev += 1
-            z = x.clone()  # what the graph keeps is not written when x moves
-            loss = self._tensor(self._value(z, graph=True), x)
-            self._graph = (x.detach().clone(), z, loss)
-            return loss
-        at = x if self._jac is None or not derived else x.detach()
-        if self._jac is None:
-            value = self._value(at, graph=True)
-            g = self._autograd(value, at)
-        else:
-            returned, g = self._evaluate(at)
-            value = self._checked(returned, at)
-            g = self._gradient(at, g)
-        self.njev += 1
-        value = self._tensor(value, x).detach()
-        self._known.append((x.detach().clone(), value, g.detach()))
-        if derived:
-            g = _Linear.apply(x, g.detach(), self._products(x.detach().clone()))
+            value, point = self._tensor(value, x).detach(), at.detach().clone()
+            self._known.append((point, value, g.detach()))
+            self._last = point, value, _Linear.apply(x, g.detach(), self._products(point)) if derived else g
+        _, value, g = self._last
         return _Loss.apply(x, value, (g,))
 
     def found(self, x: Tensor) -> tuple[float, Tensor]:
@@ -228,12 +227,6 @@ class Objective(Function):
         for point, value, g in reversed(self._known):
             if torch.equal(point, x):
                 return float(value), g
-        if self._graph is not None and torch.equal(self._graph[0], x):
-            _, z, loss = self._graph
-            try:
-                return float(loss.detach()), self._autograd(loss, z)
-            except RuntimeError:  # the optimizer has freed it
-                pass
         value, g = self.value_and_gradient(x)
         return float(value), g
 
@@ -264,16 +257,16 @@ class Objective(Function):
     def _gradient(self, x: Tensor, g: Any) -> Tensor:
         """Return the user's gradient, computed if it did not come with the value."""
         if self._jac is not True:
+            assert callable(self._jac)
             g = self._call(self._jac, x)
         return as_tensor(self.op, "jac", g, x, self.form.shape)
 
-    def _autograd(self, loss: Any, x: Tensor) -> Tensor:
+    def _autograd(self, loss: Any, x: Tensor, *, graph: bool = False) -> Tensor:
         """Differentiate; what has no graph is constant, or, where it is not finite, no matter."""
         if not (isinstance(loss, Tensor) and loss.requires_grad):
             return torch.zeros_like(x)
-        keep = self._hess is None and self._hessp is None
-        (g,) = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=not keep)
-        return torch.zeros_like(x) if g is None else g.detach()
+        (g,) = torch.autograd.grad(loss, x, allow_unused=True, create_graph=graph)
+        return torch.zeros_like(x) if g is None else g
 
     def _products(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Make the function v -> H v at a point of which nobody else writes."""
@@ -314,9 +307,15 @@ class Residuals(Function):
             r = self._checked(returned, x)
             self.njev += torch.is_grad_enabled()
             if torch.is_grad_enabled() and not r.requires_grad and self.nfev == 1:
-                raise Malformed(f"{self.op}: fun: expected a tensor that autograd can follow (or give jac), got another")
+                raise Malformed(
+                    f"{self.op}: fun: expected a tensor that autograd can follow (or give jac), got one without a graph"
+                )
             self._known.append((x.detach().clone(), r.detach(), None))
             return r
+        if self._known and torch.equal(self._known[-1][0], x.detach()):
+            _, r, known = self._known[-1]
+            assert known is not None
+            return self._linear(x, r, known)
         at = x.detach().clone()
         with torch.no_grad():
             returned, given = self._evaluate(at)
@@ -326,11 +325,14 @@ class Residuals(Function):
         def jacobian() -> Tensor:
             if not matrix:
                 self.njev += 1
-                found = given if self._jac is True else self._call(self._jac, at)
+                found = self._call(self._jac, at) if callable(self._jac) else given
                 matrix.append(as_tensor(self.op, "jac", found, at, (r.numel(), at.numel())))
             return matrix[0]
 
         self._known.append((at, r, jacobian))
+        return self._linear(x, r, jacobian)
+
+    def _linear(self, x: Tensor, r: Tensor, jacobian: Callable[[], Tensor]) -> Tensor:
         return _Linear.apply(x, r, lambda u: (jacobian().mT @ u.reshape(-1).to(x.dtype)).view(x.shape))
 
     def found(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""One entry in scipy's shape: `minimize` drives the optimizers of `secant.optim`, `least_squares` their residual one."""
+"""One entry in scipy's shape: `minimize` drives the optimizers of `secant.optim`, `least_squares` one of them."""
 
 from __future__ import annotations
 
@@ -53,9 +53,11 @@ class _Method(NamedTuple):
 
 _PAIRS = {"maxcor": (_checks.integer_from(1, MAX_HISTORY), "history_size")}
 _LIMITED: dict[str, Any] = {"maxcor": 20, "ftol": _FTOL, "maxiter": 15_000, "maxfun": 15_000}
+_RADIUS = Option("a finite number > 0", lambda x: _checks.is_number(x, 0.0) and x > 0.0)
 _RADII = {
-    "initial_trust_radius": (_checks.number_from(0.0), "radius"),
-    "max_trust_radius": (_checks.number_from(0.0), "max_radius"),
+    "initial_trust_radius": (_RADIUS, "initial_radius"),
+    "max_trust_radius": (_RADIUS, "max_radius"),
+    "eta": (_checks.number_from(0.0, 0.25), "eta"),
 }
 
 #: From a method's name to how it is run. Another optimizer is one more line.
@@ -122,7 +124,8 @@ def minimize(
             (1e-5), on the largest component of the gradient (with bounds: of P(x - g) - x); ftol: the run ends when f
             changes by less than ftol max(|f|, 1), or, but for "l-bfgs-b", no variable by more than ftol (2.2e-9 for
             "l-bfgs" and "l-bfgs-b", else 0); disp: print the message; maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b");
-            maxls: evaluations of one search (20, "l-bfgs-b"); initial_trust_radius, max_trust_radius ("trust-...").
+            maxls: evaluations of one search (20, "l-bfgs-b"); initial_trust_radius, max_trust_radius,
+            eta ("trust-...").
 
     Returns:
         `secant.result.OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev (calls of `hess` or `hessp`), status (a
@@ -233,7 +236,7 @@ def _optimizer(op: str, name: str, class_name: str) -> Any:
     """Return an optimizer's class."""
     found = getattr(optim, class_name, None)
     if found is None:
-        raise NotImplementedError(f"{op}: method: {name!r} needs secant.optim.{class_name}, which is not in this version")
+        raise NotImplementedError(f"{op}: {name!r} needs secant.optim.{class_name}, which is not in this version")
     return found
 
 
@@ -352,7 +355,9 @@ def _sides(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     try:
         pairs = [(lower, upper) for lower, upper in bounds]
     except (TypeError, ValueError):
-        raise _checks.fail(op, "bounds", "pairs (lower, upper), or an object with lb and ub", _checks.show(bounds)) from None
+        raise _checks.fail(
+            op, "bounds", "pairs (lower, upper), or an object with lb and ub", _checks.show(bounds)
+        ) from None
     if len(pairs) != x.numel():
         raise _checks.fail(op, "bounds", f"{x.numel()} pairs, one for each element of x0", f"{len(pairs)}")
     sides = []

@@ -105,7 +105,11 @@ PROBLEMS: tuple[BoxProblem, ...] = (
         "hs25", gulf_value, vector([100, 12.5, 3]), vector([0.1, 0, 0]), vector([100, 25.6, 5]), (0.0, 32.835),
         vector([50, 25, 1.5]),
     ),
-    BoxProblem("hs38", colville, vector([-3, -1, -3, -1]), vector([-10] * 4), vector([10] * 4), (0.0,), vector([1] * 4)),
+    BoxProblem(
+        "hs38", colville, vector([-3, -1, -3, -1]), vector([-10] * 4), vector([10] * 4), (0.0,), vector([1] * 4)
+    ),
     BoxProblem("hs45", product, vector([2] * 5), vector([0] * 5), vector(range(1, 6)), (1.0,), vector(range(1, 6))),
-    BoxProblem("hs110", logarithms, 9.0 * _TEN, 2.001 * _TEN, 9.999 * _TEN, (-45.77846970744627,), 9.350265833069384 * _TEN),
+    BoxProblem(
+        "hs110", logarithms, 9.0 * _TEN, 2.001 * _TEN, 9.999 * _TEN, (-45.77846970744627,), 9.350265833069384 * _TEN
+    ),
 )  # fmt: skip

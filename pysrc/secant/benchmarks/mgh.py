@@ -365,7 +365,8 @@ PROBLEMS: tuple[Problem, ...] = (
     Problem(16, "brown and dennis", brown_dennis, vector([25, 5, -5, -1]), 20, (85822.2016,)),
     Problem(17, "osborne 1", osborne_1, vector([0.5, 1.5, -1, 0.01, 0.02]), 33, (5.46489470e-5,)),
     Problem(
-        18, "biggs exp6", biggs_exp6, vector([1, 2, 1, 1, 1, 1]), 13, (0.0, 5.65564992e-3), (vector([1, 10, 1, 5, 4, 3]),)
+        18, "biggs exp6", biggs_exp6, vector([1, 2, 1, 1, 1, 1]), 13, (0.0, 5.65564992e-3),
+        (vector([1, 10, 1, 5, 4, 3]),),
     ),
     Problem(
         19, "osborne 2", osborne_2, vector([1.3, 0.65, 0.65, 0.7, 0.6, 3, 5, 7, 2, 4.5, 5.5]), 65, (4.01377363e-2,)

@@ -54,7 +54,7 @@ class BoxResult(NamedTuple):
 
 
 class BoxIterate(NamedTuple):
-    """Holds one iterate as it is told to `record`: number, point, value, |P(x - g) - x|_inf, step, evaluations so far."""
+    """Holds an iterate as `record` is told it: number, point, value, |P(x - g) - x|_inf, step, evaluations so far."""
 
     n: int
     x: Tensor
@@ -266,10 +266,10 @@ def _cauchy(box: Box, x: Tensor, g: Tensor, model: _Model) -> _Path:
     done = order[:passed]
     moves = t > 0
     moves[done] = False
-    dt = max(-slope / curvature, 0.0) if bool(moves.any()) else 0.0
-    point = torch.where(moves, x + (last + dt) * d, x)
+    rest = max(-slope / curvature, 0.0) if bool(moves.any()) else 0.0
+    point = torch.where(moves, x + (last + rest) * d, x)
     point[done] = bound[done]
-    return _Path(torch.clamp(point, box.lower, box.upper), c + dt * p, moves)
+    return _Path(torch.clamp(point, box.lower, box.upper), c + rest * p, moves)
 
 
 def _target(box: Box, x: Tensor, g: Tensor, model: _Model) -> Tensor:
@@ -410,7 +410,7 @@ def lbfgs_b(
     """
     op = "lbfgs_b"
     _checks.tensor(op, "x", x, _checks.REAL)
-    box = Box(*(_checked_bound(op, name, b, x) for name, b in (("lower", lower), ("upper", upper))), x.dtype)
+    box = Box(_checked_bound(op, "lower", lower, x), _checked_bound(op, "upper", upper, x), x.dtype)
     _checks.integer(op, "history_size", history_size, 1)
     for name, limit in (("max_iter", max_iter), ("max_evaluations", max_evaluations), ("max_trials", max_trials)):
         _checks.integer(op, name, limit, 1)
@@ -421,7 +421,7 @@ def lbfgs_b(
     search = _Search(evaluate, box, x, rounding, max_evaluations)
     model = _Model(x.numel(), history_size, x.device)
     point = search.at(box.project(x.detach().reshape(-1)))
-    n, step = 0, 0.0
+    last, n, step = point, 0, 0.0
     lowest, flattest, since = math.inf, math.inf, 0
 
     def end(status: Status) -> BoxResult:
@@ -438,7 +438,7 @@ def lbfgs_b(
             return end(Status.STOPPED)
         if slack <= gtol:
             return end(Status.CONVERGED)
-        if n > 0 and 0.0 < ftol and last.value - point.value <= ftol * max(abs(last.value), abs(point.value), 1.0):
+        if n > 0 and ftol > 0.0 and last.value - point.value <= ftol * max(abs(last.value), abs(point.value), 1.0):
             return end(Status.SMALL_CHANGE)
         since = 0 if point.value < lowest or slack < flattest else since + 1
         lowest, flattest = min(lowest, point.value), min(flattest, slack)
