@@ -273,7 +273,7 @@ def dense_update(
     may be `pair.y_prev`. rule: the place in `contract.RULES`. `stats` (10,) receives the columns `DENSE_STATS`, 0 where
     this call had no cause to compute them.
     """
-    h = _dense_matrix(state)
+    h = dense_matrix(state)
     n, dtype = h.shape[0], state.h.dtype
     rows, columns = torch.tril_indices(n, n, device=state.h.device)
     state.h.copy_(h[rows, columns])
@@ -324,15 +324,16 @@ def _of(t: float | Tensor, like: Tensor) -> Tensor:
     return t.reshape(()) if isinstance(t, Tensor) else like + t
 
 
-def _dense_matrix(state: Dense) -> Tensor:
-    """Return H with the update that is due, in float64."""
+def dense_matrix(state: Dense) -> Tensor:
+    """Return H with the update that is due, (n, n), symmetric, in float64."""
     n = state.pair.shape[-1]
     rows, columns = torch.tril_indices(n, n, device=state.h.device)
     h = torch.zeros(n, n, dtype=torch.float64, device=state.h.device)
     h[rows, columns] = state.h.double()
     h = h + h.tril(-1).T
     a, c_ss, c_sw, c_ww, delta = state.coefs.unbind()
-    s, w = torch.where(a != 0, state.pair.double(), 0.0)
+    used = (c_ss != 0) | (c_sw != 0) | (c_ww != 0)
+    s, w = torch.where(used, state.pair.double(), 0.0)
     h = torch.where(a != 0, a * h, 0.0) + delta * torch.eye(n, dtype=h.dtype, device=h.device)
     sw = torch.outer(s, w)
     return h + c_ss * torch.outer(s, s) + c_sw * (sw + sw.T) + c_ww * torch.outer(w, w)
