@@ -258,16 +258,16 @@ def dense_update(
 
     in T, where H is not read if a = 0 (then the c are 0, too). So one pass over the triangle makes it and multiplies
     the result by grad and by y'. With w' = H y' (rounded to T), and s', y' as in `update`, the pair is accepted when
-    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, and the coefficients below keep the entries of H in the range
-    of T. The next update is then that of the self-scaled Broyden class,
+    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, and the coefficients below keep the entries of H in the
+    range of T. The next update is then that of the self-scaled Broyden class,
 
         H+ = gamma / tau [H - w w^T / y.w + phi v v^T] + s s^T / s.y,    v = sqrt(y.w) (s / s.y - w / y.w),
 
     written as coefficients (`broyden`); tau and phi by `scaling`; gamma = s.y / y.w for the first pair, else 1. A pair
     that is rejected leaves (1, 0, 0, 0, 0), and `state.pair` as it was.
 
-    `out`, given with `grad` and only then, receives -H+ grad. When that does not descend although grad is finite and not
-    zero, H is spoilt: then H+ = gamma I with gamma = s'.y' / y'.y' of an accepted pair, else 1, and the count is 0.
+    `out`, given with `grad` and only then, receives -H+ grad. When that does not descend although grad is finite and
+    not zero, H is spoilt: then H+ = gamma I with gamma = s'.y' / y'.y' of an accepted pair, else 1, and the count is 0.
 
     Vectors are (n,), `t` a number or a float64 tensor of (1,). `out` may be `pair.s`, `prev_out` (which receives grad)
     may be `pair.y_prev`. rule: the place in `contract.RULES`. `stats` (10,) receives the columns `DENSE_STATS`, 0 where

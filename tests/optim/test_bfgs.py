@@ -43,7 +43,7 @@ def test_it_is_the_formula(update):
         return torch.autograd.grad(loss([at]), at)[0]
 
     g = gradient(x)
-    for k in range(8):
+    for _ in range(8):
         t = steps[-1]
         s = -t * (h @ g)
         assert torch.allclose(x + s, run.x, rtol=1e-9, atol=1e-12)

@@ -35,8 +35,8 @@ def triangle(x: Tensor) -> Tensor:
 def sums_of_products(h: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """How far |H v| may be off, for each row.
 
-    Products in T are summed in T over at most 256, then in float64 over the n: (256 + 2) u of T and n u of float64 times
-    sum |h_ij v_j|. In float64 this is (n + 258) u.
+    Products in T are summed in T over at most 256, then in float64 over the n: (256 + 2) u of T and n u of float64,
+    times sum |h_ij v_j|. In float64 this is (n + 258) u.
     """
     n = h.shape[0]
     return (258 * torch.finfo(dtype).eps + n * torch.finfo(F64).eps) * (h.abs() @ v.abs())
