@@ -258,22 +258,22 @@ def dense_update(
 
     in T, where H is not read if a = 0 (then the c are 0, too). So one pass over the triangle makes it and multiplies
     the result by grad and by y'. With w' = H y' (rounded to T), and s', y' as in `update`, the pair is accepted when
-    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, and the coefficients below keep the entries of H in the range
-    of T. The next update is then that of the self-scaled Broyden class,
+    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, and the coefficients below keep the entries of H in the
+    range of T. The next update is then that of the self-scaled Broyden class,
 
         H+ = gamma / tau [H - w w^T / y.w + phi v v^T] + s s^T / s.y,    v = sqrt(y.w) (s / s.y - w / y.w),
 
     written as coefficients (`broyden`); tau and phi by `scaling`; gamma = s.y / y.w for the first pair, else 1. A pair
     that is rejected leaves (1, 0, 0, 0, 0), and `state.pair` as it was.
 
-    `out`, given with `grad` and only then, receives -H+ grad. When that does not descend although grad is finite and not
-    zero, H is spoilt: then H+ = gamma I with gamma = s'.y' / y'.y' of an accepted pair, else 1, and the count is 0.
+    `out`, given with `grad` and only then, receives -H+ grad. When that does not descend although grad is finite and
+    not zero, H is spoilt: then H+ = gamma I with gamma = s'.y' / y'.y' of an accepted pair, else 1, and the count is 0.
 
     Vectors are (n,), `t` a number or a float64 tensor of (1,). `out` may be `pair.s`, `prev_out` (which receives grad)
     may be `pair.y_prev`. rule: the place in `contract.RULES`. `stats` (10,) receives the columns `DENSE_STATS`, 0 where
     this call had no cause to compute them.
     """
-    h = _dense_matrix(state)
+    h = dense_matrix(state)
     n, dtype = h.shape[0], state.h.dtype
     rows, columns = torch.tril_indices(n, n, device=state.h.device)
     state.h.copy_(h[rows, columns])
@@ -324,15 +324,16 @@ def _of(t: float | Tensor, like: Tensor) -> Tensor:
     return t.reshape(()) if isinstance(t, Tensor) else like + t
 
 
-def _dense_matrix(state: Dense) -> Tensor:
-    """Return H with the update that is due, in float64."""
+def dense_matrix(state: Dense) -> Tensor:
+    """Return H with the update that is due, (n, n), symmetric, in float64."""
     n = state.pair.shape[-1]
     rows, columns = torch.tril_indices(n, n, device=state.h.device)
     h = torch.zeros(n, n, dtype=torch.float64, device=state.h.device)
     h[rows, columns] = state.h.double()
     h = h + h.tril(-1).T
     a, c_ss, c_sw, c_ww, delta = state.coefs.unbind()
-    s, w = torch.where(a != 0, state.pair.double(), 0.0)
+    used = (c_ss != 0) | (c_sw != 0) | (c_ww != 0)
+    s, w = torch.where(used, state.pair.double(), 0.0)
     h = torch.where(a != 0, a * h, 0.0) + delta * torch.eye(n, dtype=h.dtype, device=h.device)
     sw = torch.outer(s, w)
     return h + c_ss * torch.outer(s, s) + c_sw * (sw + sw.T) + c_ww * torch.outer(w, w)

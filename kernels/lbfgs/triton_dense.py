@@ -4,7 +4,7 @@ Three launches. `_pass`: one program a tile of the triangle makes the update tha
 vectors, along its rows and along its columns. A tile (i, j) leaves the sums of its rows in line j of a workspace and
 those of its columns in line i, so that every entry has one writer: no atomic additions, and results repeat bit for bit.
 `_reduce`: adds the lines and takes the dot products; the program that draws the last ticket decides. `_finish`: the
-direction and the pair. Bytes: the triangle once in and once out, and 32 n / B a vector and row for the workspace, B = 64.
+direction and the pair. Bytes: the triangle once in and once out, and 16 n^2 / 64 a vector for the workspace.
 """
 
 from __future__ import annotations

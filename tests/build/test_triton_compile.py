@@ -21,11 +21,13 @@ triton = pytest.importorskip("triton")
 from secant.kernels.blocks import triton as blocks  # noqa: E402
 from secant.kernels.hvp import triton as hvp  # noqa: E402
 from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
-from secant.kernels.lbfgs.contract import EXTRAS, Pair, State  # noqa: E402
+from secant.kernels.lbfgs import triton_dense  # noqa: E402
+from secant.kernels.lbfgs.contract import EXTRAS, RULES, Dense, Pair, State  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 KERNELS = {
     lbfgs: ("_dots", "_solve", "_combine", "_panel", "_update_one", "_two_loop_one"),
+    triton_dense: ("_pass", "_reduce", "_finish"),
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
     hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish", "_gram", "_gram_finish"),
 }
@@ -178,6 +180,23 @@ def test_parts_compile_without_spills(gpu, tmp_path, m, n, vectors, ring, kind):
     lbfgs.combine(state, pair, grad, coefs, out, prev)
     assert [k.metadata.name for k in gpu[1]] == ["_dots", "_solve", "_combine"]
     check_resources(gpu, tmp_path, f"{kind} in parts m={m} n={n} {vectors} {ring}", lambda registers: 0)
+
+
+@pytest.mark.parametrize("kind", ["step", slowly("pair"), slowly("direction")])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("n", [5000, slowly(1)])
+def test_dense_updates_compile_without_spills(gpu, tmp_path, n, dtype, kind):
+    h, vectors = torch.zeros(n * (n + 1) // 2, dtype=dtype), torch.zeros(5, n, dtype=dtype)
+    count = torch.zeros((), dtype=torch.int32)
+    state = Dense(h, vectors[:2].clone(), torch.zeros(5, dtype=F64), count, torch.zeros(10, dtype=F64))
+    g, d, p = vectors[2:]
+    pair = None if kind == "direction" else Pair(d, g, p if kind == "step" else None, 1.0)
+    grad, out, prev = (None, None, None) if kind == "pair" else (g, d, p if kind == "step" else None)
+    for rule in range(len(RULES)):
+        lbfgs.dense_update(state, pair, grad, 1e-7, rule, out, prev)
+    assert [k.metadata.name for k in gpu[1]] == ["_pass", "_reduce", "_finish"] * len(RULES)
+    what = f"{kind} of a dense matrix n={n} {dtype}"
+    check_resources(gpu, tmp_path, what, lambda registers: 0 if kind == "step" or registers > 128 else STEP)
 
 
 @pytest.mark.parametrize("n", [64, LONG])

@@ -75,9 +75,9 @@ class LBFGSHistory(TakesPairs):
     """Curvature pairs of L-BFGS in rings of fixed shape, with the Gram matrices that turn a direction into two passes.
 
     With S^T g, Y^T g and the Gram matrices s_i.y_j and y_i.y_j the two-loop recursion runs on coefficients, so a
-    direction reads the history twice (4 m n elements) and needs one reduction. H_0 = gamma I with gamma = s.y / y.y of the
-    newest pair, 1 when there is none; a full ring gives up its oldest pair. Nothing here reads a value back to the host:
-    which pairs are valid, where the ring starts and how many pairs it holds live on the device.
+    direction reads the history twice (4 m n elements) and needs one reduction. H_0 = gamma I with gamma = s.y / y.y of
+    the newest pair, 1 when there is none; a full ring gives up its oldest pair. Nothing here reads a value back to the
+    host: which pairs are valid, where the ring starts and how many pairs it holds live on the device.
 
     Args:
         n: length of a vector, >= 1.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks
+from secant.kernels.lbfgs import reference
 from secant.kernels.lbfgs.contract import RULES, Dense, Pair
 from secant.ops import _register
 from secant.ops._takes_pairs import TakesPairs
@@ -156,17 +157,7 @@ class InverseHessian(TakesPairs):
 
     def matrix(self) -> Tensor:
         """Return H with every pair that was accepted, (n, n), symmetric, of `dtype`."""
-        n = self.n
-        h = torch.zeros(n, n, dtype=self.dtype, device=self.device)
-        rows, columns = torch.tril_indices(n, n, device=self.device)
-        h[rows, columns] = self._h
-        h = (h + h.tril(-1).mT).double()
-        a, c_ss, c_sw, c_ww, delta = self._coefs
-        s, w = torch.where(a != 0, self._pair.double(), 0.0)
-        h = torch.where(a != 0, a * h, 0.0) + delta * torch.eye(n, dtype=h.dtype, device=self.device)
-        sw = torch.outer(s, w)
-        h += c_ss * torch.outer(s, s) + c_sw * (sw + sw.mT) + c_ww * torch.outer(w, w)
-        return h.to(self.dtype)
+        return reference.dense_matrix(self._state).to(self.dtype)
 
     def reset(self) -> None:
         """Forget every pair; the next direction is -grad. The triangle is written by the next call."""

@@ -25,8 +25,8 @@ class BFGS(QuasiNewton):
 
     H_0 = I, scaled by s.y / (y.Hy) of the first pair. BFGS is phi = tau = 1. Self-scaling shrinks H where it
     overestimates (tau), and goes from BFGS towards DFP or away from it (phi), as two numbers say that cost nothing,
-    b = s.Bs / s.y = -t g.s / s.y and h = y.Hy / s.y. On physics-informed networks it needs several times fewer iterations
-    than BFGS, which needs fewer than limited memory.
+    b = s.Bs / s.y = -t g.s / s.y and h = y.Hy / s.y. On physics-informed networks it needs several times fewer
+    iterations than BFGS, which needs fewer than limited memory.
 
     * **Time and memory.** One triangle of H is stored, n (n + 1) / 2 numbers, read once and written once an iteration:
       the update and the product with the new gradient are one pass (`secant.InverseHessian`). A call of `step` copies
@@ -53,8 +53,8 @@ class BFGS(QuasiNewton):
         maximize: maximize the loss instead.
         tolerance_grad_rel: stop also when |g|_inf is at most this times its value at the first evaluation of the run.
         tolerance_change_rel: stop also when the loss changes by less than this times its magnitude.
-        curvature_tol: H learns from a pair when s.y > curvature_tol |s| |y|, in [0, 1); None: the machine epsilon of the
-            parameters' dtype.
+        curvature_tol: H learns from a pair when s.y > curvature_tol |s| |y|, in [0, 1); None: the machine epsilon of
+            the parameters' dtype.
         on_error: "raise" or "backtrack", as in `LBFGS`.
         callback: called with a `secant.result.Iteration` after each one, as in `LBFGS`; a true value ends the call.
 

@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from secant.kernels.lbfgs import reference
 from secant.kernels.lbfgs.contract import Pair
 
+import lbfgs_dense as dense
 import lbfgs_oracle as oracle
 import lbfgs_parts as parts
 from triton_runner import Cases, arguments
@@ -514,6 +515,47 @@ def more_than_two_to_the_31_elements():
     assert torch.equal(state["s_ring"][0, m - 1].float(), s[0])
     # H y = s: three terms, each rounded, of size |s|, 2 |s| / 2 and |s|.
     assert ((d + s).abs() <= 8 * torch.finfo(F32).eps * s.abs()).all()
+
+
+@contextlib.contextmanager
+def small_tiles() -> Iterator[ModuleType]:
+    """The dense update with tiles small enough that a triangle of few rows has several."""
+    from secant.kernels.lbfgs import triton_dense
+
+    small = {"_TILE": 16, "_TILE_WARPS": 1, "_BLOCK": 32, "_REDUCE_ROWS": 2} if device.type == "cpu" else {}
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with mock.patch.multiple(triton_dense, **small):
+            yield triton_dense
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def dense_call(*args: Any) -> None:
+    with small_tiles() as backend:
+        backend.dense_update(*args)
+
+
+@case((1, F64, "ssbroyden"), (17, F32, "bfgs"), (33, F64, "ssbfgs"), (40, F32, "ssbroyden"), (49, F64, "ssbroyden"))
+def dense_update(n: int, dtype: torch.dtype, rule: str) -> None:
+    dense.check_run(dense_call, n, dtype, rule, device)
+
+
+@case((F32,), (F64,))
+def dense_update_of_a_spoilt_matrix(dtype: torch.dtype) -> None:
+    dense.check_spoilt(dense_call, dtype, device)
+
+
+@case((F32,), (F64,))
+def dense_update_refuses_a_pair(dtype: torch.dtype) -> None:
+    dense.check_refused(dense_call, dtype, device)
+
+
+@case((1500, F32, "ssbroyden"), (2049, F64, "ssbroyden"), gpu=True)
+def dense_update_of_many_rows(n: int, dtype: torch.dtype, rule: str) -> None:
+    dense.check_run(dense_call, n, dtype, rule, device)
 
 
 if __name__ == "__main__":
