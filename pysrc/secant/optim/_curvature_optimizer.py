@@ -160,7 +160,8 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
         for k in itertools.count(1):
             step = t * d
             if not self._is_felt(step):
-                return self._stay(Status.STALLED if finite else Status.NOT_FINITE, inner)
+                bad = (k > 1 and not finite) or not bool(step.isfinite().all())
+                return self._stay(Status.NOT_FINITE if bad else Status.STALLED, inner)
             if self._is_spent():
                 break
             new = self._try(step)
