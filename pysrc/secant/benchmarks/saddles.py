@@ -163,7 +163,7 @@ def permuted_units() -> Saddle:
     def loss(p: list[Tensor]) -> Tensor:
         return 0.5 * (torch.tanh(x @ p[0]) @ p[1] - y).square().mean()
 
-    start = [torch.tensor([[0.3, 0.3], [0.5, 0.5]], dtype=torch.float64), torch.ones(2, dtype=torch.float64)]
+    start = [torch.tensor([[0.6, 0.6], [0.2, 0.2]], dtype=torch.float64), torch.ones(2, dtype=torch.float64)]
     return Saddle("permuted hidden units", loss, start, 0.0)
 
 
