@@ -411,7 +411,8 @@ def test_a_closure_that_leaves_no_graph_or_another_is_named(case):
             (lambda params=params: loss(params), "a loss with its graph"),
         ]  # fmt: skip
         for returned, message in others:
-            with pytest.raises(ValueError, match=f"(?s){case.make.__name__}.step: closure: expected {expected}.* got {message}"):
+            pattern = f"(?s){case.make.__name__}.step: closure: expected {expected}.* got {message}"
+            with pytest.raises(ValueError, match=pattern):
                 each.optimizer.step(returned)
             assert_frozen(each, before)
         with pytest.raises(TypeError, match=f"{case.make.__name__}.step: closure: expected a function"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -68,7 +69,7 @@ def test_all_others_leave_and_reach_the_minimum(name, optimizer):
     assert float(torch.linalg.eigvalsh(h)[0]) >= -1e-9 * float(h.norm())
     # Rounding apart, it went down all the way.
     values = [iteration.value for iteration in told]
-    assert all(b <= a + 1e-15 * max(1.0, abs(a)) for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a + 1e-15 * max(1.0, abs(a)) for a, b in itertools.pairwise(values))
 
 
 def test_steps_along_negative_curvature_are_long():

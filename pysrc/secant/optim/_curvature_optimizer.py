@@ -6,7 +6,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
     A decrease that is lost in the rounding of the loss is judged by gradients: see `_ratio`.
     """
 
-    KINDS = ("loss", "outputs")
+    KINDS: ClassVar[tuple[str, ...]] = ("loss", "outputs")
     LAYOUT = ("maximize",)
 
     _elsewhere: Callable[[], Any] | None = None  # the closure of the curvature, where it is another one
