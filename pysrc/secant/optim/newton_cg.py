@@ -133,10 +133,10 @@ class NewtonCG(CurvatureOptimizer):
         g, b = point.gradient(), self._curvature(point)
         if b is None:
             return self._stay(Status.NOT_FINITE)
-        damping = options["damping"]
+        plain, damping = b._solver_product(), options["damping"]
 
         def product(v: Tensor) -> Tensor:
-            return b.matvec(v).add_(v, alpha=damping) if damping else b.matvec(v)
+            return plain(v).add_(v, alpha=damping) if damping else plain(v)
 
         sketch, extra = self._preconditioner(b)
         found = cg(
