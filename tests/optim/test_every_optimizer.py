@@ -12,7 +12,8 @@ import torch
 
 from optimizer_problems import PROBLEMS, RESIDUALS
 from secant import _checks
-from secant.optim import BFGS, LBFGS, LevenbergMarquardt
+from secant.curvature import GGN, Hessian
+from secant.optim import BFGS, LBFGS, CubicNewton, LevenbergMarquardt, Newton, NewtonCG, SaddleFreeNewton, TrustRegion
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
 from secant.result import Iteration, Status
 
@@ -51,6 +52,19 @@ OPTIMIZERS = [
          {"max_iter": 2, "damping": 1e2, "scaling": "marquardt", "solver": "samples", "loss": "soft_l1"}, "residuals", {},
          {"f_scale": (2.0, 0.0)}),
     Case("example", example(), {"lr": 0.02}, "gradient", {}, {"momentum": (0.5, 1.0)}),
+    # Held back, so that a few steps do not end at the minimum.
+    Case("newton", Newton, {"lr": 0.1, "max_iter": 2}, "loss", {}, {"lr": (0.05, -1.0), "modify": ("shift", "cut")}),
+    Case("newton-cg", NewtonCG, {"lr": 0.1, "max_iter": 2}, "loss", {}, {"max_inner": (1, 0), "damping": (1.0, -1.0)}),
+    Case("newton-cg-ggn", NewtonCG, {"lr": 0.1, "max_iter": 2, "curvature": "ggn", "preconditioner": "nystrom"},
+         "outputs", {}, {"rank": (3, 0), "lr": (0.05, -1.0)}),
+    Case("trust-region", TrustRegion, {"initial_radius": 0.02, "max_radius": 0.04, "max_iter": 2}, "loss",
+         {}, {"max_radius": (0.03, 0.0), "max_iter": (1, 0)}),
+    Case("trust-region-exact", TrustRegion,
+         {"subproblem": "exact", "initial_radius": 0.02, "max_radius": 0.04, "max_iter": 2}, "loss",
+         {}, {"max_radius": (0.03, 0.0), "subproblem": ("steihaug", "dogleg")}),
+    Case("cubic-newton", CubicNewton, {"sigma": 1e4, "max_iter": 2}, "loss", {}, {"max_iter": (1, 0)}),
+    Case("saddle-free-newton", SaddleFreeNewton, {"damping": 1e3, "max_iter": 1}, "loss",
+         {}, {"subspace": (1, 0), "max_iter": (2, True)}),
 ]  # fmt: skip
 
 
@@ -60,9 +74,21 @@ def having(accept):
 
 
 optimizers = having(lambda case: True)
-of_gradients, of_residuals = (having(lambda case, kind=kind: case.kind == kind) for kind in ("gradient", "residuals"))
+
+
+def of_kind(*kinds):
+    return having(lambda case: case.kind in kinds)
+
+
 problems = pytest.mark.parametrize("problem", ["quadratic-1e1", "mlp"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+@pytest.fixture(autouse=True)
+def _one_mode(monkeypatch):
+    """Products have one mode: timing would choose, so that two runs could differ, and evaluate the closure at will."""
+    monkeypatch.setattr(Hessian, "_MODES", Hessian._MODES[:1])
+    monkeypatch.setattr(GGN, "_MODES", GGN._MODES[:1])
 
 
 class Spoilt(Exception):
@@ -103,10 +129,15 @@ class Run:
         elif self.case.kind == "residuals":
             returned = self.loss(self.params)  # what is asked for in place of a loss
             loss = self.optimizer._robust.value(returned.detach())
-        else:
-            raise NotImplementedError(self.case.kind)
+        elif self.case.kind == "loss":
+            loss = returned = self.loss(self.params)
+        else:  # the parameters themselves are the outputs, so that the GGN is the Hessian
+            outputs = torch.cat([p.reshape(-1) for p in self.params])
+            pieces = outputs.split([p.numel() for p in self.params])
+            loss = returned = self.loss([x.reshape(p.shape) for x, p in zip(pieces, self.params, strict=True)])
         self.losses.append(loss.item())
-        return self.spoil(k, returned)
+        returned = self.spoil(k, returned)
+        return (outputs, returned) if self.case.kind == "outputs" else returned
 
     def step(self, calls=1):
         for _ in range(calls):
@@ -196,9 +227,13 @@ def test_a_state_of_something_else_changes_nothing(case):
     run = Run(case, "mlp").step(2)
     saved = copy.deepcopy(run.optimizer.state_dict())
     broken = [copy.deepcopy(saved) for _ in range(3)]
-    vector = next(name for name, x in saved["state"][0].items() if isinstance(x, torch.Tensor) and x.dim())
-    del broken[0]["state"][0][vector]
-    broken[1]["state"][0][vector] = broken[1]["state"][0][vector][..., :-1]
+    vectors = [name for name, x in saved["state"][0].items() if isinstance(x, torch.Tensor) and x.dim()]
+    if vectors:
+        del broken[0]["state"][0][vectors[0]]
+        broken[1]["state"][0][vectors[0]] = broken[1]["state"][0][vectors[0]][..., :-1]
+    else:
+        del broken[0]["state"][0]["n_iter"]
+        broken[1]["state"][0]["modes"] = {"hessian": 1}
     broken[2]["state"][0]["func_evals"] = -1
     before = frozen(run)
     for state in broken:
@@ -343,7 +378,7 @@ def test_a_frozen_parameter_does_not_move(case):
 # Closures -------------------------------------------------------------------------------------------------------------
 
 
-@of_gradients
+@of_kind("gradient")
 def test_a_closure_of_another_kind_is_named(case):
     run = Run(case, "mlp").step(2)
     before, loss = frozen(run), run.loss
@@ -366,7 +401,7 @@ def test_a_closure_of_another_kind_is_named(case):
     assert_frozen(fresh, before)
 
 
-@of_residuals
+@of_kind("residuals")
 def test_a_closure_that_returns_no_residuals_is_named(case):
     run = Run(case, "mlp").step(2)
     before, residuals = frozen(run), run.loss
@@ -393,7 +428,88 @@ def test_a_closure_that_returns_no_residuals_is_named(case):
         run.optimizer.step(None)
 
 
-@of_gradients
+@of_kind("loss", "outputs")
+def test_a_closure_that_leaves_no_graph_or_another_is_named(case):
+    run = Run(case, "mlp").step(2)
+    loss, expected = run.loss, {"loss": "a loss with its graph", "outputs": r"a pair \(outputs, loss\)"}[case.kind]
+    fresh = Run(case, "mlp")
+
+    def backward(params):
+        value = loss(params)
+        value.backward()
+        return value
+
+    def pair(params):
+        value = loss(params)
+        return value * torch.ones(3), value
+
+    for each in (run, fresh):
+        before, params = frozen(each), each.params
+        others = [
+            (lambda: None, "NoneType"),
+            (lambda: "1.0", "str"),
+            (lambda params=params: loss(params).item(), "a number without a graph"),
+            (lambda params=params: backward(params), "one that called backward"),
+            (lambda params=params: loss(params).detach(), "a loss without its graph"),
+            (lambda params=params: params[0] * 1.0, r"residuals, or outputs, of shape \(5, 8\)"),
+            (lambda params=params: pair(params), "a pair") if case.kind == "loss" else
+            (lambda params=params: loss(params), "a loss with its graph"),
+        ]  # fmt: skip
+        for returned, message in others:
+            pattern = f"(?s){case.make.__name__}.step: closure: expected {expected}.* got {message}"
+            with pytest.raises(ValueError, match=pattern):
+                each.optimizer.step(returned)
+            assert_frozen(each, before)
+        with pytest.raises(TypeError, match=f"{case.make.__name__}.step: closure: expected a function"):
+            each.optimizer.step(None)
+        assert_frozen(each, before)
+
+
+@of_kind("loss", "outputs")
+def test_a_loss_of_nothing_here_is_an_error(case):
+    run = Run(case, "mlp")
+    elsewhere, before = torch.ones(3, requires_grad=True), frozen(run)
+
+    def other():
+        loss = elsewhere.square().sum()
+        return loss if case.kind == "loss" else (2.0 * elsewhere, loss)
+
+    with pytest.raises(ValueError, match=f"{case.make.__name__}.step: params: expected tensors that the closure uses"):
+        run.optimizer.step(other)
+    assert_frozen(run, before)
+
+
+@of_kind("loss", "outputs")
+def test_gradients_are_neither_read_nor_written(case):
+    run, expected = Run(case, "mlp"), Run(case, "mlp")
+    run.params[0].grad = torch.full_like(run.params[0], math.nan)
+    given = run.params[0].grad
+    assert torch.equal(run.step(3).x, expected.step(3).x)
+    assert run.params[0].grad is given
+    assert given.isnan().all()
+    assert all(p.grad is None for p in run.params[1:])
+
+
+@of_kind("loss", "outputs")
+def test_a_resumed_run_has_the_modes_of_the_first(case, monkeypatch):
+    """Its state says which, also to an optimizer that has chosen another one since."""
+    cls, second = (GGN, "forward") if case.kind == "outputs" else (Hessian, "forward-over-reverse")
+    run = Run(case, "quadratic-1e1").step(2)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    assert saved["state"][0]["modes"] == {cls.__name__.lower(): "double-backward"}
+    monkeypatch.setattr(cls, "_MODES", ("double-backward", second))
+    saved["state"][0]["modes"] = {cls.__name__.lower(): second}
+    other = Run(case, "quadratic-1e1")
+    for each in (run, other):
+        each.optimizer.load_state_dict(saved)
+        count, evaluations = each.count, saved["state"][0]["func_evals"]
+        each.step()
+        state = each.optimizer.state_dict()["state"][0]
+        assert state["modes"] == saved["state"][0]["modes"]
+        assert each.count - count > state["func_evals"] - evaluations  # products evaluate the closure in this mode
+
+
+@of_kind("gradient")
 def test_a_loss_may_be_of_nothing_here(case):
     """No gradient and none to be had, or one that is set without backward: nothing is wrong with either."""
     run = Run(case, "mlp")

@@ -41,8 +41,7 @@ def test_it_is_never_above_the_matrix():
     assert float(rest[0]) >= -1e-12 * 1e3
     # Proposition 2.2 of Frangella, Tropp and Udell: the expected error, for the best p.
     bound = min(
-        (1 + 2 * p / (r - p - 1)) * float(values[p])
-        + 2 * math.e**2 * r / ((r - p) ** 2 - 1) * float(values[p:].sum())
+        (1 + 2 * p / (r - p - 1)) * float(values[p]) + 2 * math.e**2 * r / ((r - p) ** 2 - 1) * float(values[p:].sum())
         for p in range(r - 1)
     )
     assert float(rest[-1]) <= bound
@@ -110,5 +109,5 @@ def test_invalid_arguments(change, message):
     given = {"matmat": lambda v: v, "n": 10, "rank": 2} | change
     with pytest.raises(ValueError, match=f"nystrom: {message}"):
         nystrom(**given)
-    with pytest.raises(ValueError, match="Nystrom.preconditioner: damping: expected"):
+    with pytest.raises(ValueError, match=r"Nystrom\.preconditioner: damping: expected"):
         nystrom(lambda v: v, 4, 2).preconditioner(-1.0)

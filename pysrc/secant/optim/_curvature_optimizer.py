@@ -6,7 +6,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
     A decrease that is lost in the rounding of the loss is judged by gradients: see `_ratio`.
     """
 
-    KINDS = ("loss", "outputs")
+    KINDS: ClassVar[tuple[str, ...]] = ("loss", "outputs")
     LAYOUT = ("maximize",)
 
     _elsewhere: Callable[[], Any] | None = None  # the closure of the curvature, where it is another one
@@ -160,7 +160,8 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
         for k in itertools.count(1):
             step = t * d
             if not self._is_felt(step):
-                return self._stay(Status.STALLED if finite else Status.NOT_FINITE, inner)
+                bad = (k > 1 and not finite) or not bool(step.isfinite().all())
+                return self._stay(Status.NOT_FINITE if bad else Status.STALLED, inner)
             if self._is_spent():
                 break
             new = self._try(step)

@@ -108,7 +108,7 @@ class CubicNewton(CurvatureOptimizer):
             return self._stay(Status.NOT_FINITE)
         if not float(g.norm()) > 0.0:
             return self._stay(Status.STALLED)  # it is squared below what a number can be
-        found = cubic(b.matvec, g, sigma=sigma, rtol=self._accuracy(g), max_iter=options["max_inner"])
+        found = cubic(b._solver_product(), g, sigma=sigma, rtol=self._accuracy(g), max_iter=options["max_inner"])
         inner, finite = found.iterations, False
         while True:
             predicted = found.decrease - sigma / 3.0 * found.size**3

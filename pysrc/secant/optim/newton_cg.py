@@ -133,14 +133,18 @@ class NewtonCG(CurvatureOptimizer):
         g, b = point.gradient(), self._curvature(point)
         if b is None:
             return self._stay(Status.NOT_FINITE)
-        damping = options["damping"]
+        plain, damping = b._solver_product(), options["damping"]
 
         def product(v: Tensor) -> Tensor:
-            return b.matvec(v).add_(v, alpha=damping) if damping else b.matvec(v)
+            return plain(v).add_(v, alpha=damping) if damping else plain(v)
 
         sketch, extra = self._preconditioner(b)
         found = cg(
-            product, -g, preconditioner=sketch, rtol=self._forcing_term(g), max_iter=min(options["max_inner"], 10 * b.shape[0])
+            product,
+            -g,
+            preconditioner=sketch,
+            rtol=self._forcing_term(g),
+            max_iter=min(options["max_inner"], 10 * b.shape[0]),
         )
         status, iterations = Status(int(found.status)), int(found.iterations)
         inner = iterations + extra
@@ -156,7 +160,8 @@ class NewtonCG(CurvatureOptimizer):
         p, first = found.direction, iterations == 1
         bp, bg = product(p), product(g)
         bend = _dot(p, bp)
-        share = 1.0 if first else min(1.0, abs(_ratio(bend, _dot(p, p)) / (_ratio(_dot(g, bg), _dot(g, g)) or math.inf)))
+        relative = abs(_ratio(bend, _dot(p, p))) / (abs(_ratio(_dot(g, bg), _dot(g, g))) or math.inf)
+        share = 1.0 if first else min(1.0, relative)
         size = float(p.norm())
         length = own["reach"] * share / size if size > 0.0 else 0.0
         d = length * p if first else torch.add(found.x, p, alpha=length)

@@ -105,7 +105,7 @@ class SaddleFreeNewton(CurvatureOptimizer):
             return self._stay(Status.NOT_FINITE)
         if not float(g.norm()) > 0.0:
             return self._stay(Status.STALLED)  # it is squared below what a number can be
-        model = KrylovModel(b.matvec, g, max_iter=options["subspace"])
+        model = KrylovModel(b._solver_product(), g, max_iter=options["subspace"])
         while model.grow():
             pass
         inner, finite = model.iterations, False

@@ -175,7 +175,7 @@ class TrustRegion(CurvatureOptimizer):
             exact = more_sorensen(b, g, radius=radius)
             return _Step(exact.x, exact.status, exact.decrease, 0)
         most = self.param_groups[0]["max_inner"]
-        found = steihaug(b.matvec, g, radius=radius, rtol=self._accuracy(g), max_iter=most)
+        found = steihaug(b._solver_product(), g, radius=radius, rtol=self._accuracy(g), max_iter=most)
         # g.x + 1/2 x.B x, by the residual r = -g - B x.
         predicted = 0.5 * float(found.x.double().dot((found.residual - g).double()))
         return _Step(found.x, Status(int(found.status)), predicted, int(found.iterations))

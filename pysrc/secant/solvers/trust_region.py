@@ -48,9 +48,9 @@ def more_sorensen(
 
         (A + lambda I) x = -g,    A + lambda I positive semidefinite,    lambda >= 0,    lambda (radius - |x|) = 0,
 
-    found by Newton's method on 1/|x(lambda)| = 1/radius, within an interval that each Cholesky factorization shrinks. In
-    the hard case (g has no part in the eigenspace of the smallest eigenvalue, and x(lambda) is short) a multiple of an
-    eigenvector, from inverse iterations with the factor, leads to the boundary; so it does where g = 0 and A is
+    found by Newton's method on 1/|x(lambda)| = 1/radius, within an interval that each Cholesky factorization shrinks.
+    In the hard case (g has no part in the eigenspace of the smallest eigenvalue, and x(lambda) is short) a multiple of
+    an eigenvector, from inverse iterations with the factor, leads to the boundary; so it does where g = 0 and A is
     indefinite. Directions that are flat to the rounding of A are not followed.
 
     Everything is computed in float64, whatever the dtype; each factorization is followed by one transfer to the host.

@@ -1,0 +1,454 @@
+"""Newton, NewtonCG, TrustRegion, CubicNewton and SaddleFreeNewton: closed forms, rules, batches, ends."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from optimizer_problems import PROBLEMS, quadratic, rosenbrock
+from secant import Status
+from secant.curvature import Hessian
+from secant.optim import CubicNewton, Newton, NewtonCG, SaddleFreeNewton, TrustRegion
+
+F64 = torch.float64
+ALL = {
+    "newton": (Newton, {}),
+    "newton-cg": (NewtonCG, {}),
+    "trust-region": (TrustRegion, {}),
+    "trust-region-exact": (TrustRegion, {"subproblem": "exact"}),
+    "cubic-newton": (CubicNewton, {}),
+    "saddle-free-newton": (SaddleFreeNewton, {}),
+}
+every = pytest.mark.parametrize("name", ALL)
+
+
+def make(name, params, **options):
+    cls, fixed = ALL[name]
+    return cls(params, **{**fixed, **options})
+
+
+def parameter(values, dtype=F64):
+    return torch.tensor(values, dtype=dtype).requires_grad_()
+
+
+def derivatives(loss, x):
+    return torch.func.grad(lambda z: loss([z]))(x.detach()), torch.func.hessian(lambda z: loss([z]))(x.detach())
+
+
+def symmetric(n, values, seed=0):
+    q = torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=torch.Generator().manual_seed(seed))).Q
+    return (q * torch.tensor(values, dtype=F64)) @ q.T, q
+
+
+@pytest.fixture
+def one_mode(monkeypatch):
+    """Spare the comparison of modes, which evaluates the closure at will."""
+    monkeypatch.setattr(Hessian, "_MODES", Hessian._MODES[:1])
+
+
+# Closed forms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e4])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("newton", {"modify": modify}) for modify in ("abs", "clamp", "shift")),
+        ("trust-region-exact", {"initial_radius": 1e3}),
+        ("trust-region-exact", {"initial_radius": 1e3, "curvature": "hessian"}),
+        ("newton-cg", {"forcing": 1e-6}),
+    ],
+)
+def test_a_quadratic_takes_one_step(name, options, condition):
+    loss, told = quadratic(condition), []
+    x = torch.ones(30, dtype=F64, requires_grad=True)
+    optimizer = make(name, [x], max_iter=1, callback=told.append, **options)
+    start = x.detach().clone()
+    optimizer.step(lambda: loss([x]))
+    g, h = derivatives(loss, start)
+    want = start - torch.linalg.solve(h, g)
+    # Solved to rounding, times the condition; by CG to 1e-6 of the residual, which the condition magnifies likewise.
+    tolerance = (1e-6 if name == "newton-cg" else 1e-14) * condition
+    assert float((x.detach() - want).norm()) <= tolerance * float((want - start).norm())
+    assert told[-1].step == pytest.approx(1.0 if name != "trust-region-exact" else float((want - start).norm()))
+    assert optimizer.state[x]["func_evals"] == 2
+
+
+def test_n_products_solve_a_quadratic_of_n():
+    a, _ = symmetric(12, [1, 1, 1, 3, 3, 5, 5, 5, 7, 7, 9, 9])  # five distinct eigenvalues: five products
+    x, told = torch.ones(12, dtype=F64, requires_grad=True), []
+    optimizer = NewtonCG([x], forcing=1e-6, max_iter=1, callback=told.append)
+    optimizer.step(lambda: 0.5 * x @ a @ x)
+    assert told[-1].inner == 5
+    assert float(x.detach().norm()) <= 1e-9
+
+
+@pytest.mark.parametrize("modify", ["abs", "clamp", "shift"])
+def test_newton_modifies_eigenvalues(modify):
+    values = [4.0, 1.0, 0.0, -2.0]
+    a, q = symmetric(4, values)
+    x = torch.ones(4, dtype=F64, requires_grad=True)
+    floor = 0.01
+    optimizer = Newton([x], modify=modify, floor=floor, lr=1e-4, max_iter=1)
+    start, least = x.detach().clone(), floor * 4.0
+    optimizer.step(lambda: 0.5 * x @ a @ x)
+    w = {
+        "abs": [4.0, 1.0, least, 2.0],
+        "clamp": [4.0, 1.0, least, least],
+        "shift": [v + 2.0 + least for v in values],
+    }[modify]
+    want = -1e-4 * (q / torch.tensor(w, dtype=F64)) @ (q.T @ (a @ start))
+    assert torch.allclose(x.detach() - start, want, rtol=1e-9, atol=1e-15)
+
+
+def test_saddle_free_steps_are_of_the_absolute_value():
+    values = [4.0, 1.0, 0.3, -2.0, -0.1]
+    a, q = symmetric(5, values)
+    x = torch.ones(5, dtype=F64, requires_grad=True)
+    start = x.detach().clone()
+    optimizer = SaddleFreeNewton([x], damping=0.25, max_iter=1)
+    optimizer.step(lambda: 0.5 * x @ a @ x)
+    absolute = torch.tensor(values, dtype=F64).abs()
+    want = start - (q / (absolute + 0.25 * 4.0)) @ (q.T @ (a @ start))
+    assert torch.allclose(x.detach(), want, rtol=1e-12)
+    # rho = 1 on a quadratic: Nielsen's rule divides by three.
+    assert optimizer.state[x]["lambda"] == pytest.approx(1.0 / 3.0)
+
+
+def test_cubic_steps_solve_the_cubic_model_and_sigma_learns():
+    a, _ = symmetric(6, [4.0, 1.0, 0.3, -2.0, -0.1, 2.0])
+    x = torch.ones(6, dtype=F64, requires_grad=True)
+    start = x.detach().clone()
+    optimizer = CubicNewton([x], sigma=3.0, max_iter=1)
+    optimizer.step(lambda: 0.5 * x @ a @ x)
+    s = x.detach() - start
+    left = a @ start + a @ s + 3.0 * s.norm() * s
+    # To half the gradient at the start of a run: CG-like accuracy.
+    assert float(left.norm()) <= 0.5 * float((a @ start).norm())
+    assert optimizer.state[x]["sigma"] == 1.5  # the cubic model is above the loss: rho > 0.9
+
+
+def test_the_step_along_negative_curvature():
+    """The first direction, -g, has none but negative curvature: as long as the reach, which doubles."""
+    x = parameter([0.3, 0.4])
+    optimizer = NewtonCG([x], max_iter=1)
+    optimizer.step(lambda: -x.square().sum() / 2)
+    assert torch.allclose(x.detach(), torch.tensor([0.3, 0.4], dtype=F64) * (0.5 + 1.0) / 0.5)
+    assert optimizer.state[x]["reach"] == 2.0
+    # In the second: the minimum along positive curvature, then the reach times |c| / |g.Hg / g.g| along the other.
+    x = parameter([1.0, 1e-4])
+    optimizer = NewtonCG([x], max_iter=1, forcing=1e-6)
+    optimizer.step(lambda: x[0] ** 2 / 2 - 0.25 * x[1] ** 2 / 2)
+    assert abs(float(x[0].detach())) <= 1e-4
+    assert float(x[1].detach()) == pytest.approx(0.25 + 1e-4, rel=1e-3)
+
+
+def test_negative_curvature_by_rounding_is_not_followed():
+    """A singular matrix in float32 whose last products are rounding: the step is that of CG."""
+    gen = torch.Generator().manual_seed(0)
+    j, y = torch.randn(5, 40, generator=gen), torch.randn(5, generator=gen)
+    x = torch.zeros(40, requires_grad=True)
+
+    def closure():
+        outputs = j @ x
+        return outputs, (outputs - y).square().sum()
+
+    optimizer = NewtonCG([x], curvature="ggn", forcing=1e-6, max_iter=5)
+    optimizer.step(closure)
+    want = torch.linalg.lstsq(j.double(), y.double()[:, None], driver="gelsd").solution[:, 0]  # the shortest
+    assert float((x.detach().double() - want).norm()) <= 1e-4 * float(want.norm())
+
+
+def test_the_radius_follows_the_ratio():
+    """f = x^2 / 2 from 10: the model is exact, so the radius doubles until the minimum is inside."""
+    x, radii = parameter([10.0]), []
+    optimizer = TrustRegion([x], "exact", max_iter=1, max_radius=4.0)
+    for _ in range(4):
+        optimizer.step(lambda: x.square().sum() / 2)
+        radii.append(optimizer.state[x]["radius"])
+    assert radii == [2.0, 4.0, 4.0, 4.0]
+    assert float(x.detach()) == pytest.approx(0.0, abs=1e-12)  # 9, 7, 3 and inside
+    # |x| beyond a kink: the model promises 1/2, and the loss rises. A quarter of the step, and a fifth.
+    x = parameter([0.1])
+    optimizer = TrustRegion([x], "exact", max_iter=1)
+    optimizer.step(lambda: (1e4 * x.square() + 1e-8).sqrt().sum() / 100 + 0.0 * x.sum() ** 2)
+    assert optimizer.state[x]["radius"] < 1.0
+
+
+def test_the_radius_survives_batches():
+    x, scale = parameter([5.0, 5.0]), 1.0
+    optimizer = TrustRegion([x], max_iter=1)
+    for k in range(3):
+        scale = 1.0 + 0.1 * k
+        optimizer.step(lambda scale=scale: scale * x.square().sum())
+    assert optimizer.state[x]["radius"] == 8.0
+
+
+# Against scipy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("subproblem", "method"), [("steihaug", "trust-ncg"), ("exact", "trust-exact")])
+def test_as_many_evaluations_as_scipy(subproblem, method):
+    scipy = pytest.importorskip("scipy.optimize")
+    x = torch.linspace(-1, 1, 20, dtype=F64).requires_grad_()
+    optimizer = TrustRegion([x], subproblem, max_iter=500, tolerance_grad=1e-6)
+    start = x.detach().numpy().copy()
+    optimizer.step(lambda: rosenbrock([x]))
+    assert optimizer.status is Status.CONVERGED
+    assert float((x.detach() - 1.0).abs().max()) <= 1e-5
+    peer = scipy.minimize(
+        scipy.rosen, start, jac=scipy.rosen_der, hess=scipy.rosen_hess, method=method, options={"gtol": 1e-6}
+    )
+    assert peer.success
+    # Rules and constants are the same; residuals, and a radius that shrinks to a quarter of the step, are not.
+    assert optimizer.state[x]["func_evals"] <= 1.5 * peer.nfev + 10
+
+
+# Curvature ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ggn_of_squares_makes_gauss_newton_steps():
+    t, y = torch.linspace(0, 1, 20, dtype=F64), torch.linspace(1, 3, 20, dtype=F64)
+    x = parameter([1.0, 1.0])
+
+    def outputs(p):
+        return p[0] * torch.exp(p[1] * t)
+
+    def closure():
+        out = outputs(x)
+        return out, 0.5 * (out - y).square().sum()
+
+    start = x.detach().clone()
+    j = torch.func.jacrev(outputs)(start)
+    want = start - torch.linalg.solve(j.T @ j, j.T @ (outputs(start) - y))
+    optimizer = NewtonCG([x], curvature="ggn", forcing=1e-6, max_iter=1)
+    loss = optimizer.step(closure)
+    assert torch.allclose(x.detach(), want, rtol=1e-6)
+    assert float(loss) == pytest.approx(0.5 * float((outputs(start) - y).square().sum()))
+
+
+@pytest.mark.parametrize(
+    "name", ["newton-cg", "trust-region", "trust-region-exact", "cubic-newton", "saddle-free-newton"]
+)
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+def test_a_classifier_by_every_curvature(name, curvature):
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 3, generator=gen, dtype=F64), torch.randint(3, (60,), generator=gen)
+    runs = []
+    for _ in range(2):
+        w = torch.zeros(3, 3, dtype=F64, requires_grad=True)
+
+        def closure(w=w):
+            logits = x @ w
+            return logits, F.cross_entropy(logits, y) + 0.0 * w.sum()
+
+        optimizer = make(name, [w], curvature=curvature, max_iter=15)
+        start = optimizer.step(closure)
+        runs.append(w.detach().clone())
+    assert torch.equal(*runs)  # labels are drawn from the number of the iteration
+    g = torch.func.grad(lambda w: F.cross_entropy(x @ w, y))(runs[0])
+    at_zero = torch.func.grad(lambda w: F.cross_entropy(x @ w, y))(torch.zeros(3, 3, dtype=F64))
+    assert float(start) == pytest.approx(math.log(3.0))
+    # The GGN of a linear model is the Hessian; the sampled Fisher is within sampling error of it.
+    assert float(g.norm()) <= (1e-6 if curvature == "ggn" else 0.05) * float(at_zero.norm())
+
+
+@pytest.mark.usefixtures("one_mode")
+def test_curvature_on_the_same_batch_is_biased():
+    """Whitened features, curvature 1 in every direction. Along the gradient of a batch of m, pure noise in n
+    dimensions, the batch itself shows 1 + n / m (Marchenko and Pastur), another batch 1: arXiv 2410.14325."""
+    n, m, trials = 20, 40, 60
+    gen = torch.Generator().manual_seed(0)
+    lengths = {"same": [], "other": []}
+    for _ in range(trials):
+        batches = [(torch.randn(m, n, generator=gen, dtype=F64), torch.randn(m, generator=gen, dtype=F64))
+                   for _ in range(2)]  # fmt: skip
+        for which in lengths:
+            w = torch.zeros(n, dtype=F64, requires_grad=True)
+            losses = [lambda x=x, y=y, w=w: 0.5 * (x @ w - y).square().mean() for x, y in batches]
+            (g,) = torch.autograd.grad(losses[0](), w)
+            told = []
+            optimizer = NewtonCG([w], max_iter=1, max_inner=1, callback=told.append)
+            optimizer.step(losses[0], None if which == "same" else losses[1])
+            lengths[which].append(told[-1].step and float(g.dot(g) / -(w.detach() / told[-1].step).dot(g)))
+    mean = {which: sum(x) / trials for which, x in lengths.items()}
+    # A trial has a deviation of about sqrt(2 / m) = 0.22 times its mean, the mean of 60 one of 0.03: four of them.
+    assert mean["other"] == pytest.approx(1.0, abs=0.12)
+    assert mean["same"] == pytest.approx(1.0 + n / m, abs=0.18)
+
+
+@every
+@pytest.mark.usefixtures("one_mode")
+def test_the_curvature_closure(name):
+    """Of another scale, it changes the step and not the loss; it raises, or is no function, without a trace."""
+    x, told = parameter([1.0, 2.0]), []
+    optimizer = make(name, [x], max_iter=1, callback=told.append)
+    counts = {"loss": 0, "curvature": 0}
+
+    def loss():
+        counts["loss"] += 1
+        return x.square().sum()
+
+    def curvature():
+        counts["curvature"] += 1
+        return 50.0 * x.square().sum()
+
+    optimizer.step(loss, curvature)
+    assert counts == {"loss": 2, "curvature": 1}
+    assert optimizer.state[x]["func_evals"] == 2
+    assert told[-1].value == pytest.approx(float(x.detach().square().sum()))
+    if name in ("newton", "newton-cg"):
+        assert torch.allclose(x.detach(), torch.tensor([1.0, 2.0], dtype=F64) * (1 - 2.0 / 100.0))
+    before, state = x.detach().clone(), dict(optimizer.state[x])
+    with pytest.raises(TypeError, match="step: curvature_closure: expected a function or None, got float"):
+        optimizer.step(loss, 1.0)
+
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(loss, broken)
+    with pytest.raises(ValueError, match="closure: expected a loss with its graph"):
+        optimizer.step(loss, lambda: 1.0)
+    assert torch.equal(x.detach(), before)
+    assert dict(optimizer.state[x]) == state
+    optimizer.step(loss, lambda: curvature() * math.nan)
+    assert optimizer.status is Status.NOT_FINITE
+    assert torch.equal(x.detach(), before)
+
+
+def test_nystrom_saves_products():
+    """Twenty large eigenvalues, of which the sketch of 25 sees all."""
+    n = 200
+    a, _ = symmetric(n, [*torch.logspace(6, 3, 20).tolist(), *torch.linspace(1, 2, 180).tolist()])
+    b = torch.randn(n, dtype=F64, generator=torch.Generator().manual_seed(1))
+    inner = {}
+    for preconditioner in (None, "nystrom"):
+        x, told = torch.zeros(n, dtype=F64, requires_grad=True), []
+        optimizer = NewtonCG([x], preconditioner=preconditioner, rank=25, forcing=1e-6, max_iter=1,
+                             callback=told.append)  # fmt: skip
+        optimizer.step(lambda x=x: 0.5 * x @ a @ x - b @ x)
+        inner[preconditioner] = told[-1].inner
+        want = torch.linalg.solve(a, b)
+        assert float((x.detach() - want).norm()) <= 1e-4 * float(want.norm())
+    assert 25 < inner["nystrom"] <= 0.6 * inner[None]
+
+
+def test_damping_is_added():
+    x = parameter([2.0, -3.0])
+    NewtonCG([x], damping=3.0, forcing=1e-6, max_iter=1).step(lambda: x.square().sum() / 2)
+    assert torch.allclose(x.detach(), torch.tensor([2.0, -3.0], dtype=F64) * 0.75)
+
+
+# Ends -----------------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_at_the_rounding_floor_it_stalls(name, dtype):
+    loss, start = PROBLEMS["rosenbrock-10"]
+    x = start[0].to(dtype).requires_grad_()
+    optimizer = make(name, [x], max_iter=300)
+    optimizer.step(lambda: loss([x]) + 1.0)  # of which the last decreases are lost
+    assert optimizer.status in (Status.STALLED, Status.CONVERGED)
+    # The gradient's own rounding, eps times terms of 400, over the smallest curvature, about 1/2... and a margin of 10.
+    assert float((x.detach() - 1.0).abs().max()) <= 1e4 * torch.finfo(dtype).eps * 2
+    before = x.detach().clone()
+    optimizer.step(lambda: loss([x]) + 1.0)
+    assert float((x.detach() - before).abs().max()) <= 1e4 * torch.finfo(dtype).eps * 2
+
+
+@every
+def test_flat_directions_stay_and_one_parameter_is_enough(name):
+    x = parameter([3.0, 5.0, 7.0])
+    optimizer = make(name, [x], max_iter=100, tolerance_grad=1e-10)
+    optimizer.step(lambda: x[0].cosh() + 0.0 * x.sum())
+    assert optimizer.status is Status.CONVERGED
+    assert abs(float(x[0].detach())) <= 1e-9
+    assert torch.allclose(x.detach()[1:], torch.tensor([5.0, 7.0], dtype=F64), atol=1e-12)
+    one = parameter(2.0)
+    optimizer = make(name, [one], max_iter=100, tolerance_grad=1e-10)
+    optimizer.step(lambda: one.cosh())
+    assert optimizer.status is Status.CONVERGED
+    assert abs(float(one.detach())) <= 1e-9
+
+
+@every
+def test_errors_of_the_closure_at_trials(name):
+    """ln x to its left: a trial below zero raises, or counts as infinite."""
+
+    def run(on_error, first=1e-3):
+        x = parameter([first])
+
+        def closure():
+            if float(x.detach()) <= 0.0:
+                raise ValueError("the logarithm of a negative number")
+            return (x - 0.5 * x.log()).sum()
+
+        return x, make(name, [x], max_iter=60, on_error=on_error, tolerance_grad=1e-8), closure
+
+    x, optimizer, closure = run("backtrack", 2.0)
+    optimizer.step(closure)
+    assert optimizer.status is Status.CONVERGED
+    assert float(x.detach()) == pytest.approx(0.5)
+    x, optimizer, closure = run("backtrack", -1.0)  # at the start there is nothing to go back to
+    with pytest.raises(ValueError, match="logarithm"):
+        optimizer.step(closure)
+    assert float(x.detach()) == -1.0
+
+
+@pytest.mark.parametrize("name", ["trust-region", "trust-region-exact", "cubic-newton", "saddle-free-newton"])
+def test_there_is_no_lr_where_the_model_says_how_far(name):
+    x, y = parameter([1.0]), parameter([2.0])
+    with pytest.raises(ValueError, match=r"lr: expected none \(the model .*\), got 0.1"):
+        make(name, [{"params": [x], "lr": 0.1}, {"params": [y]}])
+    with pytest.raises(TypeError, match="lr"):
+        make(name, [x], lr=0.1)
+
+
+@every
+def test_lr_of_zero_and_a_gradient_too_small_to_square(name):
+    x = parameter([1.0])
+    if name in ("newton", "newton-cg"):
+        optimizer = make(name, [x], lr=0.0)
+        optimizer.step(lambda: x.square().sum())
+        assert optimizer.status is Status.SMALL_CHANGE
+        assert float(x.detach()) == 1.0
+    x = parameter([1e-200])
+    optimizer = make(name, [x], max_iter=5)
+    optimizer.step(lambda: x.square().sum())
+    assert isinstance(optimizer.status, Status)
+    assert abs(float(x.detach())) <= 1e-200
+
+
+@every
+def test_the_graph_is_let_go(name):
+    x, held = parameter([1.0, 2.0]), []
+    optimizer = make(name, [x], max_iter=3)
+
+    def closure():
+        inner = x.exp()
+        held.append(weakref.ref(inner))
+        return inner.sum() - x.sum()
+
+    optimizer.step(closure)
+    gc.collect()
+    assert len(held) > 1
+    assert all(ref() is None for ref in held)
+
+
+def test_a_maximum_of_a_pair():
+    x = parameter([0.5, -0.5])
+
+    def closure():
+        out = x * 1.0
+        return out, -(out - 2.0).square().sum()
+
+    optimizer = TrustRegion([x], curvature="ggn", maximize=True, max_iter=20, tolerance_grad=1e-9)
+    assert float(optimizer.step(closure)) == pytest.approx(-2.25 - 6.25)
+    assert torch.allclose(x.detach(), torch.full((2,), 2.0, dtype=F64))
