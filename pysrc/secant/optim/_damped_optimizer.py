@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -60,13 +60,20 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
     """Base of the methods that solve (B + lambda D) d = -g, and change lambda by the gain ratio of the step.
 
     The gain ratio is the decrease of the loss over what the model promised. Where both are lost in rounding, a step is
-    taken that makes the gradient smaller; where there is none, lambda is what it was, and the status STALLED.
+    taken that makes the gradient smaller, and from then on no other; where there is none, lambda is what it was, and
+    the status STALLED.
     """
 
     NUMBERS: ClassVar[Mapping[str, Any]] = {
         **PointOptimizer.NUMBERS,
         "lambda": (0.0, _checks.number_from(0.0)),  # of the next step; 0: none yet
     }
+
+    _blurred: bool = False  # whether a step of this call was taken for its gradient
+
+    def _begin(self, closure: Callable[[], Any]) -> None:
+        super()._begin(closure)
+        self._blurred = False
 
     @abc.abstractmethod
     def _modelled(self, point: EvaluatedPoint) -> Any:
@@ -117,13 +124,15 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
                 own["lambda"] *= rise
                 rise *= 2.0
             if new is not None:
+                if self._blurred and self._is_unclear(model, proposal) and self._grad_max(new) >= model.grad_max:
+                    break  # back to where a smaller gradient has led away from
                 return self._accept(new, proposal.at(t), t, inner)
             if not self._is_felt(proposal.d.to(self._start)):
                 break
             if self._is_unclear(model, proposal):
                 new = self._smoothed(model, proposal)
                 if new is not None:
-                    own["lambda"] = lam
+                    own["lambda"], self._blurred = lam, True
                     return self._accept(new, proposal.d, 1.0, inner)
                 unclear += 1
                 if unclear == _UNCLEAR:

@@ -144,7 +144,8 @@ class NaturalGradient(DampedOptimizer):
       call begins. That is for points or batches drawn anew at every evaluation.
     * **Momentum** mu (SPRING) is for many more parameters than residuals: d is the least of
       abs(J d + r)^2 + lambda abs(d - mu d')^2, d' being the last one, so that what other batches have said of
-      directions that this one does not see is kept. A d that does not descend is computed anew without.
+      directions that this one does not see is kept. Steps then add up: lr is about 1 - mu. A d that does not descend is
+      computed anew without.
     * **Rounding, NaN, exceptions, groups**: as `LevenbergMarquardt`. Groups may not differ.
 
     Args:
@@ -199,6 +200,7 @@ class NaturalGradient(DampedOptimizer):
         "maximize": _checks.flag(),
     }
     KINDS = ("residuals", "outputs")
+    PER_GROUP = ()
     VECTORS = ("velocity",)
 
     _known_model: _Squares | _Likelihood | None = None
@@ -233,11 +235,15 @@ class NaturalGradient(DampedOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, options | common, callback)
+        self._check_maximize(self._name)
+
+    def _check_maximize(self, op: str) -> None:
+        options = self.param_groups[0]
+        if options["curvature"] == "residuals" and options["maximize"]:
+            raise _checks.fail(op, "maximize", "False with residuals, whose squares are minimized", "True")
 
     def _check_options(self, op: str, options: Mapping[str, Any]) -> None:
         super()._check_options(op, options)
-        if options["curvature"] == "residuals" and options["maximize"]:
-            raise _checks.fail(op, "maximize", "False with residuals, whose squares are minimized", "True")
         if options["curvature"] != "residuals" and options["solver"] == "samples":
             raise _checks.fail(op, "solver", "'auto', 'parameters' or 'cg' where curvature is no 'residuals'", "'samples'")
 
@@ -245,6 +251,7 @@ class NaturalGradient(DampedOptimizer):
         return "residuals" if self.param_groups[0]["curvature"] == "residuals" else "outputs"
 
     def _begin(self, closure: Callable[[], Any]) -> None:
+        self._check_maximize(f"{self._name}.step")
         super()._begin(closure)
         self._known_model = None
 
