@@ -169,7 +169,7 @@ class NormalEquations:
 
 
 def damped(matrix: Tensor, lam: float) -> Tensor | None:
-    """Return the Cholesky factor of a matrix plus lambda I; None where that is not positive definite as it is rounded."""
+    """Return the Cholesky factor of a matrix plus lambda I; None where it has none as it is rounded."""
     if lam != 0.0:
         matrix = matrix.clone()
         matrix.diagonal().add_(lam)

@@ -245,7 +245,9 @@ class NaturalGradient(DampedOptimizer):
     def _check_options(self, op: str, options: Mapping[str, Any]) -> None:
         super()._check_options(op, options)
         if options["curvature"] != "residuals" and options["solver"] == "samples":
-            raise _checks.fail(op, "solver", "'auto', 'parameters' or 'cg' where curvature is no 'residuals'", "'samples'")
+            raise _checks.fail(
+                op, "solver", "'auto', 'parameters' or 'cg' where curvature is no 'residuals'", "'samples'"
+            )
 
     def _kind(self) -> str:
         return "residuals" if self.param_groups[0]["curvature"] == "residuals" else "outputs"
