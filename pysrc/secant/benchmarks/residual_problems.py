@@ -8,6 +8,7 @@ as |u - exact| / |exact| in the 2-norm.
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -25,7 +26,7 @@ def network(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Linear(fan_in, fan_out, dtype=dtype)] + ([nn.Tanh()] if i < len(widths) - 2 else [])
     return nn.Sequential(*layers)
 

@@ -4,6 +4,7 @@ from secant.optim.bfgs import BFGS
 from secant.optim.cubic_newton import CubicNewton
 from secant.optim.lbfgs import LBFGS
 from secant.optim.levenberg_marquardt import LevenbergMarquardt
+from secant.optim.natural_gradient import NaturalGradient
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
@@ -14,6 +15,7 @@ __all__ = [
     "LBFGS",
     "CubicNewton",
     "LevenbergMarquardt",
+    "NaturalGradient",
     "Newton",
     "NewtonCG",
     "SaddleFreeNewton",

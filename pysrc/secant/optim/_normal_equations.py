@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from secant.solvers.cg import cg
 #: What an optimizer may be asked for.
 SOLVER = _checks.one_of("auto", "parameters", "samples", "cg")
 #: The smaller side of J above which no Gram matrix is made, and entries of J above which J is not.
-_GRAM_SIDE, _ENTRIES = 5_000, 2**28
+GRAM_SIDE, _ENTRIES = 5_000, 2**28
 #: Conjugate gradients stop at this residual, or after so many products: both are heuristics.
 _CG_TOLERANCE, _CG_STEPS = 1e-3, 500
 
@@ -46,7 +47,7 @@ class NormalEquations:
     def __init__(self, jacobian: Jacobian, size: tuple[int, int], weights: Tensor | None, space: str) -> None:
         n, p = size
         if space == "auto":
-            space = "cg" if min(n, p) > _GRAM_SIDE else "parameters" if p <= n else "samples"
+            space = "cg" if min(n, p) > GRAM_SIDE else "parameters" if p <= n else "samples"
         self.space, self._weights = space, weights
         self._operator, self._matrix = jacobian, None
         if space != "cg" or n * p <= _ENTRIES:
@@ -143,8 +144,8 @@ class NormalEquations:
             matrix = self._gram_matrix(inverse)
             matrix = matrix.clone() if matrix is self._gram else matrix
             matrix.diagonal().add_(damping)
-        self._factor, info = torch.linalg.cholesky_ex(matrix)
-        return not bool(info)
+        self._factor = damped(matrix, 0.0)
+        return self._factor is not None
 
     def solve(self, u: Tensor) -> Solution:
         """Return x for a right-hand side u (N,)."""
@@ -158,14 +159,28 @@ class NormalEquations:
         if self.space == "parameters":
             assert self._factor is not None
             return Solution(torch.cholesky_solve(right.unsqueeze(1), self._factor)[:, 0])
-        found = cg(self._product, right, rtol=_CG_TOLERANCE, max_iter=_CG_STEPS)
-        return Solution(found.x, int(found.iterations))
+        return conjugate_gradients(self._product, right)
 
     def _product(self, v: Tensor) -> Tensor:
         product = self.pull(self.push(v))
         if self._free is not None:
             product = product * self._free
         return product.add_(v if self._scale is None else v * self._scale, alpha=self._damping)
+
+
+def damped(matrix: Tensor, lam: float) -> Tensor | None:
+    """Return the Cholesky factor of a matrix plus lambda I; None where it has none as it is rounded."""
+    if lam != 0.0:
+        matrix = matrix.clone()
+        matrix.diagonal().add_(lam)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if bool(info) else factor
+
+
+def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor) -> Solution:
+    """Solve for a right-hand side, roughly."""
+    found = cg(product, right, rtol=_CG_TOLERANCE, max_iter=_CG_STEPS)
+    return Solution(found.x, int(found.iterations))
 
 
 def _rows(jacobian: Jacobian) -> Tensor:

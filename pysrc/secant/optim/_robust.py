@@ -68,7 +68,7 @@ class Robust(NamedTuple):
     def linearized(self, residuals: Tensor) -> tuple[Tensor, Tensor | None]:
         r"""Return u and w such that the gradient is J^T W u and the curvature J^T W^2 J, W = diag(w); None for I.
 
-            w^2 = rho' + 2 z rho'', not below the rounding unit,        u = rho' r / w
+        w^2 = rho' + 2 z rho'', not below the rounding unit,        u = rho' r / w
         """
         if self.name == "linear":
             return residuals, None

@@ -12,33 +12,20 @@ from torch import Tensor
 from secant import _checks
 from secant.curvature import EvaluatedPoint
 from secant.optim._box import BOUNDS, Box
+from secant.optim._damped_optimizer import LEAST, POOR, POSITIVE, DampedOptimizer, Found
 from secant.optim._flat_optimizer import Callback
 from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
-from secant.optim._point_optimizer import COMMON, Advance, PointOptimizer
+from secant.optim._point_optimizer import COMMON
 from secant.optim._robust import Robust
-from secant.result import Status
 
 #: Part of d at which the second derivative along it is measured.
 _PROBE = 0.1
 #: |a| / |d| up to which a is believed.
 _BENT = 0.75
-#: Gain ratios: above the first lambda falls, below the second it rises and the curve is tried nearer to its start.
-_GOOD, _POOR = 0.75, 0.25
-_FALL, _RISE = 0.1, 4.0
-#: Gain ratio of a step that is taken.
-_LEAST = 1e-4
-#: Halvings of t on one curve, and curves of one iteration; each that failed doubles the rise of lambda.
-_HALVINGS, _CURVES = 2, 20
-#: Changes of the loss below this many times its rounding cannot be told from it.
-_NOISE = 4.0
-#: Curves that are tried where the loss is rounding.
-_UNCLEAR = 3
-#: lambda never falls below this part of the largest of the diagonal.
-_LOWEST = torch.finfo(torch.float64).eps
+#: Halvings of t on one curve.
+_HALVINGS = 2
 #: Solutions with more components at their bounds, until none goes beyond.
 _ACTIVATIONS = 20
-
-_POSITIVE = _checks.Option("a finite number > 0", lambda x: _checks.is_number(x, 0.0) and x > 0.0)
 
 
 class _Model(NamedTuple):
@@ -75,7 +62,7 @@ class _Curve(NamedTuple):
         return -t * (self.slope + 0.5 * t * self.curvature)
 
 
-class LevenbergMarquardt(PointOptimizer):
+class LevenbergMarquardt(DampedOptimizer):
     r"""Levenberg and Marquardt's method for the sum of squares of residuals, with geodesic acceleration.
 
         loss(x) = 1/2 |r(x)|^2,        (J^T J + lambda D) d = -J^T r,        x <- x + t d + t^2 a / 2
@@ -154,21 +141,17 @@ class LevenbergMarquardt(PointOptimizer):
 
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
         **COMMON,
-        "damping": _POSITIVE,
+        "damping": POSITIVE,
         "scaling": _checks.one_of("identity", "marquardt"),
         "geodesic": _checks.flag(),
         "solver": SOLVER,
         "loss": _checks.one_of("linear", "soft_l1", "huber", "cauchy"),
-        "f_scale": _POSITIVE,
+        "f_scale": POSITIVE,
         "bounds": BOUNDS,
     }
     KINDS = ("residuals",)
     PER_GROUP = ("bounds",)
     VECTORS = ("diagonal",)
-    NUMBERS: ClassVar[Mapping[str, Any]] = {
-        **PointOptimizer.NUMBERS,
-        "lambda": (0.0, _checks.number_from(0.0)),  # of the next step; 0: none yet
-    }
 
     _robust: Robust
     _box: Box | None = None
@@ -221,7 +204,7 @@ class LevenbergMarquardt(PointOptimizer):
     def _loss(self, point: EvaluatedPoint) -> Tensor:
         return point.value if self._robust.name == "linear" else self._robust.value(point.residuals())
 
-    def _linearized(self, point: EvaluatedPoint) -> _Model:
+    def _modelled(self, point: EvaluatedPoint) -> _Model:
         """Return the model at a point, where the parameters are; made once."""
         if self._model is None or self._model.point is not point:
             residuals = point.residuals().double()
@@ -236,67 +219,17 @@ class LevenbergMarquardt(PointOptimizer):
             self._model = _Model(point, residuals, right, weights, equations, gradient, grad_max)
         return self._model
 
-    def _grad_max(self, point: EvaluatedPoint) -> float:
-        return self._linearized(point).grad_max
-
     def _project(self, x: Tensor) -> None:
         if self._box is not None:
             torch.clamp(x, self._box.lower, self._box.upper, out=x)
 
     # An iteration -----------------------------------------------------------------------------------------------------
 
-    def _advance(self, point: EvaluatedPoint) -> Advance:
-        own, model, rise = self._own, self._linearized(point), _RISE
-        inner = unclear = 0
-        scale = self._scale(model)
-        size = 1.0 if scale is not None else model.equations.size(model.gradient)
-        first = own["lambda"] = max(own["lambda"] or self.param_groups[0]["damping"] * size, _LOWEST * size)
-        for _ in range(_CURVES):
-            if self._is_spent():
-                return self._stay(Status.MAX_EVAL, inner)
-            curve = self._curve(model, scale)
-            if curve is None:  # not positive definite as it is rounded
-                own["lambda"] *= 10.0
-                continue
-            inner += curve.inner
-            lam = own["lambda"]
-            new, t, gain = self._search(model, curve)
-            if gain > _GOOD:
-                own["lambda"] *= _FALL
-            elif gain < _POOR:
-                own["lambda"] *= rise
-                rise *= 2.0
-            if new is not None:
-                return self._accept(new, curve.at(t), t, inner)
-            if not self._is_felt(curve.d.to(self._start)):
-                break
-            if self._is_rounding(model, curve):
-                new = self._smoothed(model, curve)
-                if new is not None:
-                    own["lambda"] = lam
-                    return self._accept(new, curve.d, 1.0, inner)
-                unclear += 1
-                if unclear == _UNCLEAR:
-                    break
-        own["lambda"] = first
-        return self._stay(Status.STALLED, inner)
+    def _size(self, model: _Model) -> float:
+        return model.equations.size(model.gradient) if self.param_groups[0]["scaling"] == "identity" else 1.0
 
-    def _scale(self, model: _Model) -> Tensor | None:
-        """Return Marquardt's D, the largest that the diagonal of J^T J has been; None for I."""
-        if self.param_groups[0]["scaling"] == "identity":
-            return None
-        if model.equations.space == "cg":
-            got = "'marquardt', with solver 'cg', which does not know the diagonal"
-            raise _checks.fail(f"{self._name}.step", "scaling", "'identity'", got)
-        kept = self._own["diagonal"]
-        self._undo.keep("diagonal", [kept])
-        diagonal = torch.maximum(self._part(kept), model.equations.diagonal().to(kept))
-        self._put(kept, diagonal)
-        return torch.where(diagonal > 0.0, diagonal, 1.0).double()
-
-    def _curve(self, model: _Model, scale: Tensor | None) -> _Curve | None:
-        """Compute d and a for the lambda of the state; None where the matrix cannot be factored."""
-        equations, lam, box = model.equations, self._own["lambda"], self._box
+    def _propose(self, model: _Model) -> _Curve | None:
+        equations, lam, box, scale = model.equations, self._own["lambda"], self._box, self._scale(model)
         if box is None:
             if not equations.damp(lam, scale):
                 return None
@@ -310,6 +243,19 @@ class LevenbergMarquardt(PointOptimizer):
         jd = equations.push(d)
         slope, curvature = float(model.gradient.dot(d)), float(jd.dot(jd))
         return _Curve(d, self._acceleration(model, d, jd, scale), slope, curvature, inner)
+
+    def _scale(self, model: _Model) -> Tensor | None:
+        """Return Marquardt's D, the largest that the diagonal of J^T J has been; None for I."""
+        if self.param_groups[0]["scaling"] == "identity":
+            return None
+        if model.equations.space == "cg":
+            got = "'marquardt', with solver 'cg', which does not know the diagonal"
+            raise _checks.fail(f"{self._name}.step", "scaling", "'identity'", got)
+        kept = self._own["diagonal"]
+        self._undo.keep("diagonal", [kept])
+        diagonal = torch.maximum(self._part(kept), model.equations.diagonal().to(kept))
+        self._put(kept, diagonal)
+        return torch.where(diagonal > 0.0, diagonal, 1.0).double()
 
     def _within(self, model: _Model, scale: Tensor | None, box: Box) -> Solution | None:
         """Compute a d that stays within the bounds: components that would go beyond are held there, one set at a time.
@@ -349,44 +295,30 @@ class LevenbergMarquardt(PointOptimizer):
         sizes = [x.dot(x if scale is None else x * scale) for x in (a, d)]
         return a if bool(sizes[0] <= _BENT**2 * sizes[1]) else None
 
-    def _search(self, model: _Model, curve: _Curve) -> tuple[EvaluatedPoint | None, float, float]:
-        """Try t = 1, and smaller ones where its gain ratio is poor; return what is taken, its t, and the first ratio."""
+    def _search(self, model: _Model, proposal: _Curve) -> Found:
+        """Try t = 1, and where its gain ratio is poor smaller ones; lambda follows that of t = 1."""
         first = -math.inf
         for k in range(_HALVINGS + 1):
             t = 0.5**k
-            predicted = curve.predicted(t)
+            predicted = proposal.predicted(t)
             if not predicted > 0.0:
                 break
-            new = self._try(curve.at(t).to(self._start))
+            new = self._try(proposal.at(t).to(self._start))
             gain = math.nan if new is None else self._decrease(model, new) / predicted
             gain = gain if math.isfinite(gain) else -math.inf
             if k == 0:
                 first = gain
             last = k == _HALVINGS or self._is_spent()
-            if new is not None and gain > (_LEAST if last else _POOR) and self._is_usable(new):
-                return new, t, first
-            if last:
+            if new is not None and gain > (LEAST if last else POOR) and self._is_usable(new):
+                return Found(new, t, first)
+            if last or (gain < LEAST and self._is_unclear(model, proposal)):
                 break
-        return None, 0.0, min(first, 0.0)
+        return Found(None, 0.0, min(first, 0.0))
 
     def _decrease(self, model: _Model, new: EvaluatedPoint) -> float:
         return float(self._robust.decrease(model.residuals, new.residuals().double()))
 
-    def _is_usable(self, new: EvaluatedPoint) -> bool:
-        """Tell whether an iteration can begin at a point, where one will; its Jacobian is then needed anyway."""
-        return not self._more or math.isfinite(self._grad_max(new))
-
-    # At the end, where the loss is rounded ----------------------------------------------------------------------------
-
-    def _is_rounding(self, model: _Model, curve: _Curve) -> bool:
-        """Tell whether the decrease that is promised cannot be told from the rounding of the residuals."""
+    def _loss_rounding(self, model: _Model) -> float:
         residuals = model.residuals if model.weights is None else model.weights * model.residuals
-        noise = model.equations.rounding(self._start.double(), model.right, residuals)
-        return curve.predicted(1.0) <= _NOISE * torch.finfo(self._start.dtype).eps * noise
-
-    def _smoothed(self, model: _Model, curve: _Curve) -> EvaluatedPoint | None:
-        """Go along d if the gradient becomes smaller."""
-        if self._is_spent():
-            return None
-        new = self._try(curve.d.to(self._start))
-        return new if new is not None and self._grad_max(new) < model.grad_max else None
+        eps = torch.finfo(self._start.dtype).eps
+        return eps * model.equations.rounding(self._start.double(), model.right, residuals)
