@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from secant import _checks, ops
 from secant.curvature import _graph, _row_layouts
 from secant.curvature._graph import Edge, Node, Slots
 from secant.curvature._parameters import Parameters
@@ -54,7 +55,9 @@ class Source(Protocol):
 
 def symmetric_product(x: Tensor, out: Tensor, *, accumulate: bool) -> None:
     """Write X^T X, or add it to what is there; X (m, n), out (n, n)."""
-    if accumulate:
+    if x.dtype in _checks.REAL:
+        ops.gram(x, out=out, accumulate=accumulate)
+    elif accumulate:
         out.addmm_(x.T, x)
     else:
         torch.mm(x.T, x, out=out)

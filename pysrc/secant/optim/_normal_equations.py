@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secant import _checks
+from secant import _checks, ops
 from secant.curvature import Jacobian
 from secant.solvers.cg import cg
 
@@ -107,9 +107,9 @@ class NormalEquations:
         matrix = self._matrix
         assert matrix is not None
         if self.space == "samples" and inverse is not None:
-            return (matrix * inverse) @ matrix.mT
+            return ops.gram(matrix.mT, weight=inverse)
         if self._gram is None:
-            self._gram = matrix.mT @ matrix if self.space == "parameters" else matrix @ matrix.mT
+            self._gram = ops.gram(matrix if self.space == "parameters" else matrix.mT)
         return self._gram
 
     def damp(self, damping: float, scale: Tensor | None = None, free: Tensor | None = None) -> bool:
