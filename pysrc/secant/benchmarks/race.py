@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from secant.benchmarks.case import Case, Check, Contender, Row, Wanted, everything
+from secant.benchmarks.case import Bar, Case, Check, Contender, Row, Wanted, everything, find, ratio
 from secant.benchmarks.timing import Timed, Timing
 
 #: A peer may take this many times the seconds of ours to the same error.
@@ -170,6 +170,15 @@ def _row(case: Race, name: str, curves: Sequence[Sequence[tuple[float, float]]])
         note = f"{len(there)} of {len(times)} starts; {max(errors):.1e} after {longest:.2g} s"
     middle = sorted(range(len(curves)), key=lambda i: times[i] if times[i] is not None else math.inf)[len(curves) // 2]
     return Row(case, name, kind, timing, max(errors), case.target, note, 1, tuple(thinned(curves[middle])))
+
+
+def at_least(rows: Sequence[Row], case: Race, peer: str, ours: str, target: float) -> Bar:
+    """Set a bar on how much less time ours takes than a peer; at least so much where that did not get there."""
+    slow, fast = find(rows, case, peer), find(rows, case, ours)
+    value = ratio(slow, fast)
+    if value is None and slow is not None and fast is not None and fast.seconds and slow.curve:
+        value = slow.curve[-1][0] / fast.seconds  # where it was stopped
+    return Bar(f"{case.label}: {ours} against {peer}, times less", target, True, value, case=case, unit="x")
 
 
 def thinned(curve: Sequence[tuple[float, float]], count: int = 200) -> list[tuple[float, float]]:

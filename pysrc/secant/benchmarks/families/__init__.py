@@ -14,7 +14,7 @@ import torch
 from secant.benchmarks.case import Bar, Case, Row, Wanted, everything
 from secant.benchmarks.measure import measure
 
-NAMES = ("lbfgs", "blocks", "hvp", "curvature")
+NAMES = ("lbfgs", "blocks", "hvp", "curvature", "residuals", "newton")
 
 
 class Groups(Protocol):

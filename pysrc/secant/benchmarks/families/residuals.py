@@ -21,7 +21,7 @@ import secant
 from secant.benchmarks.case import Bar, Case, Check, Contender, Row, find, ratio
 from secant.benchmarks.families import Family
 from secant.benchmarks.measure import measure
-from secant.benchmarks.race import Race, Runner, Watching, race
+from secant.benchmarks.race import Race, Runner, Watching, at_least, race
 from secant.benchmarks.residual_problems import EQUATIONS, Sinc, network
 from secant.benchmarks.timing import Timed
 
@@ -340,15 +340,6 @@ def measured(cases: Sequence[Any], device: torch.device, **options: Any) -> list
     return measure(cases, device, **options)
 
 
-def _faster(rows: Sequence[Row], case: Fit, peer: str, ours: str, target: float) -> Bar:
-    """Set a bar on how much less time ours takes than a peer; at least so much where that did not get there."""
-    slow, fast = find(rows, case, peer), find(rows, case, ours)
-    value, why = ratio(slow, fast), "not measured"
-    if value is None and slow is not None and fast is not None and fast.seconds and slow.curve:
-        value = slow.curve[-1][0] / fast.seconds  # it was stopped there
-    return Bar(f"{case.label}: {ours} against {peer}, times less", target, True, value, why, case=case, unit="x")
-
-
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> list[Bar]:
     """Set what was to be reached on two cores."""
     cases = {(row.case.op, row.case.target): row.case for row in rows if isinstance(row.case, Fit)}
@@ -365,7 +356,7 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> l
         ((DEEP, 1e-3), "LBFGS", "LevenbergMarquardt", 4.0),
     ):
         if key in cases:
-            found.append(_faster(rows, cases[key], peer, ours, target))
+            found.append(at_least(rows, cases[key], peer, ours, target))
     for key, seconds in (
         (("poisson-2d", 1e-6), math.inf), (("heat-1+1d", 1e-5), math.inf), (("poisson-5d", 1e-3), math.inf),
         (("heat-4+1d", 1e-3), math.inf), ((SINC, 3.3e-7), 5.0),
