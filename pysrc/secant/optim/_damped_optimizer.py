@@ -69,6 +69,7 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
         "lambda": (0.0, _checks.number_from(0.0)),  # of the next step; 0: none yet
     }
 
+    _good: ClassVar[float] = GOOD
     _blurred: bool = False  # whether a step of this call was taken for its gradient
 
     def _begin(self, closure: Callable[[], Any]) -> None:
@@ -118,7 +119,7 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
             inner += proposal.inner
             lam = own["lambda"]
             new, t, gain = self._search(model, proposal)
-            if adaptive and gain > GOOD:
+            if adaptive and gain > self._good:
                 own["lambda"] *= _FALL
             elif adaptive and gain < POOR:
                 own["lambda"] *= rise

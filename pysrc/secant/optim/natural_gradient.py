@@ -138,8 +138,8 @@ class NaturalGradient(DampedOptimizer):
 
     * **t** is lr, or with a search the best of lr, lr / 2, lr / 4, ... down to the first that is worse than the one
       before it, or to one that brings half of what the model promises.
-    * **lambda** is `damping`, or moves: by 0.1 where the loss falls by more than 3/4 of what the model promises, by 4
-      where it falls by less than 1/4 or not at all, from `damping` on. It is part of the state.
+    * **lambda** is `damping`, or moves from there: by 0.1 where the t that is taken brings half of what the model
+      promises, by 4 where it brings less than 1/4, or none brings anything. It is part of the state.
     * **Without both** a step is Newton's for the model, and its end is evaluated only where another iteration of the
       call begins. That is for points or batches drawn anew at every evaluation.
     * **Momentum** mu (SPRING) is for many more parameters than residuals: d is the least of
@@ -202,6 +202,7 @@ class NaturalGradient(DampedOptimizer):
     KINDS = ("residuals", "outputs")
     PER_GROUP = ()
     VECTORS = ("velocity",)
+    _good = _PLENTY
 
     _known_model: _Squares | _Likelihood | None = None
 
