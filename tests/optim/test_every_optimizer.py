@@ -83,7 +83,6 @@ OPTIMIZERS = [
          {}, {"subspace": (1, 0), "max_iter": (2, True)}),
 ]  # fmt: skip
 
-<<<<<<< HEAD
 
 def having(accept):
     cases = [case for case in OPTIMIZERS if accept(case)]
@@ -97,9 +96,6 @@ def of_kind(*kinds):
     return having(lambda case: case.kind in kinds)
 
 
-=======
-optimizers = pytest.mark.parametrize("case", OPTIMIZERS, ids=[case.name for case in OPTIMIZERS])
->>>>>>> w-lm
 problems = pytest.mark.parametrize("problem", ["quadratic-1e1", "mlp"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -401,14 +397,6 @@ def test_a_frozen_parameter_does_not_move(case):
 # Closures -------------------------------------------------------------------------------------------------------------
 
 
-<<<<<<< HEAD
-=======
-def of_kind(*kinds):
-    cases = [case for case in OPTIMIZERS if case.kind in kinds]
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
-
-
->>>>>>> w-lm
 @of_kind("gradient")
 def test_a_closure_of_another_kind_is_named(case):
     run = Run(case, "mlp").step(2)
@@ -459,7 +447,6 @@ def test_a_closure_that_returns_no_residuals_is_named(case):
         run.optimizer.step(None)
 
 
-<<<<<<< HEAD
 @of_kind("loss", "outputs")
 def test_a_closure_that_leaves_no_graph_or_another_is_named(case):
     run = Run(case, "mlp").step(2)
@@ -541,8 +528,6 @@ def test_a_resumed_run_has_the_modes_of_the_first(case, monkeypatch):
         assert each.count - count > state["func_evals"] - evaluations  # products evaluate the closure in this mode
 
 
-=======
->>>>>>> w-lm
 @of_kind("gradient")
 def test_a_loss_may_be_of_nothing_here(case):
     """No gradient and none to be had, or one that is set without backward: nothing is wrong with either."""

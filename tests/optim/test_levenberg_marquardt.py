@@ -332,7 +332,8 @@ def test_it_ends_at_the_rounding_floor(dtype, scaling):
     lams, evaluations = [], []
 
     def told(iteration):
-        lams.append(optimizer.state[next(model.parameters())]["lambda"])
+        if iteration.n > 0:
+            lams.append(optimizer.state[next(model.parameters())]["lambda"])
         evaluations.append(iteration.evaluations)
 
     optimizer.callback = told
