@@ -94,7 +94,7 @@ class NormalEquations:
 
             sqrt(sum_i u_i^2 ((W J)_i^2 . x^2 + v_i^2)),        u: right,  v: residuals, times W
 
-        which is a change of r_i by eps (|J_i x| + |r_i|) at random, times the derivative of the loss. Computed once: the
+        which is a change of r_i by eps (|J_i x| + |r_i|) at random, times the derivative of the loss. Found once: the
         point stays where it is.
         """
         if self._rounding is None:
