@@ -56,6 +56,7 @@ class NormalEquations:
             if weights is not None:
                 self._matrix = self._matrix * weights.unsqueeze(1)
         self._gram: Tensor | None = None
+        self._rounding: float | None = None
         self._factor: Tensor | None = None
 
     # Products ---------------------------------------------------------------------------------------------------------
@@ -93,13 +94,13 @@ class NormalEquations:
 
             sqrt(sum_i u_i^2 ((W J)_i^2 . x^2 + v_i^2)),        u: right,  v: residuals, times W
 
-        which is a change of r_i by eps (|J_i x| + |r_i|) at random, times the derivative of the loss.
+        which is a change of r_i by eps (|J_i x| + |r_i|) at random, times the derivative of the loss. Found once: the
+        point stays where it is.
         """
-        if self._matrix is not None:
-            total = self._matrix.square() @ x.square()
-        else:
-            total = self.push(x).square()
-        return float(right.square().dot(total + residuals.square()).sqrt())
+        if self._rounding is None:
+            total = self.push(x).square() if self._matrix is None else self._matrix.square() @ x.square()
+            self._rounding = float(right.square().dot(total + residuals.square()).sqrt())
+        return self._rounding
 
     # Solutions --------------------------------------------------------------------------------------------------------
 
