@@ -168,7 +168,8 @@ def _row(case: Race, name: str, curves: Sequence[Sequence[tuple[float, float]]])
     if timing is None:
         longest = max((curve[-1][0] for curve in curves if curve), default=0.0)
         note = f"{len(there)} of {len(times)} starts; {max(errors):.1e} after {longest:.2g} s"
-    middle = sorted(range(len(curves)), key=lambda i: times[i] if times[i] is not None else math.inf)[len(curves) // 2]
+    order = sorted((math.inf if x is None else x, i) for i, x in enumerate(times))
+    middle = order[len(order) // 2][1]
     return Row(case, name, kind, timing, max(errors), case.target, note, 1, tuple(thinned(curves[middle])))
 
 

@@ -155,7 +155,7 @@ class _Gram(Function):
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, weight: Tensor | None, kernel: Gram) -> tuple[Tensor, int]:
         xs, weights = (
-            [t] * info.batch_size if dim is None else t.movedim(dim, 0)
+            [t] * info.batch_size if t is None or dim is None else t.movedim(dim, 0)
             for t, dim in zip((x, weight), dims, strict=False)
         )
         return torch.stack([gram(a, b, kernel) for a, b in zip(xs, weights, strict=True)]), 0

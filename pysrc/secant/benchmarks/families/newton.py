@@ -311,9 +311,8 @@ def evaluations(method: str) -> tuple[int, int, int]:
                 return torch.func.hessian(p.value)(torch.as_tensor(x))
 
             exact = method == "trust-exact"
-            found = secant.minimize(
-                problem.value, problem.start, method=method, **({"jac": grad, "hess": hess} if exact else {})
-            )
+            given: dict[str, Any] = {"jac": grad, "hess": hess} if exact else {}
+            found = secant.minimize(problem.value, problem.start, method=method, **given)
             other = optimize.minimize(
                 lambda x, p=problem: float(p.value(torch.from_numpy(x))), problem.start.numpy(),
                 method="trust-exact" if exact else "L-BFGS-B", jac=lambda x, g=grad: g(x).numpy(),

@@ -115,7 +115,7 @@ class _TorchLBFGS(_Trained):
         closure, state = self.backward(optimizer), optimizer.state[self.start.parameters[0]]
         while True:
             before = state.get("n_iter", 0)
-            optimizer.step(closure)  # type: ignore[arg-type]  # torch's annotation says float
+            optimizer.step(closure)
             if over() or state["n_iter"] == before:
                 return
 
@@ -344,11 +344,11 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> l
     """Set what was to be reached on two cores."""
     cases = {(row.case.op, row.case.target): row.case for row in rows if isinstance(row.case, Fit)}
     found = []
-    for row in rows:
-        if isinstance(row.case, Rows) and row.kind == "backend":
-            value = ratio(row, find(rows, row.case, row.case.LIMIT))
-            measure_ = f"{row.case.label} against loss and gradient, times longer"
-            found.append(Bar(measure_, ROWS[row.case.widths], False, value, case=row.case, unit=" times"))
+    for one in rows:
+        if isinstance(one.case, Rows) and one.kind == "backend":
+            value = ratio(one, find(rows, one.case, one.case.LIMIT))
+            title = f"{one.case.label} against loss and gradient, times longer"
+            found.append(Bar(title, ROWS[one.case.widths], False, value, case=one.case, unit=" times"))
     for key, peer, ours, target in (
         (("poisson-2d", 1e-3), "torch LBFGS", "LevenbergMarquardt", 20.0),
         (("poisson-2d", 1e-4), "LBFGS", "LevenbergMarquardt", 10.0),
