@@ -17,6 +17,7 @@ import torch
 from secant.benchmarks import families, machine, report
 from secant.benchmarks.case import Case, everything, find, no_compile
 from secant.benchmarks.measure import fits, measure
+from secant.benchmarks.race import Race
 
 DEVICE = torch.device(os.environ.get("SECANT_BENCH_DEVICE", "cpu"))
 QUICK, FULL = (os.environ.get(f"SECANT_BENCH_{name}", "0") == "1" for name in ("QUICK", "FULL"))
@@ -43,6 +44,7 @@ PARAMETERS = [
     for group in family.groups(DEVICE, quick=QUICK, full=FULL)
     if fits(group, DEVICE)
     for case in group
+    if not isinstance(case, Race)  # runs of seconds or minutes, for `python -m secant bench`
     for name in case.names(DEVICE)
     if WANTED(case, name)
 ]

@@ -14,7 +14,7 @@ from secant.benchmarks.timing import REPLAY, Timed, captured, clock_for, has_gra
 
 def copies(case: Case, device: torch.device) -> int:
     """Count the inputs that take turns so that none is in the cache of a GPU, at most `MAX_COPIES` of the case."""
-    return max(1, min(case.MAX_COPIES, math.ceil(2 * machine.cache_bytes(device) / case.input_bytes)))
+    return max(1, min(case.MAX_COPIES, math.ceil(2 * machine.cache_bytes(device) / max(1, case.input_bytes))))
 
 
 def fits(cases: Sequence[Case], device: torch.device) -> bool:

@@ -222,6 +222,8 @@ COLORS = {
     "torch LBFGS": (TORCH, "torch LBFGS"),
     "Adam": ("#B22222", "Adam"),
     "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
+    "pytorch-minimize": ("#E69F00", "pytorch-minimize"),
+    "scipy": ("#CC79A7", "scipy"),
 }
 #: Inches: of a column, of a line of the other cases, of their part; left of the columns, below and above everything.
 COLUMN, LINE, OTHERS, LEFT, BELOW, ABOVE = 4.1, 0.3, 4.6, 1.1, 1.4, 0.9
