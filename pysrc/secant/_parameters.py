@@ -68,6 +68,8 @@ class FlatParameters:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Make views of a flat vector in the shapes of the tensors."""
+        if len(self.tensors) == 1:
+            return [vector.view(self.tensors[0].shape)]
         return list(_unflatten_dense_tensors(vector, self.tensors))
 
     def join(self, tensors: Sequence[Tensor | None], out: Tensor) -> None:

@@ -41,6 +41,17 @@ def whole(loss: Tensor) -> _graph.Term:
         return _graph.Term(_graph.edge_of(loss.reshape(())), 1.0)
 
 
+def _pulled(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, batched: bool
+) -> Sequence[Tensor | None]:
+    """Pull cotangents back on a kept graph, or k of each at once where `batched`."""
+    if batched:
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    return _graph.pull(outputs, inputs, cotangents)
+
+
 # Hessian --------------------------------------------------------------------------------------------------------------
 
 
@@ -72,11 +83,7 @@ class DoubleBackward:
         if not self.grads:  # a loss linear in the parameters
             return [None] * len(parts)
         chosen = [parts[i] for i in self.slots]
-        return list(
-            torch.autograd.grad(
-                self.grads, self.params.tensors, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-        )
+        return list(_pulled(self.grads, self.params.tensors, chosen, batched=batched))
 
     def product(self, vector: Tensor, out: Tensor) -> None:
         """Write the product with a flat vector."""
@@ -275,18 +282,15 @@ class GraphJacobian:
         self.pulled = [g for g in pulled if g is not None and g.requires_grad]
 
     def _pull(self, cotangent: Tensor, *, create_graph: bool = False, batched: bool = False) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            self.outputs, self.params.tensors, cotangent, retain_graph=True, create_graph=create_graph,
-            allow_unused=True, is_grads_batched=batched,
-        )  # fmt: skip
+        if create_graph:
+            return _graph.pull([self.outputs], self.params.tensors, [cotangent], create_graph=True)
+        return _pulled([self.outputs], self.params.tensors, [cotangent], batched=batched)
 
     def _push(self, parts: Sequence[Tensor], like: Tensor, *, batched: bool) -> Tensor:
         if not self.pulled:
             return torch.zeros_like(like)
         chosen = [parts[i] for i in self.slots]
-        (found,) = torch.autograd.grad(
-            self.pulled, [self.dummy], chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        (found,) = _pulled(self.pulled, [self.dummy], chosen, batched=batched)
         return torch.zeros_like(like) if found is None else found
 
     def push(self, vector: Tensor) -> Tensor:
