@@ -65,16 +65,26 @@ class DoubleBackward:
     """H v = d(g.v)/dw on the kept graph of the gradient g (reverse over reverse).
 
     Args:
-        terms: their sum is the loss. like: a scalar of its dtype and device.
+        terms: their sum is the loss. like: a scalar of its dtype and device. found: the gradient with its graph, None
+            for zero, where it is known. known: whether custom functions were looked for where this loss was before.
     """
 
     together: Together = "without convolutions"
 
-    def __init__(self, terms: Sequence[_graph.Term], like: Tensor, params: Parameters) -> None:
+    def __init__(
+        self,
+        terms: Sequence[_graph.Term],
+        like: Tensor,
+        params: Parameters,
+        found: Sequence[Tensor | None] | None = None,
+        *,
+        known: bool = False,
+    ) -> None:
         self.params = params
-        if names := _graph.custom_functions([term.node for term in terms], once=True):
+        if not known and (names := _graph.custom_functions([term.node for term in terms], once=True)):
             raise RuntimeError(f"{', '.join(names)}: backward is marked once_differentiable")
-        found = _losses.gradients(terms, params.tensors, like, create_graph=True)
+        if found is None:
+            found = _losses.gradients(terms, params.tensors, like, create_graph=True)
         self.slots = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
         self.grads = [g for g in found if g is not None and g.requires_grad]
 
