@@ -366,26 +366,27 @@ class CurvatureOperator(LinearOperator):
         """Return v -> A v, (n,) to (m,), for a solver that makes many products here and gives what fits.
 
         What `matvec` checks at each is checked once: the argument, that the parameters are where they were, that no
-        transform is around. They are made within `torch.no_grad()`, by the caller.
+        transform is around, nor autocast or inference mode. They are made within `torch.no_grad()`, by the caller.
         """
         self._check_surroundings()
         dist = torch.distributed
         alone = self.process_group is None or not dist.is_available() or not dist.is_initialized()
         if self.batches is not None or self.params.computed or not alone or not self._SYMMETRIC:
             return self.matvec
-        with _evaluate.plain(self.device), torch.no_grad():
+        around = _evaluate.plain(self.device)
+        is_plain = around is _evaluate.NOTHING
+        with around, torch.no_grad():
             (matrix,) = self._iterate()
 
         def product(v: Tensor) -> Tensor:
             out = torch.empty_like(v)
-            with _evaluate.plain(self.device):
-                try:
-                    matrix.product(v, out)
-                except RuntimeError as error:
-                    raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
+            try:
+                matrix.product(v, out)
+            except RuntimeError as error:
+                raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
             return out
 
-        return product
+        return product if is_plain else _evaluate.within_plain(self.device, product)
 
     def _sum(self, write: Callable[[BatchMatrix, Tensor], None], like: Tensor) -> Tensor:
         """Over batches and processes.

@@ -285,13 +285,14 @@ def _own_buffers(kept: Collection[int], before: Buffers | None, *, write: bool) 
                     buffer.copy_(copies[id(buffer)])
 
 
-_NOTHING = contextlib.nullcontext()
+#: What there is to enter where the caller's state is plain already.
+NOTHING = contextlib.nullcontext()
 
 
 def plain(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Enter the state in which products are made, whatever the caller's: no inference mode, no autocast."""
     autocast = torch.is_autocast_enabled("cpu") or (device.type != "cpu" and torch.is_autocast_enabled(device.type))
-    return _plain(device) if autocast or torch.is_inference_mode_enabled() else _NOTHING
+    return _plain(device) if autocast or torch.is_inference_mode_enabled() else NOTHING
 
 
 @contextlib.contextmanager
@@ -302,6 +303,16 @@ def _plain(device: torch.device) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def within_plain(device: torch.device, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a product that is made within `plain`."""
+
+    def call(v: Tensor) -> Tensor:
+        with plain(device):
+            return product(v)
+
+    return call
 
 
 def plainly(method: Method) -> Method:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.curvature import _errors, _evaluate, _graph, _losses, _matrices, jacobian
+from secant.curvature import _errors, _evaluate, _graph, jacobian
 from secant.curvature._curvature import CurvatureOperator, mean_over_processes
 from secant.curvature._evaluate import Adapted, KeptEvaluator
 from secant.curvature._parameters import Parameters
@@ -73,12 +73,13 @@ class _Gradient:
 
     def parts(self, *, create_graph: bool) -> list[Tensor | None]:
         """Return its parts, None for zero."""
-        if not create_graph:
-            return _losses.gradients([_matrices.whole(self.loss)], self.tensors, self.loss)
-        if self._kept is None:
-            terms = [_matrices.whole(self.loss)]
-            self._kept = _losses.gradients(terms, self.tensors, self.loss, create_graph=True)
-        return self._kept
+        if self._kept is not None and create_graph:
+            return self._kept
+        one = torch.ones_like(self.loss)
+        found = list(_graph.pull([self.loss], self.tensors, [one], create_graph=create_graph))
+        if create_graph:
+            self._kept = found
+        return found
 
     def of(self, loss: Tensor) -> list[Tensor | None] | None:
         """Return them with their graph; None of another loss."""
@@ -260,9 +261,12 @@ class EvaluatedPoint:
             RuntimeError: the graph cannot be differentiated, or was freed or changed since.
         """
         if self._gradient is None:
-            params, nodes = self.params, [_graph.edge_of(self._loss)[0]]
-            with _evaluate.plain(params.device), _errors.explained(self.name, "gradient", nodes):
-                found = self._parts.parts(create_graph=self._shares())
+            params = self.params
+            with _evaluate.plain(params.device):
+                try:
+                    found = self._parts.parts(create_graph=self._shares())
+                except RuntimeError as error:
+                    raise RuntimeError(_errors.reason(self.name, "gradient", error, [self._loss.grad_fn])) from error
             if all(g is None for g in found):
                 raise _checks.fail(self.name, "params", "tensors that the closure uses", "none that it does")
             gradient = torch.empty(params.n, dtype=params.dtype, device=params.device)
@@ -302,7 +306,9 @@ class EvaluatedPoint:
             ValueError: the closure gives neither (outputs, loss) nor residuals.
         """
         if self.kind == "residuals":
-            return self._operator("ggn", SquaresGGN, {"residuals": functools.partial(_with_loss, self.name, self.params.dtype)})
+            return self._operator(
+                "ggn", SquaresGGN, {"residuals": functools.partial(_with_loss, self.name, self.params.dtype)}
+            )
         return self._operator("ggn", GGN, {"outputs": _whole})
 
     def fisher(self, **options: Any) -> Fisher:
@@ -359,9 +365,7 @@ class EvaluatedPoint:
             group = {} if cls is Jacobian else {"process_group": self.process_group}
             evaluator = Adapted(self._evaluator, reads[self.kind])
             learnt = self._learnt.get(name, {})
-            operator = cls._at(
-                evaluator, self.params, self._state, learnt, light=self._is_light, **group, **options
-            )
+            operator = cls._at(evaluator, self.params, self._state, learnt, light=self._is_light, **group, **options)
             if cls is Hessian:
                 operator._gradients = self._parts.of
             if name in self._modes and self._modes[name] != operator.chosen_mode:
