@@ -489,7 +489,7 @@ class CurvatureOperator(LinearOperator):
                         self.timings[mode] = f"{op}: mode '{mode}': an evaluation of the closure alone takes longer"
                         continue
                 matrix = make()
-                seconds = min(self._timed(functools.partial(matrix.product, v, out)) for _ in range(_TRIALS))
+                seconds = min(self._timed(matrix, v, out) for _ in range(_TRIALS))
                 if reference is not None and finite and not agree(out, reference, self._eps):
                     self.timings[mode] = f"{op}: mode '{mode}': disagrees with the others"
                     continue
@@ -559,9 +559,12 @@ class CurvatureOperator(LinearOperator):
     def _is_outrun(self, evaluator: Evaluator, seconds: float) -> bool:
         """Tell whether to evaluate the closure with other parameters takes longer than this, twice."""
         twins = {id(p): p.detach().requires_grad_() for p in self.params.tensors}
-        return all(self._timed(functools.partial(evaluator, twins)) > seconds for _ in range(2))
+        return all(self._seconds(functools.partial(evaluator, twins)) > seconds for _ in range(2))
 
-    def _timed(self, call: Callable[[], object]) -> float:
+    def _timed(self, matrix: BatchMatrix, v: Tensor, out: Tensor) -> float:
+        return self._seconds(functools.partial(matrix.product, v, out))
+
+    def _seconds(self, call: Callable[[], object]) -> float:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.device)

@@ -196,10 +196,7 @@ class EvaluatedPoint:
     def _evaluate(self) -> None:
         """Evaluate a closure that does not call backward."""
         params = self.params
-
-        def warn() -> None:
-            _evaluate.warn_of_attention(self.name)
-
+        warn = functools.partial(_evaluate.warn_of_attention, self.name)  # that keeps nothing of the point
         again = any(mode not in (None, "double-backward", "r-operator") for mode in self._modes.values())
         watched = not self._is_light or again or not self._routine.is_quiet
         randomness = Randomness(params.device, foreign=watched)
