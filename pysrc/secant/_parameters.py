@@ -68,11 +68,16 @@ class FlatParameters:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Make views of a flat vector in the shapes of the tensors."""
+        if len(self.tensors) == 1:
+            shape = self.tensors[0].shape
+            return [vector if vector.shape == shape else vector.view(shape)]
         return list(_unflatten_dense_tensors(vector, self.tensors))
 
     def join(self, tensors: Sequence[Tensor | None], out: Tensor) -> None:
         """Write tensors in these shapes, None for zero, into a flat vector."""
-        if any(x is None for x in tensors):
+        if len(tensors) == 1 and (x := tensors[0]) is not None:
+            (out if out.shape == x.shape else out.view(x.shape)).copy_(x.detach() if x.requires_grad else x)
+        elif any(x is None for x in tensors):
             for part, x in zip(out.split(self.sizes), tensors, strict=True):
                 part.zero_() if x is None else part.copy_(x.detach().reshape(-1))
         else:

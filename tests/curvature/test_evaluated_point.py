@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import time
+import weakref
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from curvature_problems import ROUNDING, Residual, data, dense, dense_hessian, dense_jacobian, error, flat, mlp
-from secant.curvature import GGN, EvaluatedPoint, Fisher, Hessian, LinearOperator, _curvature
+from secant.curvature import GGN, EvaluatedPoint, Fisher, Hessian, LinearOperator, _curvature, _evaluate, _graph
 
 F64 = torch.float64
 
@@ -399,6 +405,114 @@ def test_choices_and_checks_go_on_to_the_next_point(monkeypatch):
     later = EvaluatedPoint(problem.loss, problem.params, like=EvaluatedPoint(problem.loss, problem.params, like=again))
     assert later.modes == modes
     assert torch.equal(later.hessian() @ v, want)
+
+
+def _points(closure, params, count, kind="loss", **options):
+    """Yield that many points in a row, whose parameters are moved a little between them."""
+    point = None
+    for _ in range(count):
+        point = EvaluatedPoint(closure, params, kind, **(options if point is None else {"like": point}))
+        yield point
+        with torch.no_grad():
+            for p in params:
+                p.mul_(1.01)
+
+
+def _waves():
+    w = torch.linspace(0.5, 1.5, 6, dtype=F64, requires_grad=True)
+    return w, lambda: (w[1:] * w[:-1].sin()).sum() + (w**4).sum()
+
+
+def test_points_that_are_a_power_of_two_are_looked_at(monkeypatch):
+    w, loss = _waves()
+    watched, surveyed = [], []
+    enter, survey = _evaluate._Watch.__enter__, _curvature._graph.survey
+    monkeypatch.setattr(_evaluate._Watch, "__enter__", lambda self: watched.append(self) or enter(self))
+    monkeypatch.setattr(_curvature._graph, "survey", lambda *args: surveyed.append(args) or survey(*args))
+    found, v = [], torch.ones(6, dtype=F64)
+    for point in _points(loss, [w], 9, modes={"hessian": "double-backward"}):
+        before = len(watched), len(surveyed)
+        product = point.hessian() @ v
+        assert error(product, dense_hessian(loss(), [w]) @ v) < ROUNDING
+        found.append((len(watched), len(surveyed) > before[1]))
+    assert [looked for _, looked in found] == [True, True, False, True, False, False, False, True, False]
+    assert [count for count, _ in found] == [1, 2, 2, 3, 3, 3, 3, 4, 4]
+    last = point
+    EvaluatedPoint(lambda: (w**2).sum(), [w], like=last)  # another function
+    assert len(watched) == 5
+
+
+def _drawing(draw):
+    w = torch.ones(3, dtype=F64, requires_grad=True)
+    return w, lambda: ((1.5 + draw()) * w**3).sum()
+
+
+def _explicit():
+    generator = torch.Generator().manual_seed(3)
+    return lambda: torch.rand(3, generator=generator, dtype=F64)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, _explicit(), lambda: torch.rand(3, dtype=F64)])
+@pytest.mark.parametrize("mode", ["double-backward", "forward-over-reverse"])
+def test_what_draws_is_repeated_at_every_point(draw, mode):
+    w, loss = _drawing(draw)
+    losses = []
+    for point in _points(loss, [w], 7, modes={"hessian": mode}):
+        product = point.hessian() @ torch.ones(3, dtype=F64)
+        # 6 (1.5 + draw) w of the loss (1.5 + draw) w^3, w the same for all: the mean of the draws is that of the loss
+        assert error(product.sum() * w[0].detach() ** 2 / 6, point.value) < ROUNDING
+        losses.append(float(point.value / w[0].detach() ** 3))
+    assert len(set(losses)) == 7  # the generators go on from one to the next
+
+
+def test_the_gradient_is_differentiated_once_where_products_need_its_graph(monkeypatch):
+    w, loss = _waves()
+    pulls, pull = [], _graph.pull
+    monkeypatch.setattr(_graph, "pull", lambda *args, **options: pulls.append(options) or pull(*args, **options))
+    for i, point in enumerate(_points(loss, [w], 3)):
+        pulls.clear()
+        (want,) = torch.autograd.grad(loss(), w)
+        assert torch.equal(point.gradient(), want)
+        assert error(dense(point.hessian()), dense_hessian(loss(), [w])) < ROUNDING
+        if i == 0:
+            point.hessian().chosen_mode = "double-backward"
+        else:
+            assert sum(bool(options.get("create_graph")) for options in pulls) == 1
+            assert pulls[0] == {"create_graph": True}
+            assert not point.gradient().requires_grad
+
+
+def test_modes_that_cannot_win_are_not_compared_at_a_point():
+    w, plain = _waves()
+
+    def loss():
+        time.sleep(0.02)
+        return plain()
+
+    point = EvaluatedPoint(loss, [w])
+    H = point.hessian()
+    assert error(dense(H), dense_hessian(plain(), [w])) < ROUNDING
+    assert point.modes == {"hessian": "double-backward"}
+    assert isinstance(H.timings["double-backward"], float)
+    for mode in ("forward-over-reverse", "reverse-over-forward"):
+        assert "an evaluation of the closure alone takes longer" in H.timings[mode]
+
+
+@pytest.mark.parametrize("kind", ["loss", "residuals"])
+def test_the_graph_of_a_point_goes_with_it(kind):
+    w, loss = _waves()
+    closure = loss if kind == "loss" else lambda: w**3
+    point = EvaluatedPoint(closure, [w], kind, modes={"hessian": "double-backward"})
+    point.gradient()
+    H = point.hessian()
+    H @ torch.ones(6, dtype=F64)
+    gone = weakref.ref(H)
+    gc.disable()
+    try:
+        del point, H
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_loss_that_is_not_finite_is_a_value():

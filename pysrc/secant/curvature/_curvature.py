@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from secant import _checks
 from secant.curvature import _errors, _estimators, _evaluate, _graph
@@ -77,6 +76,9 @@ class CurvatureOperator(LinearOperator):
         self._slots: _graph.Slots = {}
         self._used_slots: set[int] = set()
         self._in_parts = self._is_visible = self._is_checked = False
+        self._is_surveyed = self._is_unlayered = False  # a graph was looked at; it had no layers that are recognised
+        self._is_light = False  # at this point what was found out at others is taken for granted
+        self._gradients: Callable[[Tensor], Sequence[Tensor | None] | None] | None = None
         self._eps = torch.finfo(self.dtype).eps  # of the coarsest precision that the closure computes in
         self._start()
 
@@ -183,25 +185,37 @@ class CurvatureOperator(LinearOperator):
         """Build the matrix of one batch at the current parameters."""
 
     @classmethod
-    def _at(cls, evaluator: Evaluator, params: Parameters, state: tuple[Any, ...], **options: Any) -> Self:
+    def _at(
+        cls,
+        evaluator: Evaluator,
+        params: Parameters,
+        state: tuple[Any, ...],
+        learnt: Mapping[str, Any],
+        *,
+        light: bool,
+        **options: Any,
+    ) -> Self:
         """Make the operator of a point that has been evaluated.
 
         Args:
             evaluator: gives what was found there, and evaluates again with other parameters. state: of them there.
+            learnt: what another operator of the same problem has found out. light: whether that is taken for granted.
         """
         operator = cls(evaluator, params, **options)
+        operator._learn(learnt)
         operator._given, operator._state = evaluator, state
+        operator._is_light = light and operator._is_surveyed and not operator._in_parts and not params.computed
         operator._randomness = evaluator.randomness
         return operator
 
     #: What is found out once per operator, and holds at other points of the same problem.
     _LEARNT: tuple[str, ...] = (
         "timings", "_columns", "_chosen", "_used", "_used_slots", "_in_parts", "_is_visible", "_is_checked", "_eps",
-        "_warned",
+        "_warned", "_is_surveyed", "_is_unlayered",
     )  # fmt: skip
 
     def _learnt(self) -> dict[str, Any]:
-        return {name: copy.copy(getattr(self, name)) for name in self._LEARNT}
+        return {name: getattr(self, name) for name in self._LEARNT}
 
     def _learn(self, learnt: Mapping[str, Any]) -> None:
         """Take over what another operator of the same problem has found out."""
@@ -243,6 +257,8 @@ class CurvatureOperator(LinearOperator):
         self._slots = self.params.locate()
         result = evaluator()
         root = read(result)
+        if self._is_light and self._used in ("auto", "r-operator", "double-backward"):  # others evaluate again
+            return result, root
         found = _graph.survey([_graph.edge_of(root)], self._slots)
         if found.unreliable and not evaluator.in_parts:
             self._in_parts = evaluator.in_parts = True
@@ -252,6 +268,7 @@ class CurvatureOperator(LinearOperator):
         if any(self._slots.get(edge) != i for edge, i in self.params.locate().items()):
             raise _checks.fail(self._name, "closure", "parameters left as they are", "one changed in place")
         self._note(found)
+        self._is_surveyed = True
         self._repeated((evaluator.key, "root"), root)
         return result, root
 
@@ -349,26 +366,27 @@ class CurvatureOperator(LinearOperator):
         """Return v -> A v, (n,) to (m,), for a solver that makes many products here and gives what fits.
 
         What `matvec` checks at each is checked once: the argument, that the parameters are where they were, that no
-        transform is around. They are made within `torch.no_grad()`, by the caller.
+        transform is around, nor autocast or inference mode. They are made within `torch.no_grad()`, by the caller.
         """
         self._check_surroundings()
         dist = torch.distributed
         alone = self.process_group is None or not dist.is_available() or not dist.is_initialized()
         if self.batches is not None or self.params.computed or not alone or not self._SYMMETRIC:
             return self.matvec
-        with _evaluate.plain(self.device), torch.no_grad():
+        around = _evaluate.plain(self.device)
+        is_plain = around is _evaluate.NOTHING
+        with around, torch.no_grad():
             (matrix,) = self._iterate()
 
         def product(v: Tensor) -> Tensor:
             out = torch.empty_like(v)
-            with _evaluate.plain(self.device):
-                try:
-                    matrix.product(v, out)
-                except RuntimeError as error:
-                    raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
+            try:
+                matrix.product(v, out)
+            except RuntimeError as error:
+                raise RuntimeError(_errors.reason(self._name, self._used, error, ())) from error
             return out
 
-        return product
+        return product if is_plain else _evaluate.within_plain(self.device, product)
 
     def _sum(self, write: Callable[[BatchMatrix, Tensor], None], like: Tensor) -> Tensor:
         """Over batches and processes.
@@ -385,7 +403,7 @@ class CurvatureOperator(LinearOperator):
         return self._reduced(total)
 
     def _check_surroundings(self) -> None:
-        if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        if _evaluate.is_transformed():
             raise RuntimeError(
                 f"{self._name}: expected a product outside of torch.func transforms and forward mode, got one within: "
                 "it has no derivative, and takes several vectors as columns (matmat)"
@@ -441,24 +459,35 @@ class CurvatureOperator(LinearOperator):
     # Modes ------------------------------------------------------------------------------------------------------------
 
     def _choose(
-        self, candidates: dict[str, Callable[[], BatchMatrix]], nodes: Sequence[Any], size: Tensor
+        self,
+        candidates: dict[str, Callable[[], BatchMatrix]],
+        evaluator: Evaluator,
+        nodes: Sequence[Any],
+        size: Tensor,
     ) -> BatchMatrix:
         """Return the matrix by the fastest mode, and use that mode from now on.
 
         Each makes a few products with one random vector; one that fails, that is not symmetric, or that disagrees with
         the first that works, is left out, and `timings` says why. Such cases are a closure that hides a use of the
-        parameters from torch's function overrides, and wrong formulas.
+        parameters from torch's function overrides, and wrong formulas. At an evaluated point, as an optimizer makes
+        many, the modes that evaluate the closure at every product are left out, too, where an evaluation alone takes
+        longer than a product on the kept graph.
 
         Args:
-            size: see `_asymmetry`.
+            evaluator: of the closure. size: see `_asymmetry`.
         """
         op, (u, v) = self._name, self._random_pair()
         reference: Tensor | None = None
         best: tuple[float, str, BatchMatrix] | None = None
-        finite = True
+        finite, outrun = True, False
         for mode, make in candidates.items():
             out = torch.empty_like(v)
             try:
+                if best is not None and self._given is not None:
+                    outrun = outrun or self._is_outrun(evaluator, best[0])
+                    if outrun:
+                        self.timings[mode] = f"{op}: mode '{mode}': an evaluation of the closure alone takes longer"
+                        continue
                 matrix = make()
                 seconds = min(self._timed(matrix, v, out) for _ in range(_TRIALS))
                 if reference is not None and finite and not agree(out, reference, self._eps):
@@ -527,12 +556,20 @@ class CurvatureOperator(LinearOperator):
             return float(difference / largest)
         return None
 
+    def _is_outrun(self, evaluator: Evaluator, seconds: float) -> bool:
+        """Tell whether to evaluate the closure with other parameters takes longer than this, twice."""
+        twins = {id(p): p.detach().requires_grad_() for p in self.params.tensors}
+        return all(self._seconds(functools.partial(evaluator, twins)) > seconds for _ in range(2))
+
     def _timed(self, matrix: BatchMatrix, v: Tensor, out: Tensor) -> float:
+        return self._seconds(functools.partial(matrix.product, v, out))
+
+    def _seconds(self, call: Callable[[], object]) -> float:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        matrix.product(v, out)
+        call()
         if cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from secant._errors import SecantWarning
@@ -20,7 +20,12 @@ from secant.curvature import _norms
 from secant.curvature._random import Meeting, Randomness
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_FUSED = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
+#: Fused kernels of attention: whether each may be used, and the function that decides so.
+_FUSED = [
+    (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"))
+    for name in ("flash", "mem_efficient", "cudnn")
+    if hasattr(torch.backends.cuda, f"enable_{name}_sdp")
+]
 
 
 class _Watch(Meeting):
@@ -44,7 +49,7 @@ class _Watch(Meeting):
     ) -> None:
         super().__init__(meet)
         self.substitutes, self.in_parts, self.statistics = substitutes, in_parts, statistics
-        self.attention = self.backward = False
+        self.attention = self.backward = self.norms = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -61,6 +66,7 @@ class _Watch(Meeting):
             table = self.substitutes
             args, kwargs = tree_map_only(Tensor, lambda x: table.get(id(x), x), (args, kwargs))
         if func in _norms.PARTS:
+            self.norms = True
             in_parts = self.in_parts or _norms.is_differentiated((*args, *kwargs.values()))
             if in_parts:
                 func = _norms.PARTS[func]
@@ -93,6 +99,8 @@ class Evaluator:
     ) -> None:
         self.closure, self.key, self.randomness, self.warn, self.in_parts = closure, key, randomness, warn, in_parts
         self.called_backward = False
+        self.watched = True
+        self.is_quiet = False
         self._params = {id(p) for p in params}
         self._before: Buffers | None = None
 
@@ -111,20 +119,50 @@ class Evaluator:
             write: whether this is an evaluation of the program itself: its generators go on, and modules in training
                 keep what they write into their buffers.
         """
+        key = ("closure", self.key)
         section = self.randomness.own_section if write else self.randomness.section
-        fused = any(getattr(torch.backends.cuda, name, lambda: False)() for name in _FUSED)
+        buffers = _own_buffers(self._params, self._before, write=write)
+        if write and not self.watched and not is_transformed():
+            with torch.enable_grad(), section(key), buffers, _plain_attention():
+                return self.closure()
         with (
             torch.enable_grad(),
-            section(("closure", self.key)) as meet,
-            _own_buffers(self._params, self._before, write=write),
-            sdpa_kernel(SDPBackend.MATH),
+            section(key) as meet,
+            buffers,
+            _plain_attention() as fused,
             _Watch(substitutes, meet, in_parts=self.in_parts, statistics=write) as watch,
         ):
             result = self.closure()
         self.called_backward |= watch.backward
+        if write:
+            seen = watch.attention or watch.backward or watch.norms
+            self.is_quiet = not seen and self.randomness.is_untouched(key)
         if watch.attention and fused:
             self.warn()
         return result
+
+
+def is_transformed() -> bool:
+    """Tell whether a derivative is being taken around: by a transform of torch.func or by forward mode."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[bool]:
+    """Have attention run its implementation in parts, and tell whether it might have run a fused one."""
+    enabled = [enable for is_enabled, enable in _FUSED if is_enabled()]
+    math = torch.backends.cuda.math_sdp_enabled()
+    try:
+        for enable in enabled:
+            enable(False)
+        if not math:
+            torch.backends.cuda.enable_math_sdp(True)
+        yield bool(enabled)
+    finally:
+        for enable in enabled:
+            enable(True)
+        if not math:
+            torch.backends.cuda.enable_math_sdp(False)
 
 
 class KeptEvaluator(Evaluator):
@@ -133,6 +171,11 @@ class KeptEvaluator(Evaluator):
     It leaves the program's generators where the closure has brought them, and buffers as modules in training wrote
     them. Asked again, it gives what was returned, graph and all; only with substitutes, or where normalisations have to
     be made in parts, the closure is evaluated again, from the same random numbers and buffers, and leaves no trace.
+
+    Attributes:
+        watched: whether the first evaluation is watched; not so where others were found quiet before. is_quiet: whether
+            one that was watched had nothing to watch for: no attention, normalisation, call of backward, generator of
+            its own, and nothing drawn from Python's or numpy's.
     """
 
     _results: dict[bool, Any]
@@ -242,13 +285,14 @@ def _own_buffers(kept: Collection[int], before: Buffers | None, *, write: bool) 
                     buffer.copy_(copies[id(buffer)])
 
 
-_NOTHING = contextlib.nullcontext()
+#: What there is to enter where the caller's state is plain already.
+NOTHING = contextlib.nullcontext()
 
 
 def plain(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Enter the state in which products are made, whatever the caller's: no inference mode, no autocast."""
     autocast = torch.is_autocast_enabled("cpu") or (device.type != "cpu" and torch.is_autocast_enabled(device.type))
-    return _plain(device) if autocast or torch.is_inference_mode_enabled() else _NOTHING
+    return _plain(device) if autocast or torch.is_inference_mode_enabled() else NOTHING
 
 
 @contextlib.contextmanager
@@ -259,6 +303,16 @@ def _plain(device: torch.device) -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def within_plain(device: torch.device, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a product that is made within `plain`."""
+
+    def call(v: Tensor) -> Tensor:
+        with plain(device):
+            return product(v)
+
+    return call
 
 
 def plainly(method: Method) -> Method:

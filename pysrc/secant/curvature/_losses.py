@@ -178,9 +178,7 @@ def gradients(
     """
     factors = [like.new_full((), term.factor) for term in terms]
     edges = [term.edge for term in terms]
-    return list(
-        torch.autograd.grad(edges, inputs, factors, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    )
+    return list(_graph.pull(edges, inputs, factors, create_graph=create_graph))
 
 
 def curvature(terms: Sequence[_graph.Term], node: _graph.Node, at: Any, like: Tensor) -> tuple[Tensor | None, Middle]:

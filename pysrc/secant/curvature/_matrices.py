@@ -41,6 +41,17 @@ def whole(loss: Tensor) -> _graph.Term:
         return _graph.Term(_graph.edge_of(loss.reshape(())), 1.0)
 
 
+def _pulled(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, batched: bool
+) -> Sequence[Tensor | None]:
+    """Pull cotangents back on a kept graph, or k of each at once where `batched`."""
+    if batched:
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    return _graph.pull(outputs, inputs, cotangents)
+
+
 # Hessian --------------------------------------------------------------------------------------------------------------
 
 
@@ -54,16 +65,26 @@ class DoubleBackward:
     """H v = d(g.v)/dw on the kept graph of the gradient g (reverse over reverse).
 
     Args:
-        terms: their sum is the loss. like: a scalar of its dtype and device.
+        terms: their sum is the loss. like: a scalar of its dtype and device. found: the gradient with its graph, None
+            for zero, where it is known. known: whether custom functions were looked for where this loss was before.
     """
 
     together: Together = "without convolutions"
 
-    def __init__(self, terms: Sequence[_graph.Term], like: Tensor, params: Parameters) -> None:
+    def __init__(
+        self,
+        terms: Sequence[_graph.Term],
+        like: Tensor,
+        params: Parameters,
+        found: Sequence[Tensor | None] | None = None,
+        *,
+        known: bool = False,
+    ) -> None:
         self.params = params
-        if names := _graph.custom_functions([term.node for term in terms], once=True):
+        if not known and (names := _graph.custom_functions([term.node for term in terms], once=True)):
             raise RuntimeError(f"{', '.join(names)}: backward is marked once_differentiable")
-        found = _losses.gradients(terms, params.tensors, like, create_graph=True)
+        if found is None:
+            found = _losses.gradients(terms, params.tensors, like, create_graph=True)
         self.slots = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
         self.grads = [g for g in found if g is not None and g.requires_grad]
 
@@ -72,11 +93,7 @@ class DoubleBackward:
         if not self.grads:  # a loss linear in the parameters
             return [None] * len(parts)
         chosen = [parts[i] for i in self.slots]
-        return list(
-            torch.autograd.grad(
-                self.grads, self.params.tensors, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-        )
+        return list(_pulled(self.grads, self.params.tensors, chosen, batched=batched))
 
     def product(self, vector: Tensor, out: Tensor) -> None:
         """Write the product with a flat vector."""
@@ -275,18 +292,15 @@ class GraphJacobian:
         self.pulled = [g for g in pulled if g is not None and g.requires_grad]
 
     def _pull(self, cotangent: Tensor, *, create_graph: bool = False, batched: bool = False) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            self.outputs, self.params.tensors, cotangent, retain_graph=True, create_graph=create_graph,
-            allow_unused=True, is_grads_batched=batched,
-        )  # fmt: skip
+        if create_graph:
+            return _graph.pull([self.outputs], self.params.tensors, [cotangent], create_graph=True)
+        return _pulled([self.outputs], self.params.tensors, [cotangent], batched=batched)
 
     def _push(self, parts: Sequence[Tensor], like: Tensor, *, batched: bool) -> Tensor:
         if not self.pulled:
             return torch.zeros_like(like)
         chosen = [parts[i] for i in self.slots]
-        (found,) = torch.autograd.grad(
-            self.pulled, [self.dummy], chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        (found,) = _pulled(self.pulled, [self.dummy], chosen, batched=batched)
         return torch.zeros_like(like) if found is None else found
 
     def push(self, vector: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,50 @@ class WrongClosure(ValueError):
     """Says that a closure returned another kind of thing than was asked for."""
 
 
+class _Routine:
+    """Counts the points of one problem, and tells which of them are looked at closely.
+
+    The first is, the second, the fourth, the eighth and so on, and any whose closure is another function than that of
+    the one before.
+
+    Attributes:
+        is_quiet: see `KeptEvaluator`; at the last point that was looked at.
+    """
+
+    def __init__(self) -> None:
+        self.is_quiet = False
+        self._count, self._code = 0, None
+
+    def is_due(self, closure: Callable[[], Any]) -> bool:
+        """Count a point, and tell whether it is looked at."""
+        code = getattr(closure, "__code__", None)
+        self._count = self._count + 1 if code is self._code else 1
+        self._code = code
+        return self._count & (self._count - 1) == 0
+
+
+class _Gradient:
+    """Computes the gradient of one loss in the shapes of the parameters, and keeps the one that has a graph."""
+
+    def __init__(self, loss: Tensor, tensors: Sequence[Tensor]) -> None:
+        self.loss, self.tensors = loss, tensors
+        self._kept: list[Tensor | None] | None = None
+
+    def parts(self, *, create_graph: bool) -> list[Tensor | None]:
+        """Return its parts, None for zero."""
+        if self._kept is not None and create_graph:
+            return self._kept
+        one = torch.ones_like(self.loss)
+        found = list(_graph.pull([self.loss], self.tensors, [one], create_graph=create_graph))
+        if create_graph:
+            self._kept = found
+        return found
+
+    def of(self, loss: Tensor) -> list[Tensor | None] | None:
+        """Return them with their graph; None of another loss."""
+        return self.parts(create_graph=True) if loss is self.loss else None
+
+
 class EvaluatedPoint:
     r"""Evaluate a closure once, at the current parameters, and give what that tells.
 
@@ -69,7 +114,10 @@ class EvaluatedPoint:
         modes: the mode of each operator, {"hessian": ..., "ggn": ..., "fisher": ..., "jacobian": ...}, as `modes` of
             another point has it; those that are missing are chosen by timing. Kept in the state of an optimizer, it
             makes a resumed run repeat the first bit for bit.
-        like: an earlier point over the same parameters, whose choices and checks hold here too.
+        like: an earlier point over the same parameters, whose choices and checks hold here too. Of the points that are
+            made so, those in a row that are no power of two take for granted what was looked for in vain before: in
+            the closure, a generator of its own, numbers drawn from Python's or numpy's, attention, normalisations and a
+            call of backward; in its graph, layers, other parameters and operations without a second derivative.
         process_group: as for `Hessian`.
         name: of the caller, for messages.
 
@@ -112,12 +160,15 @@ class EvaluatedPoint:
         self.kind, self.name, self.process_group = kind, name, process_group
         if like is not None:
             self.params, self._learnt = self._same(like, list(params)), like._known()
+            self._routine = like._routine
         else:
+            self._routine = _Routine()
             with torch.inference_mode(False), torch.enable_grad():
                 self.params, self._learnt = Parameters(name, params), {}
         self._modes = dict(like.modes if like is not None else {}) | dict(modes or {})
         self._operators: dict[Any, CurvatureOperator] = {}
         self._gradient: Tensor | None = None
+        self._is_light = not self._routine.is_due(closure)
         self._closure, self._released = closure, False
         if kind == "gradient":
             self._call()
@@ -145,16 +196,20 @@ class EvaluatedPoint:
     def _evaluate(self) -> None:
         """Evaluate a closure that does not call backward."""
         params = self.params
-
-        def warn() -> None:
-            _evaluate.warn_of_attention(self.name)
-
-        self._evaluator = KeptEvaluator(self._closure, 0, Randomness(params.device), params.tensors, warn)
-        result = self._evaluator()
+        warn = functools.partial(_evaluate.warn_of_attention, self.name)  # that keeps nothing of the point
+        again = any(mode not in (None, "double-backward", "r-operator") for mode in self._modes.values())
+        watched = not self._is_light or again or not self._routine.is_quiet
+        randomness = Randomness(params.device, foreign=watched)
+        self._evaluator = KeptEvaluator(self._closure, 0, randomness, params.tensors, warn)
+        self._evaluator.watched = watched
+        result = self._result = self._evaluator()
+        if watched:
+            self._routine.is_quiet = self._evaluator.is_quiet
         if self._evaluator.called_backward:
             raise self._other("one that called backward")
         with torch.enable_grad():
             self._loss = self._read(result)
+        self._parts = _Gradient(self._loss, params.tensors)
         self.value = mean_over_processes(self._loss.detach().reshape(()).clone(), self.process_group)
 
     def _read(self, result: Any) -> Tensor:
@@ -203,15 +258,24 @@ class EvaluatedPoint:
             RuntimeError: the graph cannot be differentiated, or was freed or changed since.
         """
         if self._gradient is None:
-            params, nodes = self.params, [_graph.edge_of(self._loss)[0]]
-            with _evaluate.plain(params.device), _errors.explained(self.name, "gradient", nodes):
-                found = torch.autograd.grad(self._loss, params.tensors, retain_graph=True, allow_unused=True)
+            params = self.params
+            with _evaluate.plain(params.device):
+                try:
+                    found = self._parts.parts(create_graph=self._shares())
+                except RuntimeError as error:
+                    raise RuntimeError(_errors.reason(self.name, "gradient", error, [self._loss.grad_fn])) from error
             if all(g is None for g in found):
                 raise _checks.fail(self.name, "params", "tensors that the closure uses", "none that it does")
             gradient = torch.empty(params.n, dtype=params.dtype, device=params.device)
             params.join(found, gradient)
             self._gradient = mean_over_processes(gradient, self.process_group)
         return self._gradient
+
+    def _shares(self) -> bool:
+        """Tell whether products with the Hessian are known to differentiate the gradient again."""
+        operator = self._operators.get(("hessian",))
+        mode = self._modes.get("hessian") if operator is None else operator.chosen_mode
+        return mode == "double-backward"
 
     def residuals(self) -> Tensor:
         """Return the residuals, flat (m,), without a graph.
@@ -229,7 +293,7 @@ class EvaluatedPoint:
         Raises:
             ValueError: the closure is of the kind "gradient".
         """
-        reads = {"loss": _whole, "outputs": _second, "residuals": self._halved}
+        reads = {"loss": _whole, "outputs": _second, "residuals": self._halving()}
         return self._operator("hessian", Hessian, reads)
 
     def ggn(self) -> GGN:
@@ -239,7 +303,9 @@ class EvaluatedPoint:
             ValueError: the closure gives neither (outputs, loss) nor residuals.
         """
         if self.kind == "residuals":
-            return self._operator("ggn", SquaresGGN, {"residuals": self._with_loss})
+            return self._operator(
+                "ggn", SquaresGGN, {"residuals": functools.partial(_with_loss, self.name, self.params.dtype)}
+            )
         return self._operator("ggn", GGN, {"outputs": _whole})
 
     def fisher(self, **options: Any) -> Fisher:
@@ -276,7 +342,7 @@ class EvaluatedPoint:
             return
         self._learnt, self._modes = self._known(), self.modes
         self._operators, self._released = {}, True
-        del self._evaluator, self._loss, self._closure
+        del self._evaluator, self._loss, self._closure, self._result, self._parts
 
     def _operator(
         self, name: str, cls: type[Operator], reads: Mapping[str, Callable[[Any], Any]], **options: Any
@@ -295,8 +361,10 @@ class EvaluatedPoint:
         if operator is None:
             group = {} if cls is Jacobian else {"process_group": self.process_group}
             evaluator = Adapted(self._evaluator, reads[self.kind])
-            operator = cls._at(evaluator, self.params, self._state, **group, **options)
-            operator._learn(self._learnt.get(name, {}))
+            learnt = self._learnt.get(name, {})
+            operator = cls._at(evaluator, self.params, self._state, learnt, light=self._is_light, **group, **options)
+            if cls is Hessian:
+                operator._gradients = self._parts.of
             if name in self._modes and self._modes[name] != operator.chosen_mode:
                 operator.chosen_mode = self._modes[name]
             self._operators[key] = operator
@@ -312,12 +380,16 @@ class EvaluatedPoint:
         got = f"{KINDS[self.kind]} (kind {self.kind!r})"
         return _checks.fail(f"{self.name}.{what}", "closure", expected, got)
 
-    def _halved(self, result: Any) -> Tensor:
-        return _half_squares(jacobian.joined(self.name, result, self.params.dtype))
+    def _halving(self) -> Callable[[Any], Tensor]:
+        """Return what reads the loss of residuals, and keeps nothing of the point that keeps it."""
+        if self.kind != "residuals" or self._released:
+            return _whole
+        name, dtype, known, loss = self.name, self.params.dtype, self._result, self._loss
 
-    def _with_loss(self, result: Any) -> tuple[Tensor, Tensor]:
-        residuals = jacobian.joined(self.name, result, self.params.dtype)
-        return residuals, _half_squares(residuals)
+        def halved(result: Any) -> Tensor:
+            return loss if result is known else _half_squares(jacobian.joined(name, result, dtype))
+
+        return halved
 
 
 def _whole(result: Any) -> Any:
@@ -330,6 +402,11 @@ def _first(result: Any) -> Any:
 
 def _second(result: Any) -> Any:
     return result[1]
+
+
+def _with_loss(name: str, dtype: torch.dtype, result: Any) -> tuple[Tensor, Tensor]:
+    residuals = jacobian.joined(name, result, dtype)
+    return residuals, _half_squares(residuals)
 
 
 def _half_squares(residuals: Tensor) -> Tensor:

@@ -32,10 +32,12 @@ class Randomness:
     libraries' objects (numpy.random.Generator) cannot be known.
 
     Args:
-        device: of the parameters.
+        device: of the parameters. foreign: whether Python's and numpy's generators are kept, which takes longer than
+            a small closure; not so for one that is known to leave them alone.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, foreign: bool = True) -> None:
+        self._foreign = foreign
         self._module = torch.get_device_module(device) if device.type not in ("cpu", "meta") else None
         self._device = device
         self._starts: dict[Hashable, _States] = {}
@@ -43,11 +45,11 @@ class Randomness:
         self._explicit: dict[int, torch.Generator] = {}
 
     def _states(self) -> _States:
-        numpy = sys.modules.get("numpy")
+        numpy = sys.modules.get("numpy") if self._foreign else None
         return _States(
             torch.get_rng_state(),
             None if self._module is None else self._module.get_rng_state(self._device),
-            random.getstate(),
+            random.getstate() if self._foreign else None,
             None if numpy is None else numpy.random.get_state(),
             {key: generator.get_state() for key, generator in self._explicit.items()},
         )
@@ -69,13 +71,19 @@ class Randomness:
             self._set(start, self._states(), {})
             raise
 
+    def is_untouched(self, key: Hashable) -> bool:
+        """Tell whether Python's and numpy's generators are where a section began, and no explicit one was met."""
+        start, now = self._starts[key], self._states()
+        alike = now.numpy is None if start.numpy is None else _alike(start.numpy, now.numpy)
+        return self._foreign and not self._explicit and start.python == now.python and alike
+
     def _set(self, states: _States, now: _States, met: dict[int, torch.Generator]) -> None:
         """Go from the states `now` to others."""
         if not torch.equal(states.cpu, now.cpu):
             torch.set_rng_state(states.cpu)
         if self._module is not None and states.device is not None:
             self._module.set_rng_state(states.device, self._device)
-        if states.python != now.python:
+        if states.python is not None and states.python != now.python:
             random.setstate(states.python)
         if states.numpy is not None and not _alike(states.numpy, now.numpy):
             sys.modules["numpy"].random.set_state(states.numpy)

@@ -85,7 +85,7 @@ class _JacobianOperator(CurvatureOperator):
             mode: lambda make=make: _matrices.Sandwich(make(), middle, outputs.detach())  # type: ignore[misc]
             for mode, make in makers.items()
         }
-        return self._choose(candidates, nodes, size)
+        return self._choose(candidates, evaluator, nodes, size)
 
     def diag(self, num_probes: int | None = None, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
         """Compute the diagonal, exactly unless `num_probes` are asked for.

@@ -128,6 +128,10 @@ class Hessian(CurvatureOperator):
 
     def _batch_matrix(self, evaluator: Evaluator) -> BatchMatrix:
         op, requested = self._name, self._requested
+        if self._is_light and self._is_unlayered and self._is_checked and self._chosen == "double-backward":
+            self._used, loss = self._chosen, self._loss(evaluator())
+            with _errors.explained(op, self._used, [_graph.edge_of(loss)[0]]):
+                return self._double_backward(loss, known=True)
         if self._chosen in ("forward-over-reverse", "reverse-over-forward"):
             self._used = self._chosen
             with _errors.explained(op, self._chosen):
@@ -139,24 +143,30 @@ class Hessian(CurvatureOperator):
         if requested in ("auto", "r-operator"):
             with _errors.explained(op, "r-operator", nodes):
                 found = _matrices.layered_hessian(loss, self.params, self._slots)
+                self._is_unlayered = isinstance(found, str)
                 if not isinstance(found, str):
                     self._used = "r-operator"
                     return found if found.rest is None else self._checked(found, self._used, nodes, size)
             if requested == "r-operator":
                 raise _checks.fail(op, "mode", "'auto' or another mode for this loss", f"'r-operator', not for {found}")
-        terms = [_matrices.whole(loss)]
-        with torch.enable_grad():
-            if self._chosen is not None:
-                self._used = self._chosen
-                with _errors.explained(op, self._chosen, nodes):
-                    matrix = _matrices.DoubleBackward(terms, loss, self.params)
-                    return self._checked(matrix, self._chosen, nodes, size)
-            candidates: dict[str, Callable[[], BatchMatrix]] = {
-                "double-backward": lambda: _matrices.DoubleBackward(terms, loss, self.params)
-            }
+        if self._chosen is not None:
+            self._used = self._chosen
+            with _errors.explained(op, self._chosen, nodes):
+                return self._checked(self._double_backward(loss), self._chosen, nodes, size)
+        candidates: dict[str, Callable[[], BatchMatrix]] = {"double-backward": lambda: self._double_backward(loss)}
         for mode in self._MODES[1:]:
             candidates[mode] = functools.partial(self._forward, mode, evaluator)
-        return self._choose(candidates, nodes, size)
+        return self._choose(candidates, evaluator, nodes, size)
+
+    def _double_backward(self, loss: Tensor, *, known: bool = False) -> BatchMatrix:
+        """Build the matrix on the graph of the gradient, which a point may have already.
+
+        Args:
+            known: see `DoubleBackward`.
+        """
+        terms = [_matrices.whole(loss)]
+        found = None if self._gradients is None else self._gradients(loss)
+        return _matrices.DoubleBackward(terms, loss, self.params, found, known=known)
 
     def _forward(self, mode: str, evaluator: Evaluator) -> BatchMatrix:
         self._visible(evaluator, self._loss)
