@@ -475,6 +475,8 @@ def least_squares(
         loss=loss,
         f_scale=float(f_scale),
         scaling=scaling,
+        strategy="radius",
+        geodesic=False,
         bounds=None if box is None else tuple((b if scale is None else b / scale).reshape(-1) for b in box),
         on_error="backtrack",
         callback=report,

@@ -57,6 +57,11 @@ class NormalEquations:
         self._gram: Tensor | None = None
         self._factor: Tensor | None = None
 
+    @property
+    def matrix(self) -> Tensor | None:
+        """Return W J (N, P), where it is made."""
+        return self._matrix
+
     # Products ---------------------------------------------------------------------------------------------------------
 
     def push(self, v: Tensor) -> Tensor:
