@@ -1,4 +1,4 @@
-"""The step of least squares within a radius, by singular values."""
+"""What trust regions have in common: how a radius shrinks; and the step of least squares within one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,26 @@ _EASY = 0.1
 _SHARE = 1e-3
 #: Newton steps for one lambda; three are usual.
 _STEPS = 50
+
+#: The least and the most that is left of a step whose gain ratio was poor.
+MOST, LEAST = 0.5, 0.1
+
+
+def shrink(decrease: float, slope: float) -> float:
+    """Return the radius after a step that was poor, in steps.
+
+    It is where the parabola with the value and the slope at the start, and the value at the end, has its minimum, and
+    1/2 where the loss has not risen.
+
+    Args:
+        decrease: of the loss along the step; infinite where it has none. slope: g.s < 0.
+
+    References:
+        Dennis and Schnabel, Numerical Methods for Unconstrained Optimization, SIAM (1996), section 6.4.3; MINPACK.
+    """
+    if not decrease < 0.0:
+        return MOST
+    return min(max(0.5 * slope / (slope + decrease), LEAST), MOST) if math.isfinite(decrease) else LEAST
 
 
 class Region:

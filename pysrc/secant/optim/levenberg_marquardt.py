@@ -16,7 +16,7 @@ from secant.optim._damped_optimizer import GOOD, LEAST, POOR, POSITIVE, UNCLEAR,
 from secant.optim._flat_optimizer import Callback
 from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
 from secant.optim._point_optimizer import COMMON, Advance
-from secant.optim._region import Region
+from secant.optim._region import Region, shrink
 from secant.optim._robust import Robust
 from secant.result import Status
 
@@ -30,8 +30,8 @@ _HALVINGS = 2
 _ACTIVATIONS = 20
 #: The first radius is this many times |D^(1/2) x|, or it where that is zero; then it is at most the first |D^(1/2) d|.
 _FIRST = 100.0
-#: The radius after a good step, in steps, and the least and the most that a poor one leaves of it.
-_GROWTH, _LEAST_SHRINK, _MOST_SHRINK = 2.0, 0.5, 0.1
+#: The radius after a good step, in steps.
+_GROWTH = 2.0
 
 
 class _Model(NamedTuple):
@@ -323,11 +323,7 @@ class LevenbergMarquardt(DampedOptimizer):
         """Change the radius as MINPACK does: by the gain ratio, and by the parabola through a rise of the loss."""
         own = self._own
         if gain <= POOR:
-            shrink = _LEAST_SHRINK
-            if decrease < 0.0:
-                shrink = 0.5 * proposal.slope / (proposal.slope + decrease) if math.isfinite(decrease) else 0.0
-            shrink = min(max(shrink, _MOST_SHRINK), _LEAST_SHRINK)
-            own["radius"] = shrink * min(own["radius"], size / _MOST_SHRINK)
+            own["radius"] = shrink(decrease, proposal.slope) * size
         elif gain >= GOOD or own["lambda"] == 0.0:
             own["radius"] = _GROWTH * size
 
