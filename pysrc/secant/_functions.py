@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from secant.optim._flat_optimizer import NUMERICAL, OTHER
 
 #: Points that are remembered, so that the one which a run ends at is not evaluated again.
 _REMEMBERED = 4
+#: Rows or columns up to which a Jacobian is made by as many passes over one graph, whatever the graph is.
+_FEW = 32
 
 
 class Form(NamedTuple):
@@ -298,24 +301,21 @@ class Residuals(Function):
         self, op: str, form: Form, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], jac: Any
     ) -> None:
         super().__init__(op, form, fun, jac, args, kwargs)
+        self._m: int | None = None  # once it is known
         self._known: deque[tuple[Tensor, Tensor, Callable[[], Tensor] | None]] = deque(maxlen=_REMEMBERED)
 
     def residuals(self, x: Tensor) -> Tensor:
-        """Evaluate at x; the residuals have a graph that leads to it."""
-        if self._jac is None:
-            returned, _ = self._evaluate(x)
-            r = self._checked(returned, x)
-            self.njev += torch.is_grad_enabled()
-            if torch.is_grad_enabled() and not r.requires_grad and self.nfev == 1:
-                raise Malformed(
-                    f"{self.op}: fun: expected a tensor that autograd can follow (or give jac), got one without a graph"
-                )
-            self._known.append((x.detach().clone(), r.detach(), None))
-            return r
+        """Evaluate at x; the residuals have a graph that leads to it.
+
+        Where J is given, or has few rows or columns, the graph is one node: whoever evaluates a point again, to look
+        for a faster way to J, is told that there is no other, and the function is not called for it.
+        """
         if self._known and torch.equal(self._known[-1][0], x.detach()):
             _, r, known = self._known[-1]
-            assert known is not None
-            return self._linear(x, r, known)
+            if known is not None:
+                return self._linear(x, r, known)
+        if self._jac is None:
+            return self._followed(x)
         at = x.detach().clone()
         with torch.no_grad():
             returned, given = self._evaluate(at)
@@ -332,6 +332,33 @@ class Residuals(Function):
         self._known.append((at, r, jacobian))
         return self._linear(x, r, jacobian)
 
+    def _followed(self, x: Tensor) -> Tensor:
+        """Evaluate at x what autograd follows."""
+        few = torch.is_grad_enabled() and (x.numel() <= _FEW or (self._m is not None and self._m <= _FEW))
+        at = x.detach().clone().requires_grad_() if few else x
+        returned, _ = self._evaluate(at)
+        r = self._checked(returned, at)
+        self._m = r.numel()
+        if torch.is_grad_enabled() and not r.requires_grad and self.nfev == 1:
+            raise Malformed(
+                f"{self.op}: fun: expected a tensor that autograd can follow (or give jac), got one without a graph"
+            )
+        if not few:
+            self.njev += torch.is_grad_enabled()
+            self._known.append((x.detach().clone(), r.detach(), None))
+            return r
+        graph, matrix = [r], list[Tensor]()
+
+        def jacobian() -> Tensor:
+            if not matrix:
+                self.njev += 1
+                with torch.enable_grad():
+                    matrix.append(_differentiated(graph.pop().reshape(-1), at))
+            return matrix[0]
+
+        self._known.append((at.detach(), r.detach(), jacobian))
+        return self._linear(x, r.detach(), jacobian)
+
     def _linear(self, x: Tensor, r: Tensor, jacobian: Callable[[], Tensor]) -> Tensor:
         return _Linear.apply(x, r, lambda u: (jacobian().mT @ u.reshape(-1).to(x.dtype)).view(x.shape))
 
@@ -343,13 +370,8 @@ class Residuals(Function):
         x = x.detach().clone().requires_grad_()
         with torch.enable_grad():
             r = self.residuals(x)
-            if self._jac is not None:
-                jacobian = self._known[-1][2]
-                assert jacobian is not None
-                return r.detach(), jacobian()
-            rows = r.reshape(-1).unbind()
-            found = [torch.autograd.grad(row, x, retain_graph=True, allow_unused=True)[0] for row in rows]
-        return r.detach(), torch.stack([torch.zeros_like(x) if g is None else g for g in found]).reshape(len(rows), -1)
+            jacobian = self._known[-1][2]
+            return r.detach(), _differentiated(r.reshape(-1), x) if jacobian is None else jacobian()
 
     def _checked(self, returned: Any, x: Tensor) -> Tensor:
         if isinstance(returned, Tensor) and returned.numel() > 0 and not returned.is_complex():
@@ -360,6 +382,30 @@ class Residuals(Function):
                 return r
         expected = "an array" if self.arrays else "a tensor"
         raise Malformed(f"{self.op}: fun: expected {expected} of real residuals, got {_checks.describe(returned)}")
+
+
+def _differentiated(r: Tensor, x: Tensor) -> Tensor:
+    """Make J (m, n) of the graph of r (m,): by columns where they are fewer and the graph allows it, else by rows."""
+    m, n = r.numel(), x.numel()
+    if not r.requires_grad:
+        return x.new_zeros(m, n)
+    if n < m:
+        u = torch.linspace(1.0, 2.0, m, dtype=r.dtype, device=r.device).requires_grad_()
+        (back,) = torch.autograd.grad(r, x, u, create_graph=True, allow_unused=True)
+        if back is not None and back.requires_grad:
+            with contextlib.suppress(RuntimeError):  # of an operation that is not differentiable twice, and says so
+                found = torch.stack(_gradients(back.reshape(-1), u), 1).to(x.dtype)
+                # Of one that does not say so a part is missing.
+                lost, size = (found.mT @ u.to(x.dtype) - back.reshape(-1)).abs(), found.abs().mT @ u.to(x.dtype)
+                if bool((lost <= torch.finfo(x.dtype).eps ** 0.5 * size).all()):
+                    return found.detach()
+    return torch.stack(_gradients(r, x)).reshape(m, n)
+
+
+def _gradients(values: Tensor, x: Tensor) -> list[Tensor]:
+    """Return the gradient of each of several values."""
+    found = [torch.autograd.grad(value, x, retain_graph=True, allow_unused=True)[0] for value in values.unbind()]
+    return [torch.zeros_like(x) if g is None else g for g in found]
 
 
 def forgiven(error: Exception) -> bool:

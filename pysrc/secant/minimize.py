@@ -53,6 +53,7 @@ class _Method(NamedTuple):
 
 _PAIRS = {"maxcor": (_checks.integer_from(1, MAX_HISTORY), "history_size")}
 _LIMITED: dict[str, Any] = {"maxcor": 20, "ftol": _FTOL, "maxiter": 15_000, "maxfun": 15_000}
+_MAX_RADIUS = 1000.0
 _RADIUS = Option("a finite number > 0", lambda x: _checks.is_number(x, 0.0) and x > 0.0)
 _RADII = {
     "initial_trust_radius": (_RADIUS, "initial_radius"),
@@ -124,8 +125,8 @@ def minimize(
             (1e-5), on the largest component of the gradient (with bounds: of P(x - g) - x); ftol: the run ends when f
             changes by less than ftol max(|f|, 1), or, but for "l-bfgs-b", no variable by more than ftol (2.2e-9 for
             "l-bfgs" and "l-bfgs-b", else 0); disp: print the message; maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b");
-            maxls: evaluations of one search (20, "l-bfgs-b"); initial_trust_radius, max_trust_radius,
-            eta ("trust-...").
+            maxls: evaluations of one search (20, "l-bfgs-b"); initial_trust_radius (|x0|, 1 where that is 0),
+            max_trust_radius (1000), eta (0.01) ("trust-...").
 
     Returns:
         `secant.result.OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev (calls of `hess` or `hessp`), status (a
@@ -163,6 +164,9 @@ def minimize(
     objective = Objective(op, form, fun, args if isinstance(args, tuple) else (args,), jac, hess, hessp)
     told = _callback(op, callback, form)
     settings.setdefault("maxiter", 200 * x.numel())
+    if "initial_trust_radius" in chosen.options:
+        most = settings.setdefault("max_trust_radius", _MAX_RADIUS)
+        settings.setdefault("initial_trust_radius", min(float(x.norm()) or 1.0, most))
     if chosen.optimizer is None:
         found = _in_box(op, objective, x, form, bounds, settings, told)
     else:
@@ -475,6 +479,8 @@ def least_squares(
         loss=loss,
         f_scale=float(f_scale),
         scaling=scaling,
+        strategy="radius",
+        geodesic=False,
         bounds=None if box is None else tuple((b if scale is None else b / scale).reshape(-1) for b in box),
         on_error="backtrack",
         callback=report,

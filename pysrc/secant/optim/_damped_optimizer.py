@@ -18,8 +18,8 @@ from secant.result import Status
 #: Gain ratios above which lambda falls, below which it rises, and of a step that is taken.
 GOOD, POOR, LEAST = 0.75, 0.25, 1e-4
 _FALL, _RISE = 0.1, 4.0
-#: Lambdas of one iteration, each of which that failed doubles the next rise, and those where the loss is rounding.
-_LAMBDAS, _UNCLEAR = 20, 3
+#: Lambdas of one iteration, each of which that failed doubles the next rise, and trials where the loss is rounding.
+_LAMBDAS, UNCLEAR = 20, 3
 #: Changes of the loss below this many times its rounding cannot be told from it.
 _NOISE = 4.0
 #: lambda never falls below this part of what it is relative to.
@@ -136,7 +136,7 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
                     own["lambda"], self._blurred = lam, True
                     return self._accept(new, proposal.d, 1.0, inner)
                 unclear += 1
-                if unclear == _UNCLEAR:
+                if unclear == UNCLEAR:
                     break
         own["lambda"] = first
         return self._stay(Status.STALLED, inner)

@@ -59,6 +59,11 @@ class NormalEquations:
         self._rounding: float | None = None
         self._factor: Tensor | None = None
 
+    @property
+    def matrix(self) -> Tensor | None:
+        """Return W J (N, P), where it is made."""
+        return self._matrix
+
     # Products ---------------------------------------------------------------------------------------------------------
 
     def push(self, v: Tensor) -> Tensor:

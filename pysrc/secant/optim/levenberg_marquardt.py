@@ -12,11 +12,13 @@ from torch import Tensor
 from secant import _checks
 from secant.curvature import EvaluatedPoint
 from secant.optim._box import BOUNDS, Box
-from secant.optim._damped_optimizer import LEAST, POOR, POSITIVE, DampedOptimizer, Found
+from secant.optim._damped_optimizer import GOOD, LEAST, POOR, POSITIVE, UNCLEAR, DampedOptimizer, Found
 from secant.optim._flat_optimizer import Callback
 from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
-from secant.optim._point_optimizer import COMMON
+from secant.optim._point_optimizer import COMMON, Advance
+from secant.optim._region import Region, shrink
 from secant.optim._robust import Robust
+from secant.result import Status
 
 #: Part of d at which the second derivative along it is measured.
 _PROBE = 0.1
@@ -26,6 +28,10 @@ _BENT = 0.75
 _HALVINGS = 2
 #: Solutions with more components at their bounds, until none goes beyond.
 _ACTIVATIONS = 20
+#: The first radius is this many times |D^(1/2) x|, or it where that is zero; then it is at most the first |D^(1/2) d|.
+_FIRST = 100.0
+#: The radius after a good step, in steps.
+_GROWTH = 2.0
 
 
 class _Model(NamedTuple):
@@ -42,6 +48,11 @@ class _Model(NamedTuple):
     equations: NormalEquations
     gradient: Tensor
     grad_max: float
+
+
+#: From a right-hand side to the solution; and from the components that are free, None for all, to that.
+_Solve = Callable[[Tensor], Solution]
+_Solver = Callable[[Tensor | None], _Solve | None]
 
 
 class _Curve(NamedTuple):
@@ -141,6 +152,7 @@ class LevenbergMarquardt(DampedOptimizer):
 
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
         **COMMON,
+        "strategy": _checks.one_of("lambda", "radius"),
         "damping": POSITIVE,
         "scaling": _checks.one_of("identity", "marquardt"),
         "geodesic": _checks.flag(),
@@ -152,6 +164,10 @@ class LevenbergMarquardt(DampedOptimizer):
     KINDS = ("residuals",)
     PER_GROUP = ("bounds",)
     VECTORS = ("diagonal",)
+    NUMBERS: ClassVar[Mapping[str, Any]] = {
+        **DampedOptimizer.NUMBERS,
+        "radius": (0.0, _checks.number_from(0.0)),  # of the next step; 0: none yet
+    }
 
     _robust: Robust
     _box: Box | None = None
@@ -162,6 +178,7 @@ class LevenbergMarquardt(DampedOptimizer):
         params: Any,
         max_iter: int = 20,
         *,
+        strategy: str = "lambda",
         damping: float = 1e-3,
         scaling: str = "identity",
         geodesic: bool = True,
@@ -174,6 +191,7 @@ class LevenbergMarquardt(DampedOptimizer):
     ) -> None:
         options = {
             "max_iter": max_iter,
+            "strategy": strategy,
             "damping": damping,
             "scaling": scaling,
             "geodesic": geodesic,
@@ -225,24 +243,117 @@ class LevenbergMarquardt(DampedOptimizer):
 
     # An iteration -----------------------------------------------------------------------------------------------------
 
+    def _advance(self, point: EvaluatedPoint) -> Advance:
+        if self.param_groups[0]["strategy"] == "lambda":
+            return super()._advance(point)
+        own, model, options = self._own, self._modelled(point), self.param_groups[0]
+        before, inner, unclear = own["radius"], 0, 0
+        scale, value = self._scale(model), self._value(point)
+        regions = self._regions(model, scale)
+        if not before:
+            size = _length(self._start.double(), scale)
+            own["radius"] = _FIRST * size if size > 0.0 else _FIRST
+        while not self._is_spent():
+            proposal = self._propose_within(model, scale, regions)
+            size = _length(proposal.d, scale)
+            if not (self._is_felt(proposal.at(1.0).to(self._start)) and proposal.predicted(1.0) > 0.0):
+                break
+            if not before:
+                own["radius"] = min(own["radius"], size)
+            if self._is_spent():
+                return self._stay(Status.MAX_EVAL)
+            new = self._try(proposal.at(1.0).to(self._start))
+            decrease = -math.inf if new is None else self._decrease(model, new)
+            gain = decrease / proposal.predicted(1.0)
+            gain = gain if math.isfinite(gain) else -math.inf
+            self._resize(gain, decrease, proposal, size)
+            blurred = self._is_unclear(model, proposal)
+            if new is not None and self._is_usable(new):
+                smaller = self._grad_max(new) < model.grad_max if blurred else True
+                if gain > LEAST and (smaller or not self._blurred):
+                    return self._accept(new, proposal.at(1.0), 1.0, inner)
+                if blurred and smaller:
+                    self._blurred = True
+                    return self._accept(new, proposal.at(1.0), 1.0, inner)
+            relative = options["tolerance_change_rel"] * value
+            if max(abs(decrease), proposal.predicted(1.0)) < relative:
+                return self._stay(Status.SMALL_CHANGE)
+            unclear += blurred
+            if unclear == UNCLEAR:
+                break
+        else:
+            return self._stay(Status.MAX_EVAL)
+        own["radius"] = before
+        return self._stay(Status.STALLED)
+
+    def _regions(self, model: _Model, scale: Tensor | None) -> Callable[[Tensor | None], Region]:
+        """Return what makes the `Region` of the components that are free, once where those are all."""
+        matrix = model.equations.matrix
+        if matrix is None:
+            got = "'radius', with solver 'cg', which does not know the Jacobian"
+            raise _checks.fail(f"{self._name}.step", "strategy", "'lambda'", got)
+        made: dict[bytes | None, Region] = {}
+
+        def region(free: Tensor | None) -> Region:
+            key = None if free is None else bytes(free.tolist())
+            if key not in made:
+                made[key] = Region(matrix, scale, free)
+            return made[key]
+
+        return region
+
+    def _propose_within(
+        self, model: _Model, scale: Tensor | None, regions: Callable[[Tensor | None], Region]
+    ) -> _Curve:
+        """Solve with the lambda of the radius, which is that of the components that are free at the start."""
+        own, radius = self._own, self._own["radius"]
+        own["lambda"] = -1.0
+
+        def solver(free: Tensor | None) -> _Solve:
+            region = regions(free)
+            if own["lambda"] < 0.0:
+                own["lambda"] = region.damping(model.right, radius)
+            return lambda u: Solution(region.solve(u, own["lambda"]))
+
+        found = self._curve(model, scale, solver)
+        assert found is not None
+        return found
+
+    def _resize(self, gain: float, decrease: float, proposal: _Curve, size: float) -> None:
+        """Change the radius as MINPACK does: by the gain ratio, and by the parabola through a rise of the loss."""
+        own = self._own
+        if gain <= POOR:
+            own["radius"] = shrink(decrease, proposal.slope) * size
+        elif gain >= GOOD or own["lambda"] == 0.0:
+            own["radius"] = _GROWTH * size
+
     def _size(self, model: _Model) -> float:
         return model.equations.size(model.gradient) if self.param_groups[0]["scaling"] == "identity" else 1.0
 
     def _propose(self, model: _Model) -> _Curve | None:
-        equations, lam, box, scale = model.equations, self._own["lambda"], self._box, self._scale(model)
-        if box is None:
-            if not equations.damp(lam, scale):
+        equations, lam, scale = model.equations, self._own["lambda"], self._scale(model)
+
+        def solver(free: Tensor | None) -> _Solve | None:
+            return equations.solve if equations.damp(lam, scale, free) else None
+
+        return self._curve(model, scale, solver)
+
+    def _curve(self, model: _Model, scale: Tensor | None, solver: _Solver) -> _Curve | None:
+        """Compute d and a; None where a matrix cannot be factored."""
+        if self._box is None:
+            solve = solver(None)
+            if solve is None:
                 return None
-            solution, inner = equations.solve(model.right)
+            solution, inner = solve(model.right)
             d = -solution
         else:
-            found = self._within(model, scale, box)
+            found = self._within(model, solver, self._box)
             if found is None:
                 return None
-            d, inner = found
-        jd = equations.push(d)
+            (d, inner), solve = found
+        jd = model.equations.push(d)
         slope, curvature = float(model.gradient.dot(d)), float(jd.dot(jd))
-        return _Curve(d, self._acceleration(model, d, jd, scale), slope, curvature, inner)
+        return _Curve(d, self._acceleration(model, d, jd, scale, solve), slope, curvature, inner)
 
     def _scale(self, model: _Model) -> Tensor | None:
         """Return Marquardt's D, the largest that the diagonal of J^T J has been; None for I."""
@@ -257,30 +368,33 @@ class LevenbergMarquardt(DampedOptimizer):
         self._put(kept, diagonal)
         return torch.where(diagonal > 0.0, diagonal, 1.0).double()
 
-    def _within(self, model: _Model, scale: Tensor | None, box: Box) -> Solution | None:
+    def _within(self, model: _Model, solver: _Solver, box: Box) -> tuple[Solution, _Solve] | None:
         """Compute a d that stays within the bounds: components that would go beyond are held there, one set at a time.
 
-        For those that are held at p the others solve with the residuals r + J p.
+        For those that are held at p the others solve with the residuals r + J p. The last solver comes with it.
         """
-        equations, lam, x = model.equations, self._own["lambda"], self._start.double()
+        x = self._start.double()
         free, held, right, inner = box.free(x, model.gradient), torch.zeros_like(x), model.right, 0
         d = held
         for _ in range(_ACTIVATIONS):
-            if not equations.damp(lam, scale, free):
+            solve = solver(free)
+            if solve is None:
                 return None
-            solution, products = equations.solve(right)
+            solution, products = solve(right)
             inner += products
             d = held - solution
             inside = (x + d).clamp(box.lower, box.upper)
             beyond = free & (inside != x + d)
             if not bool(beyond.any()):
-                return Solution(d, inner)
+                return Solution(d, inner), solve
             free = free & ~beyond
             held = torch.where(beyond, inside - x, held)
-            right = model.right + equations.push(held)
-        return Solution((x + d).clamp(box.lower, box.upper) - x, inner)
+            right = model.right + model.equations.push(held)
+        return Solution((x + d).clamp(box.lower, box.upper) - x, inner), solve
 
-    def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None) -> Tensor | None:
+    def _acceleration(
+        self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve
+    ) -> Tensor | None:
         """Compute a, from the second difference of the residuals along d; None where it is not to be believed."""
         spare = self._own["func_evals"] + 1 < self._limit
         if not self.param_groups[0]["geodesic"] or model.equations.space == "cg" or not spare:
@@ -291,7 +405,7 @@ class LevenbergMarquardt(DampedOptimizer):
         change = (probe.residuals().double() - model.residuals) / _PROBE
         if model.weights is not None:
             change = change * model.weights
-        a = -model.equations.solve((change - jd) * (2.0 / _PROBE)).x
+        a = -solve((change - jd) * (2.0 / _PROBE)).x
         sizes = [x.dot(x if scale is None else x * scale) for x in (a, d)]
         return a if bool(sizes[0] <= _BENT**2 * sizes[1]) else None
 
@@ -322,3 +436,8 @@ class LevenbergMarquardt(DampedOptimizer):
         residuals = model.residuals if model.weights is None else model.weights * model.residuals
         eps = torch.finfo(self._start.dtype).eps
         return eps * model.equations.rounding(self._start.double(), model.right, residuals)
+
+
+def _length(d: Tensor, scale: Tensor | None) -> float:
+    """Return |D^(1/2) d|."""
+    return float((d if scale is None else d * scale.sqrt()).norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,11 +14,12 @@ from secant.curvature._curvature import CurvatureOperator
 from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
+from secant.optim._region import shrink
 from secant.result import Status
 from secant.solvers import more_sorensen, steihaug
 
-#: Ratios below and above which the radius shrinks and grows, and by how much.
-_POOR, _GOOD, _SHRINK, _GROWTH = 0.25, 0.75, 0.25, 2.0
+#: Ratios below and above which the radius shrinks and grows, and by how much it grows.
+_POOR, _GOOD, _GROWTH = 0.25, 0.75, 2.0
 
 
 class _Step(NamedTuple):
@@ -35,7 +37,9 @@ class TrustRegion(CurvatureOptimizer):
         s = argmin g.s + 1/2 s.B s  over |s| <= Delta,    rho = (f(x) - f(x + s)) / -(g.s + 1/2 s.B s)
 
         rho > eta:    x_(k+1) = x_k + s
-        rho < 1/4:    Delta <- |s| / 4         rho > 3/4 and |s| = Delta:    Delta <- min(2 Delta, max_radius)
+        rho < 1/4:    Delta <- t |s|           rho > 3/4 and |s| = Delta:    Delta <- min(2 Delta, max_radius)
+
+    t is 1/2, or where the loss has risen the minimum of the parabola through f(x), g.s and f(x + s), in [1/10, 1/2].
 
     B may be indefinite: negative curvature is followed to the boundary, so that saddle points are left at once. The
     subproblem is solved by
@@ -72,9 +76,9 @@ class TrustRegion(CurvatureOptimizer):
         TypeError, ValueError: an argument is invalid.
 
     References:
-        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 4.1, p. 69, and 7.2, p. 171; the defaults are
-        those of scipy's "trust-ncg" and "trust-exact". Conn, Gould, Toint, Trust-Region Methods, SIAM (2000), Algorithm
-        7.3.4 and section 17.4. More and Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983). Steihaug, SIAM J. Numer. Anal.
+        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 4.1, p. 69, and 7.2, p. 171; Conn, Gould,
+        Toint, Trust-Region Methods, SIAM (2000), Algorithm 6.1.1, p. 116 (eta), Algorithm 7.3.4, section 17.4. Dennis
+        and Schnabel, Numerical Methods for Unconstrained Optimization, SIAM (1996), section 6.4.3 (t). More and Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983). Steihaug, SIAM J. Numer. Anal.
         20 (1983).
 
     Example:
@@ -105,7 +109,7 @@ class TrustRegion(CurvatureOptimizer):
         curvature: str = "hessian",
         initial_radius: float = 1.0,
         max_radius: float = 1000.0,
-        eta: float = 0.15,
+        eta: float = 0.01,
         max_inner: int = 200,
         max_iter: int = 20,
         max_eval: int | None = None,
@@ -153,7 +157,8 @@ class TrustRegion(CurvatureOptimizer):
             finite = finite or new is not None
             rho = self._ratio(point, new, found.step, found.predicted)
             if rho < _POOR:
-                radius = _SHRINK * size
+                decrease = -math.inf if new is None else self._value(point) - self._value(new)
+                radius = size * shrink(decrease, float(g.double().dot(found.step.double())))
             elif rho > _GOOD and found.status is Status.BOUNDARY:
                 radius = min(_GROWTH * radius, float(options["max_radius"]))
             own["radius"] = radius

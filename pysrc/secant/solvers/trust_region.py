@@ -115,7 +115,8 @@ class _Search:
                    diagonal.min()]  # fmt: skip
         self.size, self.norm, largest, least, most, corner = torch.stack(numbers).tolist()
         self.finite = all(map(math.isfinite, (self.size, self.norm)))
-        self.flat = relative * self.norm  # eigenvalues below are zero to rounding
+        self.relative = relative
+        self.flat = relative * self.norm  # multipliers below are lost in the largest elements
         self.small = relative**0.5 * self.norm
         bound, pull = min(self.norm, largest), self.size / radius
         self.high = max(0.0, pull + min(-least, bound))
@@ -136,9 +137,11 @@ class _Search:
             factor, info = torch.linalg.cholesky_ex(matrix)
             refused, pivot = torch.stack((info.double(), factor.diagonal().square().min())).tolist()
             pivots = int(refused)
-            if shift == 0.0 and not pivots and pivot <= self.small and self._smallest(factor)[0] <= self.flat:
-                shift = self._within()  # singular, whatever rounding says
-                continue
+            if shift == 0.0 and not pivots and pivot <= self.small:
+                curvature, vector = self._smallest(factor)
+                if curvature <= self._rounding(vector):
+                    shift = self._within()  # singular, whatever rounding says
+                    continue
             if pivots:
                 self._refused(matrix, pivots, shift)
                 shift = self._within()
@@ -162,9 +165,10 @@ class _Search:
             else:
                 self.high = min(self.high, shift)
                 curvature, vector = self._smallest(factor)
-                if curvature >= -self.flat:
-                    # A is singular, not indefinite. A smaller multiplier would magnify the rounding of g.
-                    if shift <= self.small or settled:
+                rounding = self._rounding(vector)
+                if curvature >= -rounding:
+                    # Where A is singular, a smaller multiplier would magnify the rounding of g.
+                    if (curvature <= rounding and shift <= self.small) or settled:
                         return x, Status.CONVERGED, shift, count
                 else:
                     extra, along = curvature + shift, self._to_boundary(x, vector)
@@ -209,6 +213,10 @@ class _Search:
             v = v / v.norm()
         v = v[:, 0]
         return float(v.dot(self.a @ v)), v
+
+    def _rounding(self, v: Tensor) -> float:
+        """Bound what rounding the elements of A does to v.A v; where variables differ in scale less than to |A|."""
+        return self.relative * float(v.abs().dot(self.a.abs() @ v.abs()))
 
     def _to_boundary(self, x: Tensor, v: Tensor) -> float:
         """Return the smaller t, in absolute value, with |x + t v| = radius, |v| = 1."""
