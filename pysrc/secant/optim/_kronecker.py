@@ -41,7 +41,9 @@ def kronecker(b: CurvatureOperator, damping: float, seed: int) -> Callable[[Tens
     (matrix,) = b._iterate()
     if not isinstance(matrix, Sandwich) or not isinstance(matrix.jacobian, LayeredJacobian):
         return None
-    signs = torch.empty_like(matrix.like).bernoulli_(0.5, generator=b.generator(seed)).mul_(2.0).sub_(1.0)
+    like = matrix.like
+    bits = torch.randint(2, like.shape, generator=b.generator(seed), dtype=like.dtype, device=like.device)
+    signs = bits.mul_(2.0).sub_(1.0)
     u = matrix.middle(signs)
     square = u.square().sum()
     u = u * ((signs * u).sum().abs() / torch.where(square > 0.0, square, 1.0)).sqrt()
@@ -97,5 +99,6 @@ def _inverses(a: Tensor, s: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def _inverse(x: Tensor, shift: Tensor) -> Tensor:
     """Invert x + shift I, without asking whether its factor exists."""
-    shifted = x + shift * torch.eye(len(x), dtype=x.dtype, device=x.device)
+    shifted = x.clone()
+    shifted.diagonal().add_(shift)
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted).L)

@@ -58,8 +58,8 @@ class NewtonCG(CurvatureOptimizer):
       goes on with a longer one. Steps along negative curvature leave it as it is.
     * **preconditioner="kronecker"**, for networks of Linear layers with elementwise functions between and the
       curvature "ggn" or "fisher": one Kronecker product of two small matrices per layer, of the batch of the curvature,
-      for less than two products with B. Together with `adaptive` a few products per iteration are enough for the
-      deepest of these (`max_inner` = 5 to 10).
+      for the time of about three products with B. Together with `adaptive`, which keeps the systems well-posed, an
+      iteration takes 3 or 4 products where it takes 15 without it (a deep autoencoder, 5,544 parameters).
     * **preconditioner="nystrom"** spends `rank` products at once on a low-rank approximation of B at each iteration,
       which CG uses as a preconditioner: for systems that otherwise take many times `rank` products. Of a Hessian the
       positive part is used.
