@@ -73,6 +73,8 @@ OPTIMIZERS = [
     Case("newton-cg", NewtonCG, {"lr": 0.1, "max_iter": 2}, "loss", {}, {"max_inner": (1, 0), "damping": (1.0, -1.0)}),
     Case("newton-cg-ggn", NewtonCG, {"lr": 0.1, "max_iter": 2, "curvature": "ggn", "preconditioner": "nystrom"},
          "outputs", {}, {"rank": (3, 0), "lr": (0.05, -1.0)}),
+    Case("newton-cg-adaptive", NewtonCG, {"lr": 0.1, "max_iter": 2, "curvature": "ggn", "adaptive": True}, "outputs",
+         {}, {"adaptive": (False, 1), "max_inner": (1, 0)}),
     Case("trust-region", TrustRegion, {"initial_radius": 0.02, "max_radius": 0.04, "max_iter": 2}, "loss",
          {}, {"max_radius": (0.03, 0.0), "max_iter": (1, 0)}),
     Case("trust-region-exact", TrustRegion,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import weakref
 
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 
 from optimizer_problems import PROBLEMS, quadratic, rosenbrock
 from secant import Status
-from secant.curvature import Hessian
+from secant.curvature import EvaluatedPoint, Hessian
 from secant.optim import CubicNewton, Newton, NewtonCG, SaddleFreeNewton, TrustRegion
+from secant.optim._kronecker import kronecker
 
 F64 = torch.float64
 ALL = {
@@ -343,6 +345,144 @@ def test_damping_is_added():
     x = parameter([2.0, -3.0])
     NewtonCG([x], damping=3.0, forcing=1e-6, max_iter=1).step(lambda: x.square().sum() / 2)
     assert torch.allclose(x.detach(), torch.tensor([2.0, -3.0], dtype=F64) * 0.75)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_lambda_follows_the_gain_ratio(lr):
+    """Of a quadratic the model without lambda is exact: rho = 1. Of a loss that bends more, rho is less."""
+    a, _ = symmetric(4, [1.0, 2.0, 3.0, 4.0])
+    x = torch.ones(4, dtype=F64, requires_grad=True)
+    optimizer = NewtonCG([x], lr, damping=3.0, adaptive=True, forcing=1e-6, max_iter=1)
+    optimizer.step(lambda: 0.5 * x @ a @ x)
+    start = torch.ones(4, dtype=F64)
+    want = start - lr * torch.linalg.solve(a + 3.0 * torch.eye(4, dtype=F64), a @ start)
+    assert torch.allclose(x.detach(), want, rtol=1e-6)
+    assert optimizer.state[x]["lambda"] == pytest.approx(2.0)
+    optimizer.step(lambda: 0.5 * x @ a @ x)
+    assert optimizer.state[x]["lambda"] == pytest.approx(4.0 / 3.0)
+
+
+@pytest.mark.parametrize(
+    ("bend", "factor"), [(0.4, 2 / 3), (1.74, 2 / 3), (1.76, 1.0), (3.24, 1.0), (3.26, 3 / 2), (5.0, 3 / 2)]
+)
+def test_lambda_falls_stays_or_rises(bend, factor):
+    """f = bend x^2 / 2 from 1, with curvature 1 from another batch and lambda = 1: d = -bend / 2, and
+
+        rho = (bend^2 / 2 - bend^3 / 8) / (bend^2 / 2 - bend^2 / 8) = (4 - bend) / 3;    beyond 4 it is shortened."""
+    x = parameter([1.0])
+    optimizer = NewtonCG([x], damping=1.0, adaptive=True, max_iter=1)
+    optimizer.step(lambda: bend * x.square().sum() / 2, lambda: x.square().sum() / 2)
+    assert optimizer.state[x]["lambda"] == pytest.approx(factor)
+
+
+def test_lambda_starts_at_a_tenth_of_the_curvature_along_the_gradient():
+    x = parameter([3.0, 4.0])
+    optimizer = NewtonCG([x], adaptive=True, max_iter=1)
+    optimizer.step(lambda: 5.0 * x.square().sum())
+    assert optimizer.state[x]["lambda"] == pytest.approx(0.1 * 10.0 * 2.0 / 3.0)
+
+
+def test_lambda_does_not_hold_a_run_on_a_plateau_for_ever():
+    """1 + 1e-3 x^2 in float32: lambda = 1e6 allows only steps of 1e-9, whose decrease is rounding."""
+    x = torch.tensor([0.5]).requires_grad_()
+    optimizer = NewtonCG([x], adaptive=True, damping=1e6, max_iter=1)
+
+    def loss():
+        return (1.0 + 1e-3 * x.square()).sum()
+
+    for _ in range(80):
+        optimizer.step(loss)
+    # Seen is a decrease of 4e-7 and more, so that |x| = 0.02 is where all are lost; lambda was 1e-8 by then.
+    assert abs(float(x.detach())) <= 0.02
+
+
+def linear_problem(outputs, seed=0):
+    """Return a Linear layer, and a closure of least squares whose inputs have condition 1e4."""
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(100, 12, generator=gen, dtype=F64) * torch.logspace(0, -4, 12, dtype=F64)
+    y = torch.randn(100, outputs, generator=gen, dtype=F64)
+    model = torch.nn.Linear(12, outputs, dtype=F64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+
+    def closure():
+        out = model(x)
+        return out, F.mse_loss(out, y)
+
+    return model, closure
+
+
+def test_a_kronecker_product_is_the_matrix_of_one_output():
+    """There S is a number, and its one sample exact: the preconditioner is the inverse but for lambda."""
+    inner = {}
+    for preconditioner in (None, "kronecker"):
+        model, closure = linear_problem(1)
+        told = []
+        optimizer = NewtonCG(model.parameters(), curvature="ggn", preconditioner=preconditioner, forcing=1e-6,
+                             damping=1e-14, max_iter=1, callback=told.append)  # fmt: skip
+        optimizer.step(closure)
+        inner[preconditioner] = told[-1].inner
+    # sqrt(lambda) = 1e-7 in either factor, beside least eigenvalues of 1e-8: a few products, not one.
+    assert inner["kronecker"] <= 6 < 13 <= inner[None]
+
+
+def test_kronecker_factors_are_those_of_the_formula():
+    model, closure = linear_problem(3)
+    params = list(model.parameters())
+    point = EvaluatedPoint(closure, params, "outputs")
+    b, lam = point.ggn(), 0.3
+    with torch.no_grad():
+        b._solver_product()
+        solve = kronecker(b, lam, 5)
+        signs = 2.0 * torch.randint(2, (100, 3), generator=b.generator(5), dtype=F64) - 1.0
+        delta = signs * math.sqrt(2.0 / 300.0)  # H_L = 2 / (100 * 3) I
+        (matrix,) = b._iterate()
+        h = torch.cat([matrix.jacobian.layers.layers[0].inputs, torch.ones(100, 1, dtype=F64)], 1)
+        a, s = h.T @ h / 100, delta.T @ delta
+        pi = math.sqrt(float((a.trace() / 13) / (s.trace() / 3)))
+        m = torch.kron(s + math.sqrt(lam) / pi * torch.eye(3, dtype=F64), a + math.sqrt(lam) * pi * torch.eye(13, dtype=F64))
+        r = torch.randn(3, 13, dtype=F64, generator=torch.Generator().manual_seed(2))
+        want = torch.linalg.solve(m, r.reshape(-1)).reshape(3, 13)
+        found = solve(torch.cat([r[:, :-1].reshape(-1), r[:, -1]]))
+    assert torch.allclose(found, torch.cat([want[:, :-1].reshape(-1), want[:, -1]]), rtol=1e-9)
+
+
+def test_kronecker_products_save_products_of_a_deep_network():
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 20, generator=gen, dtype=F64) @ torch.randn(20, 20, generator=gen, dtype=F64)
+    inner = {}
+    for preconditioner in (None, "kronecker"):
+        torch.manual_seed(0)
+        layers = []
+        for width, wider in itertools.pairwise((20, 16, 8, 4, 8, 16, 20)):
+            layers += [torch.nn.Linear(width, wider), torch.nn.Tanh()]
+        model, told = torch.nn.Sequential(*layers[:-1]).double(), []
+
+        def closure(model=model):
+            out = model(x)
+            return out, F.mse_loss(out, x)
+
+        optimizer = NewtonCG(model.parameters(), curvature="ggn", preconditioner=preconditioner,
+                             adaptive=True, max_iter=20, callback=told.append)  # fmt: skip
+        optimizer.step(closure)
+        inner[preconditioner] = sum(each.inner for each in told)
+    assert inner["kronecker"] <= 0.5 * inner[None]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_kronecker_products_are_of_layers(curvature):
+    x = parameter([1.0, 2.0])
+    optimizer = NewtonCG([x], curvature=curvature, preconditioner="kronecker")
+
+    def closure():
+        out = x.exp()
+        loss = out.square().sum()
+        return loss if curvature == "hessian" else (out, loss)
+
+    with pytest.raises(ValueError, match=r"NewtonCG: preconditioner: expected 'kronecker' with \"ggn\" or \"fisher\" of"):
+        optimizer.step(closure)
+    assert x.tolist() == [1.0, 2.0]
 
 
 # Ends -----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from secant.curvature import EvaluatedPoint
 from secant.curvature._curvature import CurvatureOperator
 from secant.optim._curvature_optimizer import CURVATURE, CurvatureOptimizer
 from secant.optim._flat_optimizer import RATE, Callback
+from secant.optim._kronecker import kronecker
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.result import Status
 from secant.solvers import ForcingTerm, cg, nystrom
@@ -21,6 +22,11 @@ from secant.solvers import ForcingTerm, cg, nystrom
 #: How a length along negative curvature grows when a whole step of it was good, and where it starts.
 _GROWTH, _REACH = 2.0, 1.0
 _LEAST, _MOST = 1e-10, 1e3
+#: Gain ratios above and below which lambda changes, and the factors.
+_GOOD, _POOR = 0.75, 0.25
+_FALL, _RISE = 2.0 / 3.0, 3.0 / 2.0
+#: The first lambda, relative to the curvature along the gradient, where none is given.
+_START = 0.1
 _FORCING = _checks.Option("a number in [1e-6, 1)", lambda x: _checks.is_number(x, 1e-6, 1.0))
 
 
@@ -41,6 +47,19 @@ class NewtonCG(CurvatureOptimizer):
       along both; c keeps curvature that is negative by rounding alone from counting. The reach is a number of the
       state: it doubles after a whole step, and shrinks with a step that was shortened. So a saddle point is left at
       once, not by a constant factor per iteration.
+    * **adaptive=True** moves lambda by Levenberg and Marquardt's rule as Martens has it: with the gain ratio
+
+          rho = (f(x) - f(x + t d)) / (q(0) - q(t d)),    q(s) = g.s + 1/2 s.B s,    t = lr,
+
+      lambda is multiplied by 2/3 where rho > 3/4, and by 3/2 where rho < 1/4 or the step had to be shortened. f and g
+      are those of the batch of the gradient. It starts at `damping`, or where that is 0 at a tenth of g.Bg / g.g, and
+      is a number of the state. Where lambda keeps a step so short that its decrease is lost in the rounding of the
+      loss and the step is refused, the call ends with status STALLED, but lambda is multiplied by 2/3: the next call
+      goes on with a longer one. Steps along negative curvature leave it as it is.
+    * **preconditioner="kronecker"**, for networks of Linear layers with elementwise functions between and the
+      curvature "ggn" or "fisher": one Kronecker product of two small matrices per layer, of the batch of the curvature,
+      for the time of about three products with B. Together with `adaptive`, which keeps the systems well-posed, an
+      iteration takes 3 or 4 products where it takes 15 without it (a deep autoencoder, 5,544 parameters).
     * **preconditioner="nystrom"** spends `rank` products at once on a low-rank approximation of B at each iteration,
       which CG uses as a preconditioner: for systems that otherwise take many times `rank` products. Of a Hessian the
       positive part is used.
@@ -53,12 +72,13 @@ class NewtonCG(CurvatureOptimizer):
         params: as for `Newton`.
         lr: the step that is tried first, >= 0, a number or a tensor of one element.
         curvature: "hessian" (the closure returns the loss), "ggn" or "fisher" (it returns (outputs, loss)).
-        damping: lambda, >= 0.
+        damping: lambda, or the first one, >= 0.
         max_inner: products per system, >= 1.
         forcing: largest eta, in [1e-6, 1).
-        preconditioner: None or "nystrom".
-        rank: of the preconditioner, >= 1 (n where that is less).
+        preconditioner: None, "nystrom" or "kronecker".
+        rank: of the preconditioner "nystrom", >= 1 (n where that is less).
         max_iter, max_eval: per call of `step`, as for `Newton`.
+        adaptive: whether lambda moves.
         likelihood: of the outputs, for "fisher"; see `secant.curvature.Fisher`.
         tolerance_grad, tolerance_change, tolerance_grad_rel, tolerance_change_rel, maximize, on_error, callback: as for
             `Newton`.
@@ -67,14 +87,16 @@ class NewtonCG(CurvatureOptimizer):
         status: a `secant.result.Status`, why the last call of `step` ended; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument is invalid.
+        TypeError, ValueError: an argument is invalid. In `step`: the preconditioner "kronecker" does not know the model.
 
     References:
         Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.1, p. 169. Eisenstat and Walker, SIAM J. Sci.
         Comput. 17 (1996). Royer and Wright, Complexity analysis of second-order line-search algorithms for smooth
         nonconvex optimization, SIAM J. Optim. 28 (2018), for steps along negative curvature (the reach in place of a
         Lipschitz constant is a heuristic). Frangella, Tropp, Udell, SIAM J. Matrix Anal. Appl. 44 (2023). Martens, Deep
-        learning via Hessian-free optimization, ICML (2010).
+        learning via Hessian-free optimization, ICML (2010), section 4.1 (lambda; where it starts, and what becomes of
+        it where the loss tells nothing, are heuristics). Martens and Grosse, Optimizing neural networks with
+        Kronecker-factored approximate curvature, ICML (2015).
 
     Example:
         >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(50, 3), torch.randint(2, (50,))
@@ -90,16 +112,19 @@ class NewtonCG(CurvatureOptimizer):
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
         "lr": RATE,
         "damping": _checks.number_from(0.0),
+        "adaptive": _checks.flag(),
         "max_inner": _checks.integer_from(1),
         "forcing": _FORCING,
-        "preconditioner": _checks.one_of(None, "nystrom"),
+        "preconditioner": _checks.one_of(None, "nystrom", "kronecker"),
         "rank": _checks.integer_from(1),
         **CURVATURE,
     }
+    LATER: ClassVar[Mapping[str, Any]] = {"adaptive": False}
     NUMBERS: ClassVar[Mapping[str, Any]] = {
         **PointOptimizer.NUMBERS,
         "eta": (0.0, _checks.number_from(0.0, 1.0)),  # of the last system; 0: there was none
         "size": (0.0, _checks.number_from(0.0)),  # of its gradient
+        "lambda": (0.0, _checks.number_from(0.0)),  # of the next system, where it moves; 0: none yet
         "reach": (_REACH, _checks.number_from(0.0)),
     }
 
@@ -116,6 +141,7 @@ class NewtonCG(CurvatureOptimizer):
         max_iter: int = 20,
         max_eval: int | None = None,
         *,
+        adaptive: bool = False,
         likelihood: str = "categorical",
         tolerance_grad: float = 0.0,
         tolerance_change: float = 0.0,
@@ -133,16 +159,16 @@ class NewtonCG(CurvatureOptimizer):
         g, b = point.gradient(), self._curvature(point)
         if b is None:
             return self._stay(Status.NOT_FINITE)
-        plain, damping = b._solver_product(), options["damping"]
+        plain, damping = b._solver_product(), self._damping(b, g)
 
         def product(v: Tensor) -> Tensor:
             return plain(v).add_(v, alpha=damping) if damping else plain(v)
 
-        sketch, extra = self._preconditioner(b)
+        preconditioner, extra = self._preconditioner(b, damping)
         found = cg(
             product,
             -g,
-            preconditioner=sketch,
+            preconditioner=preconditioner,
             rtol=self._forcing_term(g),
             max_iter=min(options["max_inner"], 10 * b.shape[0]),
         )
@@ -154,7 +180,12 @@ class NewtonCG(CurvatureOptimizer):
             slope = _dot(g, found.x)
             if not slope < 0.0:  # -g itself is below rounding
                 return self._stay(Status.STALLED, inner)
-            return self._backtrack(point, found.x, slope, inner=inner)
+            advance = self._backtrack(point, found.x, slope, inner=inner)
+            if options["adaptive"]:
+                # x.B x by the residual -g - (B + lambda I) x.
+                bend = -slope - _dot(found.x, found.residual) - damping * _dot(found.x, found.x)
+                self._adapt(point, advance, found.x, -(self._lr * slope + 0.5 * self._lr**2 * bend))
+            return advance
 
         # Along the negative curvature that was found.
         p, first = found.direction, iterations == 1
@@ -184,14 +215,43 @@ class NewtonCG(CurvatureOptimizer):
         own["eta"], own["size"] = forcing.update(size), size
         return own["eta"]
 
-    def _preconditioner(self, b: CurvatureOperator) -> tuple[Callable[[Tensor], Tensor] | None, int]:
+    def _damping(self, b: CurvatureOperator, g: Tensor) -> float:
+        """Return lambda of the system at hand."""
+        own, options = self._own, self.param_groups[0]
+        if not options["adaptive"]:
+            return float(options["damping"])
+        own["lambda"] = own["lambda"] or options["damping"] or _START * abs(_ratio(_dot(g, b @ g), _dot(g, g)))
+        return float(own["lambda"])
+
+    def _adapt(self, point: EvaluatedPoint, advance: Advance, d: Tensor, predicted: float) -> None:
+        """Move lambda by what the step that was tried first has brought of what was predicted."""
+        if advance.status is Status.MAX_EVAL:
+            return  # it is not known
+        if advance.status is Status.STALLED and self._is_blind(point, predicted):
+            ratio = math.inf  # so short that nothing is seen of it
+        elif advance.point is None or advance.t < self._lr:
+            ratio = -math.inf  # it had to be shortened
+        else:
+            ratio = self._ratio(point, advance.point, self._lr * d, predicted)
+        factor = _FALL if ratio > _GOOD else _RISE if ratio < _POOR else 1.0
+        self._own["lambda"] = max(self._own["lambda"] * factor, _LEAST)
+
+    def _preconditioner(
+        self, b: CurvatureOperator, damping: float
+    ) -> tuple[Callable[[Tensor], Tensor] | None, int]:
         """Make the preconditioner of a system; return it, and the products that it took."""
-        options, n = self.param_groups[0], b.shape[0]
+        options, n, seed = self.param_groups[0], b.shape[0], self._own["n_iter"]
         if options["preconditioner"] is None:
             return None, 0
+        if options["preconditioner"] == "kronecker":
+            found = kronecker(b, damping, seed)
+            if found is None:
+                expected = "'kronecker' with \"ggn\" or \"fisher\" of Linear layers with elementwise functions between"
+                raise _checks.fail(self._name, "preconditioner", expected, "a model that is not made of these")
+            return found, 0
         rank = min(options["rank"], n)
-        found = nystrom(b.matmat, n, rank, dtype=b.dtype, device=b.device, seed=self._own["n_iter"])
-        return found.preconditioner(float(options["damping"])), rank
+        sketch = nystrom(b.matmat, n, rank, dtype=b.dtype, device=b.device, seed=seed)
+        return sketch.preconditioner(damping), rank
 
 
 def _dot(u: Tensor, v: Tensor) -> float:
