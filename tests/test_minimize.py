@@ -18,22 +18,9 @@ from secant.benchmarks import hock_schittkowski, mgh
 METHODS = importlib.import_module("secant.minimize").METHODS
 
 
-def missing(name):
-    return name is not None and not hasattr(secant.optim, name)
-
-
-def needs(optimizer):
-    return pytest.mark.skipif(missing(optimizer), reason=f"secant.optim.{optimizer} is not in this version")
-
-
-def method(name, *values):
-    return pytest.param(name, *values, marks=needs(METHODS[name].optimizer), id=name)
-
-
-EVERY = [method(name) for name in METHODS]
-OF_GRADIENTS = [method(name) for name, m in METHODS.items() if m.closure == "gradient"]
-OF_GRAPHS = [method(name) for name, m in METHODS.items() if m.closure == "loss"]
-RESIDUALS = needs("LevenbergMarquardt")
+EVERY = [name for name in METHODS]
+OF_GRADIENTS = [name for name, m in METHODS.items() if m.closure == "gradient"]
+OF_GRAPHS = [name for name, m in METHODS.items() if m.closure == "loss"]
 
 
 def rosenbrock(x):
@@ -62,12 +49,6 @@ def test_the_name_is_the_function():
     assert found.stdout.split() == ["True", "True"]
     assert isinstance(secant.minimize, types.FunctionType)
     assert isinstance(secant.least_squares, types.FunctionType)
-
-
-@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if missing(m.optimizer)])
-def test_a_method_whose_optimizer_is_missing_says_so(name):
-    with pytest.raises(NotImplementedError, match=f"'{name}' needs secant.optim.{METHODS[name].optimizer}"):
-        minimize(rosenbrock, x0(), method=name)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
@@ -114,7 +95,6 @@ def test_what_scipy_solves_is_solved(name):
             assert is_solved(problem, found.fun, found.jac), problem.name
 
 
-@needs("TrustRegion")
 def test_trust_exact_in_as_few_evaluations_as_scipys():
     optimize = pytest.importorskip("scipy.optimize")
     ours = theirs = 0
@@ -604,12 +584,6 @@ def test_functions_that_return_something_else(name, fun, jac, words):
 # Least squares --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not missing("LevenbergMarquardt"), reason="the optimizer is there")
-def test_least_squares_says_what_it_lacks():
-    with pytest.raises(NotImplementedError, match=r"least_squares.* needs secant.optim.LevenbergMarquardt"):
-        least_squares(rosenbrock, x0())
-
-
 def decay(x, t, y):
     return x[0] * torch.exp(-x[1] * t) + x[2] - y
 
@@ -633,7 +607,6 @@ def of_scipy_residuals(fun, start, args=(), **more):
     )
 
 
-@RESIDUALS
 @pytest.mark.parametrize("loss", ["linear", "soft_l1", "huber", "cauchy"])
 def test_robust_losses_as_scipy(loss):
     args, first = data(outliers=True), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
@@ -651,7 +624,6 @@ def test_robust_losses_as_scipy(loss):
     assert ours.active_mask.tolist() == [0, 0, 0]
 
 
-@RESIDUALS
 def test_bounds_of_least_squares_as_scipy():
     args, first = data(), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     bounds = ([0.0, 0.0, -1.0], [1.5, 10.0, 1.0])
@@ -664,7 +636,6 @@ def test_bounds_of_least_squares_as_scipy():
         least_squares(decay, first, args=args, bounds=(2.0, 3.0))
 
 
-@RESIDUALS
 def test_least_squares_of_arrays():
     np = pytest.importorskip("numpy")
     t, y = (z.numpy() for z in data())
@@ -678,7 +649,6 @@ def test_least_squares_of_arrays():
     assert np.allclose(ours.jac, jac(ours.x, t), rtol=1e-12)
 
 
-@RESIDUALS
 @pytest.mark.parametrize("x_scale", [[2.0, 1.0, 0.1], "jac", 10.0])
 def test_scales_change_the_way_and_not_the_end(x_scale):
     first = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
@@ -688,7 +658,6 @@ def test_scales_change_the_way_and_not_the_end(x_scale):
     assert torch.allclose(scaled.jac, plain.jac, rtol=0, atol=1e-5)
 
 
-@RESIDUALS
 def test_the_35_problems_of_residuals():
     ours = theirs = 0
     for problem in mgh.PROBLEMS:
@@ -700,7 +669,6 @@ def test_the_35_problems_of_residuals():
     assert ours <= theirs
 
 
-@RESIDUALS
 def test_least_squares_stops_and_survives():
     args, first = data(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     assert least_squares(decay, first, args=args, max_nfev=2).status is Status.MAX_EVAL

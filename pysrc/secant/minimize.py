@@ -14,6 +14,7 @@ from secant import _checks, optim
 from secant._checks import Option
 from secant._functions import Form, Objective, Residuals, forgiven, start
 from secant.ops.lbfgs import MAX_HISTORY
+from secant.optim._robust import Robust
 from secant.result import Iteration, OptimizeResult, Status
 from secant.solvers.box import BoxIterate, lbfgs_b
 
@@ -136,7 +137,6 @@ def minimize(
     Raises:
         TypeError, ValueError: an argument or option is invalid, or a function returns something else; the message names
             it.
-        NotImplementedError: the method's optimizer is not in this version.
 
     References:
         Nocedal and Wright, Numerical Optimization, 2nd ed.; and those of the optimizers.
@@ -236,14 +236,6 @@ def _callback(op: str, callback: Any, form: Form) -> Callable[[Tensor, float], b
     return told
 
 
-def _optimizer(op: str, name: str, class_name: str) -> Any:
-    """Return an optimizer's class."""
-    found = getattr(optim, class_name, None)
-    if found is None:
-        raise NotImplementedError(f"{op}: {name!r} needs secant.optim.{class_name}, which is not in this version")
-    return found
-
-
 def _drive(
     op: str,
     chosen: _Method,
@@ -256,7 +248,7 @@ def _drive(
 ) -> OptimizeResult:
     """Run an optimizer on x, by one call of its step."""
     assert chosen.optimizer is not None
-    cls = _optimizer(op, name, chosen.optimizer)
+    cls = getattr(optim, chosen.optimizer)
     x.requires_grad_()
 
     def gradient_closure() -> Any:
@@ -431,16 +423,13 @@ def least_squares(
 
     Raises:
         TypeError, ValueError: an argument is invalid, or a function returns something else.
-        NotImplementedError: the optimizer is not in this version.
 
     References:
         Moré, The Levenberg-Marquardt algorithm: implementation and theory, Lecture Notes in Mathematics 630 (1978).
         Triggs et al., Bundle adjustment: a modern synthesis (2000), section 4.3.
     """
     op = "least_squares"
-    cls = _optimizer(op, "least_squares", "LevenbergMarquardt")
-    from secant.optim._robust import Robust
-
+    cls = optim.LevenbergMarquardt
     for name, tolerance in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
         _checks.nonnegative(op, name, tolerance)
     if max_nfev is not None:
