@@ -117,7 +117,8 @@ class EvaluatedPoint:
         like: an earlier point over the same parameters, whose choices and checks hold here too. Of the points that are
             made so, those in a row that are no power of two take for granted what was looked for in vain before: in
             the closure, a generator of its own, numbers drawn from Python's or numpy's, attention, normalisations and a
-            call of backward; in its graph, layers, other parameters and operations without a second derivative.
+            call of backward; in its graph, layers, other parameters and operations without a second derivative. One of
+            a closure that is another function than the last one's is always looked at.
         process_group: as for `Hessian`.
         name: of the caller, for messages.
 
@@ -138,6 +139,7 @@ class EvaluatedPoint:
     params: Parameters
     _modes: dict[str, str | None]
     _learnt: dict[str, dict[str, Any]]
+    _routine: _Routine
 
     def __init__(
         self,

@@ -33,7 +33,8 @@ class Hessian(CurvatureOperator):
     **Modes.** Elsewhere three ways are compared once per operator, at its first product, and the fastest is kept:
     "double-backward" on the kept graph, "forward-over-reverse" and "reverse-over-forward", which evaluate the closure
     at every product (with the same random numbers) and keep no graph. One that is not symmetric for two random vectors,
-    or that disagrees with the first to half the digits, is not used. `timings` has the seconds, or the reason. Where
+    or that disagrees with the first to half the digits, is not used; at an `EvaluatedPoint` neither is one that
+    evaluates the closure where that alone takes longer than a product. `timings` has the seconds, or the reason. Where
     no other mode is compared (one chosen by `mode`, terms beside recognised layers) the symmetry is checked once. The
     choice is `chosen_mode`, which can be kept and given to another operator.
 
