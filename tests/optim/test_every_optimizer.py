@@ -64,7 +64,7 @@ OPTIMIZERS = [
          {}, {"f_scale": (2.0, 0.0)}),
     Case("lm-radius", LevenbergMarquardt,
          {"max_iter": 1, "strategy": "radius", "factor": 1e-3, "scaling": "marquardt"}, "residuals", {},
-         {"factor": (1e-2, 0.0), "strategy": ("lambda", "mu")}),
+         {"strategy": ("lambda", "mu"), "geodesic": (False, 1)}),
     Case("natural-gradient", NaturalGradient, {"max_iter": 1, "damping": 1e5}, "residuals", {},
          {"max_iter": (2, True), "adaptive": (False, 1)}),
     Case("natural-gradient-momentum", NaturalGradient,

@@ -108,4 +108,6 @@ class Region:
     def _newton(self, part: Tensor, damping: float, radius: float) -> float:
         q = self._filtered(part, damping)
         size = q.norm()
-        return damping + float((size - radius) / radius * size.square() / (q.square() / (self._s.square() + damping)).sum())
+        return damping + float(
+            (size - radius) / radius * size.square() / (q.square() / (self._s.square() + damping)).sum()
+        )

@@ -401,9 +401,7 @@ class LevenbergMarquardt(DampedOptimizer):
             right = model.right + model.equations.push(held)
         return Solution((x + d).clamp(box.lower, box.upper) - x, inner), solve
 
-    def _acceleration(
-        self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve
-    ) -> Tensor | None:
+    def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve) -> Tensor | None:
         """Compute a, from the second difference of the residuals along d; None where it is not to be believed."""
         spare = self._own["func_evals"] + 1 < self._limit
         if not self.param_groups[0]["geodesic"] or model.equations.space == "cg" or not spare:
