@@ -366,6 +366,66 @@ def test_a_graph_of_a_given_jacobian():
     assert len(calls) == residuals.njev == residuals.nfev == 1
 
 
+class Cube(torch.autograd.Function):
+    """x^3, whose derivative autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, u):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(3 * x.detach().numpy() ** 2 * u.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: torch.cat([x.sin(), (x * x.roll(1)).exp(), x[:2] * 0.0 + 1.0]),
+        lambda x: torch.cat([x, 2.0 * x]),  # linear
+        lambda x: (x[:2] ** 3).prod().reshape(1),  # fewer rows than columns
+        lambda x: torch.cat([Cube.apply(x), x.roll(1) ** 2]),  # of which a column has only a part
+        lambda x: Cube.apply(x).repeat(2),
+    ],
+)
+def test_a_small_jacobian_is_that_of_the_evaluation(fun):
+    at, calls = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64), []
+    x, form = start("test", at)
+    residuals = Residuals("test", form, lambda x: calls.append(1) or fun(x), (), {}, None)
+    x.requires_grad_()
+    point = secant.curvature.EvaluatedPoint(lambda: residuals.residuals(x), [x], "residuals")
+    rows = []
+    for i in range(len(fun(at))):
+        leaf = at.clone().requires_grad_()
+        rows.append(torch.autograd.grad(fun(leaf)[i], leaf)[0])
+    assert torch.allclose(point.jacobian().to_dense(), torch.stack(rows), rtol=1e-13, atol=1e-15)
+    assert torch.equal(residuals.found(at)[1], point.jacobian().to_dense())
+    assert len(calls) == residuals.nfev == residuals.njev == 1
+
+
+def test_least_squares_evaluates_every_point_once():
+    for problem in (mgh.PROBLEMS[0], mgh.PROBLEMS[25], mgh.PROBLEMS[29]):
+        seen = []
+        fun = lambda x, p=problem, seen=seen: seen.append(tuple(x.tolist())) or p.residuals(x)  # noqa: E731
+        found = least_squares(fun, problem.start)
+        assert len(seen) == len(set(seen)) == found.nfev
+
+
+@RESIDUALS
+def test_the_first_radius_is_the_size_of_x0():
+    """A step from x0 to a minimum that is far away is as long as x0, or as the option says."""
+    for x0, option, length in ((30.0, {}, 30.0), (0.0, {}, 1.0), (30.0, {"initial_trust_radius": 2.0}, 2.0),
+                               (30.0, {"max_trust_radius": 5.0}, 5.0)):  # fmt: skip
+        for name in ("trust-ncg", "trust-exact"):
+            points = []
+            start = torch.tensor([x0, 0.0], dtype=torch.float64)
+            minimize(lambda x: ((x - 1e4) ** 2).sum(), start, method=name, callback=points.append,
+                     options={"maxiter": 1, **option})  # fmt: skip
+            assert 0.9 * length <= float((points[0] - start).norm()) <= length * (1 + 1e-12)
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,13 @@ from scipy.optimize import least_squares
 from secant.benchmarks.residual_problems import Poisson2d, Sinc
 from secant.curvature import EvaluatedPoint
 from secant.optim import LevenbergMarquardt
-from secant.optim._box import Box
+from secant.optim._bounds import Bounds
 from secant.optim._normal_equations import NormalEquations
+from secant.optim._region import Region, shrink
 from secant.optim._robust import Robust
 from secant.result import Status
 
-EPS = torch.finfo(torch.float64).eps
+EPS, INF = torch.finfo(torch.float64).eps, math.inf
 LOSSES = ["linear", "soft_l1", "huber", "cauchy"]
 
 
@@ -291,11 +292,114 @@ def test_parameters_beyond_the_bounds_are_refused():
 
 
 def test_a_projected_gradient_is_zero_where_a_bound_holds():
-    box = Box(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
+    box = Bounds(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
     x, g = torch.tensor([0.0, 1.0, 0.5]), torch.tensor([3.0, -3.0, 1e-9])
     assert box.projected(x, g).tolist() == [0.0, 0.0, pytest.approx(1e-9)]
     assert box.projected(x, -g).tolist() == [-1.0, 1.0, pytest.approx(-1e-9)]
     assert box.free(x, g).tolist() == [False, False, True]
+
+
+# The strategy "radius" -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "p", "rank"), [(20, 6, 6), (6, 20, 6), (20, 6, 3), (1, 1, 1)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_lambda_of_a_radius(n, p, rank, scaled):
+    a, u = randn(n, rank) @ randn(rank, p, seed=1), randn(n, seed=2)
+    scale = randn(p, seed=3).exp() if scaled else None
+    d = torch.ones(p, dtype=torch.float64) if scale is None else scale
+    region = Region(a, scale)
+    for lam in (1e-8, 1.0, 100.0):
+        x = region.solve(u, lam)
+        residual = a.T @ (a @ x - u) + lam * d * x
+        assert residual.abs().max() <= 1e3 * EPS * float((a.T @ u).abs().max()) * n
+    shortest = region.solve(u, 0.0)
+    whole = float((d * shortest * shortest).sum().sqrt())
+    want = torch.linalg.lstsq(a / d.sqrt(), u[:, None], driver="gelsd", rcond=1e-12).solution[:, 0] / d.sqrt()
+    assert torch.allclose(shortest, want, rtol=0.0, atol=1e-10 * float(want.abs().max()))
+    assert region.damping(u, whole) == region.damping(u, whole / 1.09) == 0.0
+    for part in (0.5, 1e-2, 1e-6):
+        lam = region.damping(u, part * whole)
+        size = float((d * region.solve(u, lam).square()).sum().sqrt())
+        assert lam > 0.0
+        assert abs(size - part * whole) <= 0.1 * part * whole
+
+
+def test_components_that_are_not_free_are_zero():
+    a, u, free = randn(8, 4), randn(8, seed=1), torch.tensor([True, False, True, False])
+    x = Region(a, None, free).solve(u, 0.3)
+    part = a[:, free]
+    want = torch.linalg.solve(part.T @ part + 0.3 * torch.eye(2, dtype=torch.float64), part.T @ u)
+    assert torch.allclose(x[free], want, rtol=1e-12)
+    assert not x[~free].any()
+
+
+def test_a_poor_step_is_shortened_to_the_minimum_of_the_parabola():
+    # f(t) = 1 - 3 t + 5 t^2: f(1) = 3, the decrease is -2, the minimum at .3.
+    assert shrink(-2.0, -3.0) == pytest.approx(0.3)
+    assert shrink(0.1, -3.0) == 0.5
+    assert shrink(-1e9, -3.0) == shrink(-math.inf, -3.0) == 0.1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scaling", ["identity", "marquardt"])
+@pytest.mark.parametrize("bounds", [None, ([-INF, 0.0, -INF], [2.0, 1.0, INF])])
+def test_within_a_radius_it_finds_what_scipy_finds(loss, scaling, bounds):
+    problem, x = Exponentials(outliers=3), parameter(1.0, 0.5, 0.0)
+    more = {} if bounds is None else {"bounds": bounds}
+    want = problem.scipy([1.0, 0.5, 0.0], loss=loss, f_scale=0.1, **more)
+    if bounds is not None:
+        more = {"bounds": tuple(torch.tensor(b, dtype=torch.float64) for b in bounds)}
+    optimizer = LevenbergMarquardt(
+        [x], 60, strategy="radius", geodesic=False, scaling=scaling, loss=loss, f_scale=0.1, tolerance_grad=1e-9, **more
+    )
+    optimizer.step(lambda: problem.residuals(x))
+    assert optimizer.status is Status.CONVERGED
+    # |g| <= 1e-9, and the least eigenvalue of the curvature is above 1e-2.
+    assert np.abs(x.detach().numpy() - want.x).max() <= 1e-6
+
+
+def test_an_iteration_evaluates_each_point_once_and_units_do_not_matter():
+    """With D of Marquardt a power of two as a unit changes no digit of a residual."""
+    paths = []
+    for unit in (1.0, 2.0**20):
+        x, seen = parameter(-1.2 * unit, 1.0), []
+
+        def residuals(x=x, seen=seen, unit=unit):
+            seen.append((x.detach() * torch.tensor([1.0 / unit, 1.0], dtype=torch.float64)).tolist())
+            a = x[0] / unit
+            return torch.stack([10.0 * (x[1] - a * a), 1.0 - a])
+
+        optimizer = LevenbergMarquardt(
+            [x], 60, strategy="radius", geodesic=False, scaling="marquardt", tolerance_grad=1e-12
+        )
+        optimizer.step(residuals)
+        assert optimizer.status is Status.CONVERGED
+        assert len(seen) == len({tuple(point) for point in seen})
+        assert optimizer.state_dict()["state"][0]["radius"] > 0.0
+        paths.append(seen)
+    assert len(paths[0]) == len(paths[1])
+    assert torch.allclose(*map(torch.tensor, paths), rtol=1e-9, atol=1e-9)
+
+
+def test_a_radius_needs_the_jacobian(monkeypatch):
+    x = parameter(1.0, 1.0)
+    optimizer = LevenbergMarquardt([x], strategy="radius", solver="cg")
+    monkeypatch.setattr("secant.optim._normal_equations._ENTRIES", 0)
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt\.step: strategy: expected 'lambda', got 'radius'"):
+        optimizer.step(lambda: x * x)
+    assert x.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_within_a_radius_it_ends_at_the_rounding_floor(dtype):
+    t = torch.linspace(0.0, 1.0, 30, dtype=dtype)
+    x, calls = parameter(1.0, 1.0, dtype=dtype), []
+    optimizer = LevenbergMarquardt([x], 200, strategy="radius", geodesic=False)
+    optimizer.step(lambda: calls.append(1) or x[0] * torch.exp(-x[1] * t) - 1.0 / (1.0 + t))
+    assert optimizer.status in (Status.STALLED, Status.SMALL_CHANGE)
+    assert len(calls) <= 40
+    assert math.isfinite(optimizer.state_dict()["state"][0]["radius"])
 
 
 # Where a run may go wrong ---------------------------------------------------------------------------------------------

@@ -100,6 +100,21 @@ def test_flat_directions_are_not_followed():
         assert float((step.x - want).norm()) <= bound
 
 
+def test_a_matrix_is_not_singular_for_the_units_of_its_variables():
+    """Its condition is 1e15, in units of its variables 1 + sqrt(2): the step is Newton's, each component exact."""
+    units = torch.tensor([1e7, 1e2, 10.0**-0.5], dtype=F64)
+    tridiagonal = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 1.0], [0.0, 1.0, 2.0]], dtype=F64)
+    want = torch.tensor([1.0, -2.0, 3.0], dtype=F64) / units
+    a = units[:, None] * tridiagonal * units
+    step = more_sorensen(a, -(a @ want), radius=100.0)
+    assert (step.status, step.multiplier) == (Status.CONVERGED, 0.0)
+    assert torch.allclose(step.x, want, rtol=1e-13)
+    # The same of a matrix that is singular: the direction is flat, whatever the units.
+    tridiagonal[0, 0] = 2.0 / 3.0
+    flat = units[:, None] * tridiagonal * units
+    assert more_sorensen(flat, -(flat @ want), radius=100.0).multiplier > 0.0
+
+
 def test_both_dtypes_and_what_is_not_finite():
     a, g = torch.tensor([[2.0, 1.0], [1.0, -1.0]]), torch.tensor([1.0, 1.0])
     step, wide = more_sorensen(a, g, radius=0.5), more_sorensen(a.double(), g.double(), radius=0.5)

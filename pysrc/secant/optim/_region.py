@@ -46,28 +46,36 @@ class Region:
 
     Args:
         matrix: J (N, P), times the weights, float64. scale: the diagonal of D (P,), positive; None: I. free: marks the
-            components of d that are not to be zero; None: all.
+            components of d that are not to be zero; None: all. weighted: whether the weights differ by so much that the
+            small rows of U are lost: then S U^T u is V^T D^(-1/2) J^T u.
     """
 
-    def __init__(self, matrix: Tensor, scale: Tensor | None, free: Tensor | None = None) -> None:
+    def __init__(
+        self, matrix: Tensor, scale: Tensor | None, free: Tensor | None = None, *, weighted: bool = False
+    ) -> None:
         self._inverse = None if scale is None else scale.rsqrt()
         if free is not None:
             self._inverse = free.double() if self._inverse is None else self._inverse * free
         if self._inverse is not None:
             matrix = matrix * self._inverse
+        self._matrix = matrix if weighted else None
         self._u, self._s, self._v = torch.linalg.svd(matrix, full_matrices=False)
         self._rounding = max(matrix.shape) * torch.finfo(torch.float64).eps * self._s[0]
 
     def solve(self, u: Tensor, damping: float) -> Tensor:
         """Return -d(lambda)."""
-        x = self._v.mT @ self._filtered(self._u.mT @ u, damping)
+        x = self._v.mT @ self._filtered(self._part(u), damping)
         return x if self._inverse is None else x * self._inverse
 
+    def _part(self, u: Tensor) -> Tensor:
+        """Return S U^T u."""
+        return self._s * (self._u.mT @ u) if self._matrix is None else self._v @ (self._matrix.mT @ u)
+
     def _filtered(self, part: Tensor, damping: float) -> Tensor:
-        s = self._s
+        squares = self._s.square()
         if damping > 0.0:
-            return s * part / (s.square() + damping)
-        return torch.where(s > self._rounding, part / s, 0.0)
+            return part / (squares + damping)
+        return torch.where(self._s > self._rounding, part / squares, 0.0)
 
     def damping(self, u: Tensor, radius: float) -> float:
         """Find the lambda >= 0 whose d is as long as the radius; 0 where d(0) is not longer.
@@ -76,11 +84,11 @@ class Region:
             More, The Levenberg-Marquardt algorithm: implementation and theory, LNM 630 (1978), Algorithm 5.5: Newton on
             1/|d| = 1/radius in an interval that every step shrinks.
         """
-        part = self._u.mT @ u
+        part = self._part(u)
         excess = float(self._filtered(part, 0.0).norm()) - radius
         if excess <= _EASY * radius:
             return 0.0
-        low, high = 0.0, float((self._s * part).norm()) / radius
+        low, high = 0.0, float(part.norm()) / radius
         damping = _SHARE * high
         if bool(self._s[-1] > self._rounding):
             low = damping = self._newton(part, 0.0, radius)
@@ -100,4 +108,6 @@ class Region:
     def _newton(self, part: Tensor, damping: float, radius: float) -> float:
         q = self._filtered(part, damping)
         size = q.norm()
-        return damping + float((size - radius) / radius * size.square() / (q.square() / (self._s.square() + damping)).sum())
+        return damping + float(
+            (size - radius) / radius * size.square() / (q.square() / (self._s.square() + damping)).sum()
+        )

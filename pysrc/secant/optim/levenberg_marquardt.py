@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secant import _checks
 from secant.curvature import EvaluatedPoint
-from secant.optim._box import BOUNDS, Box
+from secant.optim._bounds import BOUNDS, Bounds
 from secant.optim._damped_optimizer import GOOD, LEAST, POOR, POSITIVE, UNCLEAR, DampedOptimizer, Found
 from secant.optim._flat_optimizer import Callback
 from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
@@ -28,8 +28,6 @@ _BENT = 0.75
 _HALVINGS = 2
 #: Solutions with more components at their bounds, until none goes beyond.
 _ACTIVATIONS = 20
-#: The first radius is this many times |D^(1/2) x|, or it where that is zero; then it is at most the first |D^(1/2) d|.
-_FIRST = 100.0
 #: The radius after a good step, in steps.
 _GROWTH = 2.0
 
@@ -89,6 +87,11 @@ class LevenbergMarquardt(DampedOptimizer):
       where it fell by less than 1/4. Then t = 1/2 and t = 1/4 are tried, too, before another d is computed. It is part
       of the state: with mini-batches each call of `step` is about one batch, for all its evaluations, with the lambda
       that the last has left.
+    * **The radius.** With strategy "radius" lambda is found, at every trial, such that |D^(1/2) d| is at most a radius
+      Delta, which is the state then: it is shortened to between 1/10 and 1/2 of d (by a parabola) where the gain ratio
+      is below 1/4, and 2 |D^(1/2) d| where it is above 3/4 or lambda is 0; steps are taken above 1e-4. J is decomposed
+      by singular values, once an iteration, dearer than the factor but exact also where J^T J is singular to rounding.
+      With geodesic=False this is the method of MINPACK: few evaluations where J is dear or ill-conditioned.
     * **The matrix** that is factored is P x P for P <= N, else N x N (by Woodbury's identity), in double precision; see
       `solver`.
     * **Rounding.** The decrease is (r - s).(r + s) / 2 for residuals r before and s after, which has the accuracy of
@@ -107,7 +110,9 @@ class LevenbergMarquardt(DampedOptimizer):
     Args:
         params: parameters or groups; real, dense, distinct, float32 or float64, all of one dtype and device.
         max_iter: iterations per call of `step`, >= 1; 1 for mini-batches.
+        strategy: "lambda": it follows the gain ratio; "radius": it is that of a trust region.
         damping: the first lambda, relative to the largest of the diagonal of J^T J, or to D; > 0. It hardly matters.
+        factor: the first radius, in |D^(1/2) x| (in 1 where x is 0), > 0; never more than the first d.
         scaling: "identity", or "marquardt": D is the largest that the diagonal of J^T J has been so far, so that the
             steps do not depend on the units of the parameters.
         geodesic: whether a is computed; it is not where the equations are solved by conjugate gradients.
@@ -138,7 +143,8 @@ class LevenbergMarquardt(DampedOptimizer):
         Marquardt, An algorithm for least-squares estimation of nonlinear parameters, J. SIAM 11 (1963). Transtrum and
         Sethna, Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization, arXiv
         1201.5885 (2012), section 4 (the acceleration; its limit there is 2 |a| / |d| < 3/4). More, The
-        Levenberg-Marquardt algorithm: implementation and theory, LNM 630 (1978) (D). The halvings on the curve, the
+        Levenberg-Marquardt algorithm: implementation and theory, LNM 630 (1978) (D, and the strategy "radius", whose
+        constants are MINPACK's lmder). The halvings on the curve, the
         factors of lambda and the test against rounding are heuristics.
 
     Example:
@@ -154,6 +160,7 @@ class LevenbergMarquardt(DampedOptimizer):
         **COMMON,
         "strategy": _checks.one_of("lambda", "radius"),
         "damping": POSITIVE,
+        "factor": POSITIVE,
         "scaling": _checks.one_of("identity", "marquardt"),
         "geodesic": _checks.flag(),
         "solver": SOLVER,
@@ -170,7 +177,7 @@ class LevenbergMarquardt(DampedOptimizer):
     }
 
     _robust: Robust
-    _box: Box | None = None
+    _box: Bounds | None = None
     _model: _Model | None = None
 
     def __init__(
@@ -180,6 +187,7 @@ class LevenbergMarquardt(DampedOptimizer):
         *,
         strategy: str = "lambda",
         damping: float = 1e-3,
+        factor: float = 100.0,
         scaling: str = "identity",
         geodesic: bool = True,
         solver: str = "auto",
@@ -193,6 +201,7 @@ class LevenbergMarquardt(DampedOptimizer):
             "max_iter": max_iter,
             "strategy": strategy,
             "damping": damping,
+            "factor": factor,
             "scaling": scaling,
             "geodesic": geodesic,
             "solver": solver,
@@ -206,13 +215,13 @@ class LevenbergMarquardt(DampedOptimizer):
 
     def _check_groups(self, op: str) -> None:
         super()._check_groups(op)
-        Box.of(op, self.param_groups, self._first.detach())
+        Bounds.of(op, self.param_groups, self._first.detach())
 
     def _begin(self, closure: Callable[[], Any]) -> None:
         super()._begin(closure)
         options = self.param_groups[0]
         self._robust, self._model = Robust(options["loss"], options["f_scale"]), None
-        box = Box.of(f"{self._name}.step", self.param_groups, self._start)
+        box = Bounds.of(f"{self._name}.step", self.param_groups, self._start)
         self._box = None if box is None else box.take(self._inside)
         if self._box is not None:
             self._free_parameters.save(self._start_views)
@@ -252,7 +261,7 @@ class LevenbergMarquardt(DampedOptimizer):
         regions = self._regions(model, scale)
         if not before:
             size = _length(self._start.double(), scale)
-            own["radius"] = _FIRST * size if size > 0.0 else _FIRST
+            own["radius"] = options["factor"] * (size if size > 0.0 else 1.0)
         while not self._is_spent():
             proposal = self._propose_within(model, scale, regions)
             size = _length(proposal.d, scale)
@@ -297,7 +306,7 @@ class LevenbergMarquardt(DampedOptimizer):
         def region(free: Tensor | None) -> Region:
             key = None if free is None else bytes(free.tolist())
             if key not in made:
-                made[key] = Region(matrix, scale, free)
+                made[key] = Region(matrix, scale, free, weighted=model.weights is not None)
             return made[key]
 
         return region
@@ -368,7 +377,7 @@ class LevenbergMarquardt(DampedOptimizer):
         self._put(kept, diagonal)
         return torch.where(diagonal > 0.0, diagonal, 1.0).double()
 
-    def _within(self, model: _Model, solver: _Solver, box: Box) -> tuple[Solution, _Solve] | None:
+    def _within(self, model: _Model, solver: _Solver, box: Bounds) -> tuple[Solution, _Solve] | None:
         """Compute a d that stays within the bounds: components that would go beyond are held there, one set at a time.
 
         For those that are held at p the others solve with the residuals r + J p. The last solver comes with it.
@@ -392,9 +401,7 @@ class LevenbergMarquardt(DampedOptimizer):
             right = model.right + model.equations.push(held)
         return Solution((x + d).clamp(box.lower, box.upper) - x, inner), solve
 
-    def _acceleration(
-        self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve
-    ) -> Tensor | None:
+    def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve) -> Tensor | None:
         """Compute a, from the second difference of the residuals along d; None where it is not to be believed."""
         spare = self._own["func_evals"] + 1 < self._limit
         if not self.param_groups[0]["geodesic"] or model.equations.space == "cg" or not spare:

@@ -76,10 +76,10 @@ class TrustRegion(CurvatureOptimizer):
         TypeError, ValueError: an argument is invalid.
 
     References:
-        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 4.1, p. 69, and 7.2, p. 171; Conn, Gould,
-        Toint, Trust-Region Methods, SIAM (2000), Algorithm 6.1.1, p. 116 (eta), Algorithm 7.3.4, section 17.4. Dennis
-        and Schnabel, Numerical Methods for Unconstrained Optimization, SIAM (1996), section 6.4.3 (t). More and Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983). Steihaug, SIAM J. Numer. Anal.
-        20 (1983).
+        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 4.1, p. 69, and 7.2, p. 171. Conn, Gould, Toint,
+        Trust-Region Methods, SIAM (2000), Algorithm 6.1.1 (eta), Algorithm 7.3.4, section 17.4. Dennis and Schnabel,
+        Numerical Methods for Unconstrained Optimization, SIAM (1996), section 6.4.3 (t). More and Sorensen, SIAM J.
+        Sci. Stat. Comput. 4 (1983). Steihaug, SIAM J. Numer. Anal. 20 (1983).
 
     Example:
         >>> x = torch.tensor([0.5, 0.0], dtype=torch.float64, requires_grad=True)        # a saddle point at (0, 0)

@@ -28,7 +28,7 @@ BOUNDS = Option(
 )
 
 
-class Box:
+class Bounds:
     """lower <= x <= upper, componentwise.
 
     Args:
@@ -39,7 +39,7 @@ class Box:
         self.lower, self.upper = lower, upper
 
     @classmethod
-    def of(cls, op: str, groups: Sequence[Mapping[str, Any]], like: Tensor) -> Box | None:
+    def of(cls, op: str, groups: Sequence[Mapping[str, Any]], like: Tensor) -> Bounds | None:
         """Read the bounds of all parameters; None where no group has any.
 
         Raises:
@@ -57,9 +57,9 @@ class Box:
             raise _checks.fail(op, "bounds", "lower < upper everywhere", "a lower bound that is not, or NaN")
         return box
 
-    def take(self, places: Tensor | None) -> Box:
+    def take(self, places: Tensor | None) -> Bounds:
         """Return the bounds of some components."""
-        return self if places is None else Box(self.lower[places], self.upper[places])
+        return self if places is None else Bounds(self.lower[places], self.upper[places])
 
     def contains(self, x: Tensor) -> bool:
         """Tell whether x is within the bounds; NaN is."""
