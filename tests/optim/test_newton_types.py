@@ -368,7 +368,7 @@ def test_lambda_follows_the_gain_ratio(lr):
 def test_lambda_falls_stays_or_rises(bend, factor):
     """f = bend x^2 / 2 from 1, with curvature 1 from another batch and lambda = 1: d = -bend / 2, and
 
-        rho = (bend^2 / 2 - bend^3 / 8) / (bend^2 / 2 - bend^2 / 8) = (4 - bend) / 3;    beyond 4 it is shortened."""
+    rho = (bend^2 / 2 - bend^3 / 8) / (bend^2 / 2 - bend^2 / 8) = (4 - bend) / 3;    beyond 4 it is shortened."""
     x = parameter([1.0])
     optimizer = NewtonCG([x], damping=1.0, adaptive=True, max_iter=1)
     optimizer.step(lambda: bend * x.square().sum() / 2, lambda: x.square().sum() / 2)
@@ -441,7 +441,9 @@ def test_kronecker_factors_are_those_of_the_formula():
         h = torch.cat([matrix.jacobian.layers.layers[0].inputs, torch.ones(100, 1, dtype=F64)], 1)
         a, s = h.T @ h / 100, delta.T @ delta
         pi = math.sqrt(float((a.trace() / 13) / (s.trace() / 3)))
-        m = torch.kron(s + math.sqrt(lam) / pi * torch.eye(3, dtype=F64), a + math.sqrt(lam) * pi * torch.eye(13, dtype=F64))
+        m = torch.kron(
+            s + math.sqrt(lam) / pi * torch.eye(3, dtype=F64), a + math.sqrt(lam) * pi * torch.eye(13, dtype=F64)
+        )
         r = torch.randn(3, 13, dtype=F64, generator=torch.Generator().manual_seed(2))
         want = torch.linalg.solve(m, r.reshape(-1)).reshape(3, 13)
         found = solve(torch.cat([r[:, :-1].reshape(-1), r[:, -1]]))
@@ -480,7 +482,7 @@ def test_kronecker_products_are_of_layers(curvature):
         loss = out.square().sum()
         return loss if curvature == "hessian" else (out, loss)
 
-    with pytest.raises(ValueError, match=r"NewtonCG: preconditioner: expected 'kronecker' with \"ggn\" or \"fisher\" of"):
+    with pytest.raises(ValueError, match=r"NewtonCG: preconditioner: expected 'kronecker' with \"ggn\" or"):
         optimizer.step(closure)
     assert x.tolist() == [1.0, 2.0]
 

@@ -87,7 +87,7 @@ class NewtonCG(CurvatureOptimizer):
         status: a `secant.result.Status`, why the last call of `step` ended; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument is invalid. In `step`: the preconditioner "kronecker" does not know the model.
+        TypeError, ValueError: an argument is invalid. In `step`: "kronecker" does not know the layers of the model.
 
     References:
         Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.1, p. 169. Eisenstat and Walker, SIAM J. Sci.
@@ -236,9 +236,7 @@ class NewtonCG(CurvatureOptimizer):
         factor = _FALL if ratio > _GOOD else _RISE if ratio < _POOR else 1.0
         self._own["lambda"] = max(self._own["lambda"] * factor, _LEAST)
 
-    def _preconditioner(
-        self, b: CurvatureOperator, damping: float
-    ) -> tuple[Callable[[Tensor], Tensor] | None, int]:
+    def _preconditioner(self, b: CurvatureOperator, damping: float) -> tuple[Callable[[Tensor], Tensor] | None, int]:
         """Make the preconditioner of a system; return it, and the products that it took."""
         options, n, seed = self.param_groups[0], b.shape[0], self._own["n_iter"]
         if options["preconditioner"] is None:
@@ -246,7 +244,7 @@ class NewtonCG(CurvatureOptimizer):
         if options["preconditioner"] == "kronecker":
             found = kronecker(b, damping, seed)
             if found is None:
-                expected = "'kronecker' with \"ggn\" or \"fisher\" of Linear layers with elementwise functions between"
+                expected = '\'kronecker\' with "ggn" or "fisher" of Linear layers with elementwise functions between'
                 raise _checks.fail(self._name, "preconditioner", expected, "a model that is not made of these")
             return found, 0
         rank = min(options["rank"], n)
