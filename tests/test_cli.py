@@ -142,7 +142,7 @@ def test_demo(tmp_path, capsys):
     for name, row in result["equation"].items():
         seconds, errors = zip(*row.curve, strict=True)
         assert list(seconds) == sorted(seconds)
-        assert errors[-1] < errors[0] or name != "LevenbergMarquardt"  # the others may have no time for more than a step
+        assert errors[-1] < errors[0] or name != "LevenbergMarquardt"  # others may have no time
     for pair in result["training"].values():
         ours, theirs = pair.secant, pair.torch
         assert ours.steps.iterations == theirs.steps.iterations

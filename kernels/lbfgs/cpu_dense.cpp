@@ -193,8 +193,8 @@ void decide(const LbfgsDense& a, Work<T>& x, const double* r, double top) {
     scaling(sy, a.y_prev != nullptr ? -x.step * r[kSP] : 0, yhy, first, a.n, a.rule, &tau, &phi);
     const double scale = (first ? sy / yhy : 1) / tau;
     const double ss = scale * phi * yhy / sy / sy + 1 / sy, sw = -scale * phi / sy, ww = -scale * (1 - phi) / yhy;
-    const double size = std::fabs(ss) * r[kSS] + 2 * std::fabs(sw) * std::sqrt(r[kSS] * r[kWW]) +
-                        std::fabs(ww) * r[kWW] + scale;
+    const double size =
+        std::fabs(ss) * r[kSS] + 2 * std::fabs(sw) * std::sqrt(r[kSS] * r[kWW]) + std::fabs(ww) * r[kWW] + scale;
     x.accepted = sy > a.tol * norms && yhy > 0 && std::isfinite(r[kYY] * r[kSS]) &&
                  size < 0.25 * static_cast<double>(std::numeric_limits<T>::max());
     a.stats[3] = sy, a.stats[4] = std::sqrt(r[kSS]), a.stats[5] = std::sqrt(r[kYY]), a.stats[7] = yhy;

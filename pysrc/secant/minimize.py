@@ -459,6 +459,7 @@ def least_squares(
         last, short = now, change < xtol * (xtol + size)
         return (told is not None and told(now, iteration.value)) or short
 
+    lower, upper = (None, None) if box is None else ((b if scale is None else b / scale).reshape(-1) for b in box)
     optimizer = cls(
         [z],
         max_iter=limit,
@@ -470,13 +471,14 @@ def least_squares(
         scaling=scaling,
         strategy="radius",
         geodesic=False,
-        bounds=None if box is None else tuple((b if scale is None else b / scale).reshape(-1) for b in box),
+        bounds=None if box is None else (lower, upper),
         on_error="backtrack",
         callback=report,
     )
     optimizer.step(lambda: function.residuals(unscaled(z)))
     function.raise_first_error()
     x = unscaled(z).detach()
+    assert optimizer.status is not None
     status = Status.SMALL_CHANGE if short and optimizer.status is Status.STOPPED else optimizer.status
 
     r, j = function.found(x)
