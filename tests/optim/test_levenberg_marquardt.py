@@ -299,7 +299,7 @@ def test_a_projected_gradient_is_zero_where_a_bound_holds():
     assert box.free(x, g).tolist() == [False, False, True]
 
 
-# The strategy "radius" -------------------------------------------------------------------------------------------------
+# The strategy "radius" ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "p", "rank"), [(20, 6, 6), (6, 20, 6), (20, 6, 3), (1, 1, 1)])

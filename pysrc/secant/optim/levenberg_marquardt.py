@@ -399,6 +399,7 @@ class LevenbergMarquardt(DampedOptimizer):
             free = free & ~beyond
             held = torch.where(beyond, inside - x, held)
             right = model.right + model.equations.push(held)
+        assert solve is not None
         return Solution((x + d).clamp(box.lower, box.upper) - x, inner), solve
 
     def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve) -> Tensor | None:
