@@ -413,6 +413,15 @@ def test_least_squares_evaluates_every_point_once():
         assert len(seen) == len(set(seen)) == found.nfev
 
 
+def test_least_squares_of_many_variables(monkeypatch):
+    """Above the bound nothing is decomposed by singular values."""
+    target = torch.linspace(-1.0, 1.0, 1001, dtype=torch.float64)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    found = least_squares(lambda x: (x - target).exp()[:40] - 1.0, torch.zeros(1001, dtype=torch.float64))
+    assert found.success
+    assert (found.x - target)[:40].abs().max() <= 1e-6
+
+
 def test_the_first_radius_is_the_size_of_x0():
     """A step from x0 to a minimum that is far away is as long as x0, or as the option says."""
     for x0, option, length in ((30.0, {}, 30.0), (0.0, {}, 1.0), (30.0, {"initial_trust_radius": 2.0}, 2.0),

@@ -23,6 +23,8 @@ _COUNT = _checks.integer_from(1)
 _UNLIMITED = 2**62
 _FTOL = 1e7 * torch.finfo(torch.float64).eps  # scipy's, of L-BFGS-B
 
+#: Variables up to which `least_squares` decomposes J by singular values, and keeps to a trust region.
+_DECOMPOSED = 1_000
 #: Losses of `least_squares`.
 _LOSS = _checks.one_of("linear", "soft_l1", "huber", "cauchy")
 
@@ -397,7 +399,8 @@ def least_squares(
 ) -> OptimizeResult:
     """Minimize 1/2 sum_i c^2 rho(r_i(x)^2 / c^2), in the shape of `scipy.optimize.least_squares`.
 
-    It drives `secant.optim.LevenbergMarquardt`; c is `f_scale`, and rho is that of `loss`.
+    It drives `secant.optim.LevenbergMarquardt`, for up to 1,000 variables with the strategy "radius" and no geodesic
+    acceleration; c is `f_scale`, and rho is that of `loss`.
 
     Args:
         fun: (x, *args, **kwargs) -> the residuals r, a tensor or array of any shape with m elements. With jac=None,
@@ -460,6 +463,7 @@ def least_squares(
         return (told is not None and told(now, iteration.value)) or short
 
     lower, upper = (None, None) if box is None else ((b if scale is None else b / scale).reshape(-1) for b in box)
+    few = x.numel() <= _DECOMPOSED
     optimizer = cls(
         [z],
         max_iter=limit,
@@ -469,8 +473,8 @@ def least_squares(
         loss=loss,
         f_scale=float(f_scale),
         scaling=scaling,
-        strategy="radius",
-        geodesic=False,
+        strategy="radius" if few else "lambda",
+        geodesic=not few,
         bounds=None if box is None else (lower, upper),
         on_error="backtrack",
         callback=report,
