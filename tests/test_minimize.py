@@ -751,3 +751,34 @@ def test_least_squares_stops_and_survives():
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"least_squares: {name}: "):
             least_squares(decay, first, args=args, **{name: value})
+
+
+# What a review has found ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e9])
+def test_the_units_of_x_do_not_end_a_run(scale):
+    start = torch.tensor([-1.2, 1.0], dtype=torch.float64) * scale
+    found = minimize(lambda x: rosenbrock(x / scale), start, options={"gtol": 1e-5 / scale})
+    assert found.success
+    assert found.fun < 1e-9
+
+
+def test_a_jac_without_a_graph_is_no_hessian_of_zeros():
+    for name in ("newton", "newton-cg", "trust-exact", "trust-ncg", "cubic"):
+        with pytest.raises(TypeError, match="minimize: jac: expected a gradient that autograd can follow"):
+            minimize(rosenbrock, x0(), jac=lambda x: rosenbrock_gradient(x).detach(), method=name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_at_their_ends(name):
+    """A gradient whose norm overflows, and a start that is NaN, end with a status."""
+    found = minimize(lambda x: torch.exp(x).sum(), torch.full((2,), 400.0, dtype=torch.float64), method=name)
+    assert isinstance(found.status, Status)
+    found = minimize(lambda x: x.square().sum(), torch.tensor([math.nan, 1.0], dtype=torch.float64), method=name)
+    assert found.status is Status.NOT_FINITE
+
+
+def test_a_gradient_that_is_squared_to_nothing():
+    found = minimize(lambda x: x.square().sum(), [1e-170], bounds=[(-1, 1)], options={"gtol": 0.0})
+    assert isinstance(found.status, Status)

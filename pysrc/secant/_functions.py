@@ -218,6 +218,11 @@ class Objective(Function):
                 returned, g = self._evaluate(at)
                 value = self._checked(returned, at)
                 g = self._gradient(at, g)
+                if not derived and not g.requires_grad and self.njev == 0:
+                    raise Malformed(
+                        f"{self.op}: jac: expected a gradient that autograd can follow (create_graph=True), or hess or "
+                        "hessp besides, got one without a graph"
+                    )
             self.njev += 1
             value, point = self._tensor(value, x).detach(), at.detach().clone()
             self._known.append((point, value, g.detach()))

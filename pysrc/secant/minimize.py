@@ -126,10 +126,9 @@ def minimize(
             its one parameter's name, with x otherwise; both are copies. Raising StopIteration ends the run.
         options: maxiter (15,000 for "l-bfgs" and "l-bfgs-b", else 200 n) and maxfun (15,000, else no limit); gtol
             (1e-5), on the largest component of the gradient (with bounds: of P(x - g) - x); ftol: the run ends when f
-            changes by less than ftol max(|f|, 1), or, but for "l-bfgs-b", no variable by more than ftol (2.2e-9 for
-            "l-bfgs" and "l-bfgs-b", else 0); disp: print the message; maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b");
-            maxls: evaluations of one search (20, "l-bfgs-b"); initial_trust_radius (|x0|, 1 where that is 0),
-            max_trust_radius (1000), eta (0.01) ("trust-...").
+            changes by at most ftol max(|f|, 1) (2.2e-9 for "l-bfgs" and "l-bfgs-b", else 0); disp: print the message;
+            maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b"); maxls: evaluations of one search (20, "l-bfgs-b");
+            initial_trust_radius (|x0|, 1 where that is 0), max_trust_radius (1000), eta (0.01) ("trust-...").
 
     Returns:
         `secant.result.OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev (calls of `hess` or `hessp`), status (a
@@ -168,7 +167,8 @@ def minimize(
     settings.setdefault("maxiter", 200 * x.numel())
     if "initial_trust_radius" in chosen.options:
         most = settings.setdefault("max_trust_radius", _MAX_RADIUS)
-        settings.setdefault("initial_trust_radius", min(float(x.norm()) or 1.0, most))
+        size = float(x.norm())
+        settings.setdefault("initial_trust_radius", min(size if 0.0 < size < math.inf else 1.0, most))
     if chosen.optimizer is None:
         found = _in_box(op, objective, x, form, bounds, settings, told)
     else:
@@ -204,7 +204,7 @@ def _settings(op: str, name: str, chosen: _Method, tol: object, options: Any) ->
     for option, value in given.items():
         if not table[option].accept(value):
             raise _checks.fail(op, f"options[{option!r}]", table[option].expected, _checks.show(value))
-    if name == "l-bfgs" and given.get("maxfun") == 1:
+    if chosen.optimizer in ("LBFGS", "BFGS") and given.get("maxfun") == 1:
         raise _checks.fail(op, "options['maxfun']", "an integer >= 2 (a line search needs one trial)", 1)
     if tol is not None:
         value = _checks.nonnegative(op, "tol", tol)
@@ -262,11 +262,18 @@ def _drive(
 
     n_iter = 0
 
-    def report(iteration: Iteration) -> bool:
-        nonlocal n_iter
-        n_iter = iteration.n
-        return n_iter > 0 and told is not None and told(x, iteration.value)
+    before, flat = math.inf, False
 
+    def report(iteration: Iteration) -> bool:
+        """Tell the callback, and stop where f falls by less than ftol max(|f|, 1), as scipy does."""
+        nonlocal n_iter, before, flat
+        n_iter, last, before = iteration.n, before, iteration.value
+        stop = n_iter > 0 and told is not None and told(x, iteration.value)
+        size = max(abs(last), abs(before), 1.0)
+        flat = not stop and size < math.inf and ftol > 0.0 and abs(last - before) <= ftol * size
+        return stop or flat
+
+    ftol = settings["ftol"]
     optimizer = cls(
         [x],
         **chosen.arguments,
@@ -274,8 +281,7 @@ def _drive(
         max_iter=settings["maxiter"],
         max_eval=settings.get("maxfun", _UNLIMITED),
         tolerance_grad=settings["gtol"],
-        tolerance_change=settings["ftol"],
-        tolerance_change_rel=settings["ftol"],
+        tolerance_change=0.0,
         on_error="backtrack",
         callback=report,
     )
@@ -283,7 +289,8 @@ def _drive(
     objective.raise_first_error()
     x = x.detach()
     value, gradient = objective.found(x)
-    return _result(objective, form, x, value, gradient, optimizer.status, n_iter)
+    status = Status.SMALL_CHANGE if flat else optimizer.status
+    return _result(objective, form, x, value, gradient, status, n_iter)
 
 
 def _in_box(

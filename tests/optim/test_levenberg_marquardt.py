@@ -578,3 +578,34 @@ def test_all_evaluations_of_a_step_are_of_one_batch():
         optimizer.step(lambda rows=rows: a[rows] @ x - b[rows])
         lams.append(optimizer.state[x]["lambda"])
     assert lams == [pytest.approx(lams[0] * 0.1**k) for k in range(4)]  # linear: a gain ratio of 1 on each batch
+
+
+@pytest.mark.parametrize("strategy", ["lambda", "radius"])
+def test_correlated_columns_within_bounds(strategy):
+    """Several components go beyond at once: clipped together they would climb, one by one they do not."""
+    lsq_linear = pytest.importorskip("scipy.optimize").lsq_linear
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        a, b = a + 3.0 * a[:, :1], 3.0 * torch.randn(6, generator=generator, dtype=torch.float64)
+        low, high = (-torch.rand(4, generator=generator).double(), torch.rand(4, generator=generator).double())
+        x = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        LevenbergMarquardt([x], 200, bounds=(low, high), strategy=strategy).step(lambda a=a, x=x, b=b: a @ x - b)
+        found = x.detach()
+        assert ((low <= found) & (found <= high)).all()
+        best = lsq_linear(a.numpy(), b.numpy(), (low.numpy(), high.numpy()), tol=1e-12).cost
+        assert 0.5 * float((a @ found - b).square().sum()) <= best * (1 + 1e-6)
+
+
+def test_a_trial_without_a_finite_jacobian_shortens_the_radius():
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    count = 0
+
+    def closure():
+        nonlocal count
+        count += 1
+        assert count < 100
+        return x.sqrt()
+
+    LevenbergMarquardt([x], 5, bounds=(0.0, math.inf), strategy="radius", geodesic=False).step(closure)
+    assert 0.0 < float(x.detach()) < 1.0

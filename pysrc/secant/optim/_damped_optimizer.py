@@ -134,7 +134,7 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
                 new = self._smoothed(model, proposal)
                 if new is not None:
                     own["lambda"], self._blurred = lam, True
-                    return self._accept(new, proposal.d, 1.0, inner)
+                    return self._accept(new, proposal.at(self._lr), self._lr, inner)
                 unclear += 1
                 if unclear == UNCLEAR:
                     break
@@ -143,15 +143,15 @@ class DampedOptimizer(PointOptimizer, abc.ABC):
 
     def _is_unclear(self, model: Any, proposal: Any) -> bool:
         """Tell whether what is promised cannot be told from rounding."""
-        return proposal.predicted(1.0) <= _NOISE * self._loss_rounding(model)
+        return 0.0 <= proposal.predicted(1.0) <= _NOISE * self._loss_rounding(model)
 
     def _is_usable(self, new: EvaluatedPoint) -> bool:
         """Tell whether an iteration can begin at a point, where one will; its gradient is then needed anyway."""
         return not self._more or math.isfinite(self._grad_max(new))
 
     def _smoothed(self, model: Any, proposal: Any) -> EvaluatedPoint | None:
-        """Go along d if the gradient becomes smaller."""
+        """Go along d, by what is tried first, if the gradient becomes smaller."""
         if self._is_spent():
             return None
-        new = self._try(proposal.d.to(self._start))
+        new = self._try(proposal.at(self._lr).to(self._start))
         return new if new is not None and self._grad_max(new) < model.grad_max else None

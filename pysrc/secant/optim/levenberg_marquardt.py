@@ -26,8 +26,6 @@ _PROBE = 0.1
 _BENT = 0.75
 #: Halvings of t on one curve.
 _HALVINGS = 2
-#: Solutions with more components at their bounds, until none goes beyond.
-_ACTIVATIONS = 20
 #: The radius after a good step, in steps.
 _GROWTH = 2.0
 
@@ -103,7 +101,8 @@ class LevenbergMarquardt(DampedOptimizer):
     * **Bounds** are never left: d solves for the components that are not held at a bound, and holds those that would go
       beyond. `tolerance_grad` looks at x - P(x - g).
     * **Groups** may differ in their bounds only. There is no lr: lambda says how long a step is.
-    * **NaN, Inf, exceptions.** A trial whose residuals or Jacobian are not finite is refused; a closure that raises
+    * **NaN, Inf, exceptions.** A trial whose residuals are not finite is refused, and so is one whose Jacobian is not
+      (after the last iteration of a call nobody looks at that of the next); a closure that raises
       leaves parameters and state as they were before the call. p.grad is neither read nor written.
     * **Processes.** The equations are those of one process.
 
@@ -272,12 +271,13 @@ class LevenbergMarquardt(DampedOptimizer):
             if self._is_spent():
                 return self._stay(Status.MAX_EVAL)
             new = self._try(proposal.at(1.0).to(self._start))
-            decrease = -math.inf if new is None else self._decrease(model, new)
+            usable = new is not None and self._is_usable(new)
+            decrease = self._decrease(model, new) if new is not None and usable else -math.inf
             gain = decrease / proposal.predicted(1.0)
             gain = gain if math.isfinite(gain) else -math.inf
             self._resize(gain, decrease, proposal, size)
             blurred = self._is_unclear(model, proposal)
-            if new is not None and self._is_usable(new):
+            if new is not None and usable:
                 smaller = self._grad_max(new) < model.grad_max if blurred else True
                 if gain > LEAST and (smaller or not self._blurred):
                     return self._accept(new, proposal.at(1.0), 1.0, inner)
@@ -378,29 +378,37 @@ class LevenbergMarquardt(DampedOptimizer):
         return torch.where(diagonal > 0.0, diagonal, 1.0).double()
 
     def _within(self, model: _Model, solver: _Solver, box: Bounds) -> tuple[Solution, _Solve] | None:
-        """Compute a d that stays within the bounds: components that would go beyond are held there, one set at a time.
+        """Compute a d that stays within the bounds and lowers the model, by going from one minimum to the next.
 
-        For those that are held at p the others solve with the residuals r + J p. The last solver comes with it.
+        From d = 0 towards the minimum over the components that are free, as far as the first bound; what meets it is
+        held there at p, and the others solve with the residuals r + J p, until a minimum lies within. The model, which
+        is convex, falls all the way. The last solver comes with it.
+
+        References:
+            Lawson and Hanson, Solving Least Squares Problems (1974), section 23.3 (the walk to the first bound).
         """
         x = self._start.double()
-        free, held, right, inner = box.free(x, model.gradient), torch.zeros_like(x), model.right, 0
-        d = held
-        for _ in range(_ACTIVATIONS):
+        lower, upper = box.lower.to(x) - x, box.upper.to(x) - x
+        free, d, inner = box.free(x, model.gradient), torch.zeros_like(x), 0
+        solve: _Solve | None = None
+        for _ in range(len(x) + 1):
             solve = solver(free)
             if solve is None:
                 return None
-            solution, products = solve(right)
+            held = torch.where(free, 0.0, d)
+            solution, products = solve(model.right + model.equations.push(held))
             inner += products
-            d = held - solution
-            inside = (x + d).clamp(box.lower, box.upper)
-            beyond = free & (inside != x + d)
-            if not bool(beyond.any()):
-                return Solution(d, inner), solve
-            free = free & ~beyond
-            held = torch.where(beyond, inside - x, held)
-            right = model.right + model.equations.push(held)
+            step = torch.where(free, held - solution - d, 0.0)
+            room = torch.where(step > 0.0, (upper - d) / step, torch.where(step < 0.0, (lower - d) / step, math.inf))
+            room = torch.where(free & (step != 0.0), room.clamp_min(0.0), math.inf)
+            t = min(1.0, float(room.min()))
+            met = free & (room <= t)
+            d = torch.where(met, torch.where(step > 0.0, upper, lower), d + t * step) if t < 1.0 else d + step
+            if t >= 1.0 or not bool((free & ~met).any()):
+                break
+            free = free & ~met
         assert solve is not None
-        return Solution((x + d).clamp(box.lower, box.upper) - x, inner), solve
+        return Solution(torch.minimum(torch.maximum(d, lower), upper), inner), solve
 
     def _acceleration(self, model: _Model, d: Tensor, jd: Tensor, scale: Tensor | None, solve: _Solve) -> Tensor | None:
         """Compute a, from the second difference of the residuals along d; None where it is not to be believed."""

@@ -320,10 +320,11 @@ class NaturalGradient(DampedOptimizer):
         # Nobody asks where the step leads.
         self._own["lambda"] = options["damping"]
         step = self._propose(self._modelled(point))
-        if step is None or not bool(step.d.isfinite().all()):
+        if step is not None:
+            torch.add(self._start, step.at(self._lr).to(self._start), out=self._here)
+        if step is None or not bool(self._here.isfinite().all()):
             return self._stay(Status.NOT_FINITE)
         self._remember(step)
-        torch.add(self._start, step.at(self._lr).to(self._start), out=self._here)
         self._free_parameters.set_(self._here_views)
         return Advance(None, Status.MAX_ITER, self._lr, step.inner)
 
@@ -346,12 +347,17 @@ class NaturalGradient(DampedOptimizer):
             new = self._try(proposal.at(t).to(self._start))
             decrease = math.nan if new is None else model.decrease(new)
             gain = decrease / predicted if predicted > 0.0 and math.isfinite(decrease) else -math.inf
-            if best is not None and not decrease > best[0]:
+            if best is not None and not decrease > best[0]:  # back to the best, for which an evaluation was left
                 new = None if self._is_spent() else self._try(proposal.at(best[1]).to(self._start))
                 break
             if gain >= LEAST or not judging:
                 best = decrease, t, gain
-            if gain >= _PLENTY or self._is_spent() or (best is None and self._is_unclear(model, proposal)):
+            spare = self._limit - self._own["func_evals"]
+            if (
+                gain >= _PLENTY
+                or spare < (1 if best is None else 2)
+                or (best is None and self._is_unclear(model, proposal))
+            ):
                 break
         if new is None or best is None or not self._is_usable(new):
             return Found(None, 0.0, -math.inf)

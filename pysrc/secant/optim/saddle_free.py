@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -102,6 +103,8 @@ class SaddleFreeNewton(CurvatureOptimizer):
         own, options = self._own, self.param_groups[0]
         g, b = point.gradient(), self._curvature(point)
         if b is None:
+            return self._stay(Status.NOT_FINITE)
+        if not float(g.norm()) < math.inf:
             return self._stay(Status.NOT_FINITE)
         if not float(g.norm()) > 0.0:
             return self._stay(Status.STALLED)  # it is squared below what a number can be

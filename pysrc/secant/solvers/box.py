@@ -232,6 +232,8 @@ def _cauchy(box: Box, x: Tensor, g: Tensor, model: _Model) -> _Path:
     curvature = -theta * slope - (float(torch.dot(p, model.middle(p))) if some else 0.0)
     least = _EPS * -theta * slope
     curvature = max(curvature, least)
+    if not curvature > 0.0:  # |d|^2 is below what a number can be
+        return _Path(x.clone(), c, t > 0)
 
     candidates = ((t > 0) & (t < math.inf)).nonzero()[:, 0]
     times, order = t[candidates].sort()
