@@ -685,3 +685,38 @@ def test_rows_of_a_wrong_function_are_named():
     K = Jacobian(lambda: (lambda u: u - mean(u))(_X @ A), [A], row=lambda p, x: x @ p[0] - centre[0], samples=_X)
     with pytest.raises(ValueError, match="row: expected the derivatives of the closure"):
         K.rows()
+
+
+@pytest.mark.parametrize("m", [300, 20_000, 100_000])
+def test_many_rows_in_float32_that_depend_on_each_other_are_seen(m):
+    w, x = torch.randn(3, requires_grad=True), torch.randn(m, 3)
+
+    def residuals(share):
+        u = x @ w
+        return u + share * torch.roll(u, 1)
+
+    J = Jacobian(lambda: residuals(0.01), [w])
+    rows = _rows.Rows([residuals(0.01)], J.params, J.params.locate())
+    reason, _ = rows.check(torch.randn(m), torch.finfo(torch.float32).eps)
+    assert reason is not None
+    assert "J^T w differs" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("m", [50, 20_000])
+def test_right_rows_are_never_refused(m, dtype):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1)).to(dtype)
+        x = (3 * torch.rand(m, 1, dtype=dtype)).requires_grad_()
+
+        def residuals(net=net, x=x):
+            u = net(x)
+            return (_slope(_slope(u, x), x) + 10 * u.sin() - 1)[:, 0]
+
+        params = list(net.parameters())
+        J = Jacobian(residuals, params)
+        rows = _rows.Rows([residuals()], J.params, J.params.locate())
+        reason, telling = rows.check(torch.randn(m, dtype=dtype), torch.finfo(dtype).eps / 8)  # with a margin
+        assert reason is None
+        assert telling

@@ -200,8 +200,10 @@ class Rows:
     def check(self, w: Tensor, eps: float) -> tuple[str | None, bool]:
         """Compare J^T w with automatic differentiation.
 
-        A sum over m rows of products of numbers that were rounded some hundred times on their way differs by no more
-        than (m + 128) eps sum_i |w_i| B_i, where B_i bounds row i by the absolute values of what was added up.
+        Row i, rounded some hundred times on its way, is off by no more than 128 eps B_i, where B_i bounds it by the
+        absolute values of what was added up. Since the signs of w are random, their sum is off by some
+        128 eps (sum_i w_i^2 B_i^2)^(1/2), and adding m terms in turn, whose sum grows as m^(1/2) too, rounds it by no
+        more than m^(1/2) eps times the same root.
 
         Args:
             w: (m,), random. eps: of the coarsest precision of the closure.
@@ -217,7 +219,7 @@ class Rows:
             return NOT_FINITE, False
         slots = {slot for part in self.parts for _, edge in part.trace.uses for slot in _slots_of(edge, self.slots)}
         telling = all(bool(wants[slot] > 0) for slot in slots)
-        allowed = (self.m + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
+        allowed = (self.m**0.5 + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
         if bool((errors > allowed).any()):
             share = float((errors / torch.linalg.vector_norm(wants).clamp_min(torch.finfo(torch.float64).tiny)).max())
             return f"rows depend on each other: J^T w differs from the product w.J by {share:.1e} of its norm", telling
@@ -227,16 +229,17 @@ class Rows:
 def _compared(
     blocks: Callable[[int], Iterator[tuple[slice, Callable[..., None]]]], want: Tensor, w: Tensor, params: Parameters
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norms, parameter by parameter, of J^T w less what it should be, of that, and of a bound of B^T |w|."""
-    got, bound, n = torch.zeros_like(want), torch.zeros_like(want), params.n
+    """Return norms, parameter by parameter: of J^T w less what it should be, of that, and (sum_i w_i^2 B_i^2)^(1/2)."""
+    n = params.n
+    got, squares = torch.zeros(2, n, dtype=torch.float64, device=want.device)
     for rows, write in blocks(max(1, _CHECKED_BYTES // (n * want.itemsize))):
-        some = w[rows]
+        some = w[rows].double()
         block = torch.empty(len(some), n, dtype=want.dtype, device=want.device)
         write(block, size=_same)
-        got.addmv_(block.T, some)
+        got.addmv_(block.double().T, some)
         write(block, size=torch.abs)
-        bound.addmv_(block.abs_().T, some.abs())
-    parts = ((got.double() - want.double()), want.double(), bound.double())
+        squares.addmv_(block.double().square_().T, some.square())
+    parts = (got - want.double(), want.double(), squares.sqrt_())
     norms = [torch.stack([torch.linalg.vector_norm(x) for x in part.split(params.sizes)]) for part in parts]
     return norms[0], norms[1], norms[2]
 
