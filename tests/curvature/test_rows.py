@@ -695,8 +695,7 @@ def test_many_rows_in_float32_that_depend_on_each_other_are_seen(m):
         u = x @ w
         return u + share * torch.roll(u, 1)
 
-    J = Jacobian(lambda: residuals(0.01), [w])
-    rows = _rows.Rows([residuals(0.01)], J.params, J.params.locate())
+    rows = _rows_of(lambda: residuals(0.01), [w])
     reason, _ = rows.check(torch.randn(m), torch.finfo(torch.float32).eps)
     assert reason is not None
     assert "J^T w differs" in reason
@@ -715,8 +714,103 @@ def test_right_rows_are_never_refused(m, dtype):
             return (_slope(_slope(u, x), x) + 10 * u.sin() - 1)[:, 0]
 
         params = list(net.parameters())
-        J = Jacobian(residuals, params)
-        rows = _rows.Rows([residuals()], J.params, J.params.locate())
+        rows = _rows_of(residuals, params)
         reason, telling = rows.check(torch.randn(m, dtype=dtype), torch.finfo(dtype).eps / 8)  # with a margin
         assert reason is None
         assert telling
+
+
+def _rows_of(closure, params):
+    J = Jacobian(closure, params)
+    return _rows.Rows([closure()], J.params, J.params.locate())
+
+
+@pytest.mark.parametrize("cast", ["to", "autocast"])
+def test_where_rounding_hides_what_is_guessed_nothing_is_guessed(cast):
+    w, x = torch.randn(3, requires_grad=True), torch.randn(40, 3)
+
+    def product():
+        if cast == "to":
+            return (x.bfloat16() @ w.bfloat16()).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x @ w[:, None])[:, 0].float()
+
+    def residuals():
+        u = product()
+        return u + 0.5 * torch.roll(u, 1)
+
+    J = Jacobian(residuals, [w])
+    torch.testing.assert_close(J.rows(), _all_rows(residuals, [w]), rtol=0.05, atol=0.05)
+    assert "that RollBackward0 keeps rows apart cannot be checked at this precision" in J.rows_by
+    exact = Jacobian(product, [w])
+    torch.testing.assert_close(exact.rows(), x, rtol=0.01, atol=0)
+    assert exact.rows_by == ONE
+
+
+def _gate(x, w, point):
+    u = x @ w
+    return u + torch.relu(torch.roll(u, 1) + (100.0 if point >= 7 else -100.0))
+
+
+def _sorted(x, w, point):
+    u = x @ w
+    u = u if point >= 7 else u + 1e4 * torch.arange(N, dtype=F64)
+    return u.sort()[0]
+
+
+def _gathered(x, w, point):
+    return (x @ w).gather(0, torch.arange(N).roll(int(point >= 7)))
+
+
+def _chosen(x, w, point):
+    u = torch.outer(x @ w, torch.ones(2, dtype=F64))
+    return u[torch.arange(N).roll(int(point >= 7)), torch.zeros(N, dtype=torch.long)]
+
+
+@pytest.mark.parametrize("make", [_gate, _sorted, _gathered, _chosen])
+def test_rows_that_meet_later_are_seen_at_once(make):
+    w, x = torch.randn(3, dtype=F64, requires_grad=True), _inputs()
+    point, seen = None, []
+    for k in range(1, 9):
+        closure = functools.partial(make, x, w, k)
+        point = EvaluatedPoint(closure, [w], "residuals", like=point)
+        J = point.jacobian()
+        assert error(J.rows(), _all_rows(closure, [w])) < ROUNDING
+        seen.append(J.rows_by == ONE)
+    assert seen == [True] * 6 + [False] * 2
+
+
+def test_each_batch_is_checked_where_its_rows_may_be_others():
+    w, x = torch.randn(3, dtype=F64, requires_grad=True), _inputs()
+    shifts = [0, 0, 1]
+
+    def residuals(shift):
+        return (x @ w).gather(0, torch.arange(N).roll(shift))
+
+    J = Jacobian(residuals, [w], batches=shifts)
+    want = torch.cat([_all_rows(functools.partial(residuals, s), [w]) for s in shifts])
+    assert error(J.rows(), want) < ROUNDING
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_known_operations_are_no_guess(name):
+    net = _dense_net(ACTIVATIONS[name], 1)
+    x = _inputs().requires_grad_()
+
+    def residuals():
+        u = net(x)
+        return _slope(_slope(u, x).sum(1), x)[:, 0] + u[:, 0].square() - 1
+
+    assert _rows_of(lambda: net(x), list(net.parameters())).guessed is None
+    assert _rows_of(residuals, list(net.parameters())).guessed is None
+
+
+def test_labels_of_each_row_are_no_guess():
+    net, labels = _dense_net(out=4), torch.randint(4, (N,))
+    x = _inputs()
+    for closure in (
+        lambda: F.cross_entropy(net(x), labels, reduction="none"),
+        lambda: net(x).log_softmax(1)[torch.arange(N), labels],
+        lambda: net(x).softmax(-1).gather(1, labels[:, None]),
+    ):
+        assert _rows_of(closure, list(net.parameters())).guessed is None

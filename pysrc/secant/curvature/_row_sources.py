@@ -89,19 +89,23 @@ class Facts:
 
         Where the same was computed before with values of the same shapes, that stays so, but what multiplies a zero (of
         a last layer at its start) may hide until that is one no longer. So it is checked again at the next point as
-        long as a parameter has no gradient, and at the second, fourth, eighth and so on in any case.
+        long as a parameter has no gradient, and at the second, fourth, eighth and so on in any case. Where an operation
+        is not known, what it does may depend on values (a sort, an index), so that each point and batch is checked.
         """
+        if not _rows.is_telling(operator._eps):
+            guess = f"that {rows.guessed} keeps rows apart cannot be checked at this precision"
+            return guess if rows.guessed else None
         signature = rows.signature()
         if signature in self.reasons:
             return self.reasons[signature]
         count = self.seen.get(signature, 0) + 1
-        if count & (count - 1):
+        if count & (count - 1) and not rows.guessed:
             self.seen[signature] = count
             return None
         generator = operator.generator(count)
         w = torch.randn(rows.m, dtype=operator.dtype, device=operator.device, generator=generator)
         reason, telling = rows.check(w, operator._eps)
-        if reason == _rows.NOT_FINITE and count > 1:
+        if reason == _rows.NOT_FINITE and count > 1 and not rows.guessed:
             return None  # of what was checked before; the count stays for the next point
         if reason is None:
             self.seen[signature] = count if telling else 0

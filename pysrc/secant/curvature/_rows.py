@@ -35,6 +35,9 @@ _CHECKED_BYTES = 2**26
 #: Roundings of a number on its way through the backward pass, for the bound of the check.
 _ROUNDINGS = 128
 
+#: Share of a row that roundings may make up in the check, beyond which it tells nothing.
+_MOST = 0.05
+
 NOT_FINITE = "the rows are not finite at this point, so that they cannot be checked"
 
 Write = Callable[[Tensor], None]
@@ -88,7 +91,8 @@ class Rows:
         residuals: tensors, with or without a graph. params, slots: of the operator.
 
     Attributes:
-        m: how many rows there are. full: whether all of them are in blocks; the others are zero.
+        m: how many rows there are. full: whether all of them are in blocks; the others are zero. guessed: an operation
+            that rows depend on each other by for all that is known, if there is one.
 
     Raises:
         NotUnderstood: rows depend on each other, or a parameter is used in a way that is not known.
@@ -111,6 +115,7 @@ class Rows:
             for shapes in take_apart(edge, places, reach, slots):
                 self._read(shapes, reach)
         self.full = sum(len(p.starts) * p.count for p in self.parts) + len(self.singles) == self.m
+        self.guessed = next((part.trace.guessed for part in self.parts if part.trace.guessed), None)
         self.passes: list[_Pass] = []
         for part in self.parts:
             alone = bool(part.trace.own)  # the gradient of a parameter itself is that of all parts of a pass
@@ -224,6 +229,11 @@ class Rows:
             share = float((errors / torch.linalg.vector_norm(wants).clamp_min(torch.finfo(torch.float64).tiny)).max())
             return f"rows depend on each other: J^T w differs from the product w.J by {share:.1e} of its norm", telling
         return None, telling
+
+
+def is_telling(eps: float) -> bool:
+    """Tell whether a check at this precision can see anything."""
+    return _ROUNDINGS * eps <= _MOST
 
 
 def _compared(
