@@ -814,3 +814,19 @@ def test_labels_of_each_row_are_no_guess():
         lambda: net(x).softmax(-1).gather(1, labels[:, None]),
     ):
         assert _rows_of(closure, list(net.parameters())).guessed is None
+
+
+@pytest.mark.parametrize("width", [7, 2])
+def test_fewer_lookups_than_columns(width):
+    table = nn.Embedding(5, width).double()
+    _same_rows(lambda: table(torch.tensor([2, 2, 4])) - 1, [table.weight])
+
+
+def test_a_parameter_in_a_computed_value_that_a_zero_hides_is_not_checked_yet():
+    w, v = (torch.randn(3, dtype=F64, requires_grad=True) for _ in range(2))
+    x, q = _inputs(), torch.zeros((), dtype=F64)
+    u = torch.randn(N, dtype=F64)
+    for expected in (False, True):
+        rows = _rows_of(lambda: x @ w + q * (x @ v.exp()), [w, v])
+        assert rows.check(u, torch.finfo(F64).eps) == (None, expected)
+        q = q + 1

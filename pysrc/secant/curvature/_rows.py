@@ -26,7 +26,7 @@ from secant import _checks, ops
 from secant.curvature import _graph, _row_layouts
 from secant.curvature._graph import Edge, Node, Slots
 from secant.curvature._parameters import Parameters
-from secant.curvature._row_parts import Part, resolve, take_apart
+from secant.curvature._row_parts import Part, take_apart
 from secant.curvature._row_uses import NotUnderstood
 
 #: Numbers of a residual tensor that is not understood for which a backward pass each is as good.
@@ -222,8 +222,7 @@ class Rows:
         errors, wants, bounds = _compared(self._sized_blocks, want, w, params)
         if not bool(torch.isfinite(errors).all()):
             return NOT_FINITE, False
-        slots = {slot for part in self.parts for _, edge in part.trace.uses for slot in _slots_of(edge, self.slots)}
-        telling = all(bool(wants[slot] > 0) for slot in slots)
+        telling = all(bool(wants[slot] > 0) for part in self.parts for slot in part.used)
         allowed = (self.m**0.5 + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
         if bool((errors > allowed).any()):
             share = float((errors / torch.linalg.vector_norm(wants).clamp_min(torch.finfo(torch.float64).tiny)).max())
@@ -256,11 +255,6 @@ def _compared(
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _slots_of(edge: Edge, slots: Slots) -> list[int]:
-    found = resolve(edge, slots)
-    return [] if found is None else [found[0]]
 
 
 def _slice(start: int, step: int, low: int, high: int) -> slice:
