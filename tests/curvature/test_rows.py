@@ -830,3 +830,88 @@ def test_a_parameter_in_a_computed_value_that_a_zero_hides_is_not_checked_yet():
         rows = _rows_of(lambda: x @ w + q * (x @ v.exp()), [w, v])
         assert rows.check(u, torch.finfo(F64).eps) == (None, expected)
         q = q + 1
+
+
+def test_blocks_of_rows_are_those_of_one_generator():
+    w, x = torch.randn(3, dtype=F64, requires_grad=True), _inputs()
+    J = Jacobian(lambda: (x @ w).tanh(), [w])
+    want = _all_rows(lambda: (x @ w).tanh(), [w])
+    J.outer()
+    others = J.row_blocks(2 * 3 * 8)
+    for rows, block in J.row_blocks(2 * 3 * 8):
+        J.outer()
+        next(others)
+        assert error(block, want[rows]) < ROUNDING
+
+
+def _of_samples(x):
+    """Residuals in fours whose graph is not understood, their parameters, and the function of one sample."""
+    net = nn.Linear(3, 4).double()
+    params = dict(net.named_parameters())
+
+    def residuals():
+        u = net(x).tanh()
+        v = u.T.reshape(len(x), 4)
+        return u + (v - v)
+
+    return residuals, params, lambda p, sample: torch.func.functional_call(net, p, (sample,)).tanh()
+
+
+@pytest.mark.parametrize("max_bytes", [1, 200, 500])
+def test_a_block_has_room_for_one_sample(max_bytes):
+    x = _inputs(9)
+    residuals, params, row = _of_samples(x)
+    J, want = Jacobian(residuals, params, row=row, samples=x), _all_rows(residuals, list(params.values()))
+    assert error(J.gram(max_bytes=max_bytes), want.T @ want) < ROUNDING
+    assert J.rows_by.startswith("row: ")
+    assert error(J.outer(max_bytes=max_bytes), want @ want.T) < ROUNDING
+    for rows, block in J.row_blocks(max_bytes):
+        assert error(block, want[rows]) < ROUNDING
+
+
+def test_residuals_of_samples_that_are_not_finite():
+    x = _inputs(9)
+    x[0, 0] = torch.nan
+    net = _Floor(4).double()
+    params = dict(net.named_parameters())
+
+    def residuals():
+        return net(x)
+
+    def row(p, sample):
+        return torch.func.functional_call(net, p, (sample,))
+
+    J = Jacobian(residuals, params, row=row, samples=x)
+    assert J.rows().isnan().any(1).tolist() == [True] * 4 + [False] * 32
+    assert J.rows_by.startswith("row: ")
+    other = Jacobian(residuals, params, row=lambda p, s: row(p, s.nan_to_num()), samples=x)
+    with pytest.raises(ValueError, match="row: expected the 36 residuals of the closure"):
+        other.rows()
+
+
+def test_a_function_of_one_sample_is_checked_at_the_first_point_that_tells():
+    a, x = torch.zeros(2, dtype=F64, requires_grad=True), torch.rand(6, 2, dtype=F64)
+
+    def residuals():
+        u = (x * a).abs().sum(1).sqrt()
+        v = torch.stack([u, u], 1)
+        return v + v.T.reshape(6, 2) - v.T.reshape(6, 2)
+
+    def wrong(p, sample):
+        u = (sample * p[0]).abs().sum().sqrt()
+        return torch.stack([2 * u - u.detach()] * 2)
+
+    J = Jacobian(residuals, [a], row=wrong, samples=x)
+    J.rows()
+    with torch.no_grad():
+        a.fill_(1)
+    with pytest.raises(ValueError, match="row: expected the derivatives of the closure"):
+        J.rows()
+
+
+def test_no_residuals():
+    net, x = _dense_net(), _inputs()
+    J = Jacobian(lambda: net(x)[:0], net.parameters())
+    assert J.rows().shape == (0, J.params.n)
+    assert torch.equal(J.gram(), torch.zeros(J.params.n, J.params.n, dtype=F64))
+    _same_rows(lambda: [net(x), net(x)[:0]], list(net.parameters()))

@@ -46,11 +46,12 @@ Write = Callable[[Tensor], None]
 class Source(Protocol):
     """Rows of one batch.
 
-    m: how many. full: whether blocks hold all of them; the others are zero.
+    m: how many. full: whether blocks hold all of them; the others are zero. least: of how many a block has room.
     """
 
     m: int
     full: bool
+    least: int
 
     def blocks(self, most: int) -> Iterator[tuple[slice, Write]]:
         """Yield where at most so many rows are, and what writes them into a tensor (rows, n)."""
@@ -98,6 +99,8 @@ class Rows:
         NotUnderstood: rows depend on each other, or a parameter is used in a way that is not known.
     """
 
+    least = 1
+
     def __init__(self, residuals: Sequence[Tensor], params: Parameters, slots: Slots) -> None:
         self.params, self.slots = params, slots
         self.residuals = [r for r in residuals if r.requires_grad]
@@ -109,7 +112,7 @@ class Rows:
         self.parts: list[Part] = []
         self.singles: list[int] = []
         for edge, residual, (start, length) in zip(edges, self.residuals, self.ranges, strict=True):
-            if edge[0] not in reach and edge not in slots:
+            if not length or (edge[0] not in reach and edge not in slots):
                 continue
             places = torch.empty(start + length, device="meta")[start:].view(residual.shape)
             for shapes in take_apart(edge, places, reach, slots):
