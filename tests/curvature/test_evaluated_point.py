@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvature_problems import ROUNDING, Residual, data, dense, dense_hessian, dense_jacobian, error, flat, mlp
-from secant.curvature import GGN, EvaluatedPoint, Fisher, Hessian, LinearOperator, _curvature, _evaluate, _point, _graph
+from secant.curvature import GGN, EvaluatedPoint, Fisher, Hessian, LinearOperator, _curvature, _evaluate, _graph, _point
 
 F64 = torch.float64
 

@@ -827,7 +827,7 @@ def test_a_parameter_in_a_computed_value_that_a_zero_hides_is_not_checked_yet():
     x, q = _inputs(), torch.zeros((), dtype=F64)
     u = torch.randn(N, dtype=F64)
     for expected in (False, True):
-        rows = _rows_of(lambda: x @ w + q * (x @ v.exp()), [w, v])
+        rows = _rows_of(lambda q=q: x @ w + q * (x @ v.exp()), [w, v])
         assert rows.check(u, torch.finfo(F64).eps) == (None, expected)
         q = q + 1
 

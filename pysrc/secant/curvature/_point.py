@@ -54,7 +54,9 @@ class _Routine:
 
     def __init__(self) -> None:
         self.is_quiet = False
-        self._count, self._code, self._graph = 0, None, None
+        self._count = 0
+        self._code: Any = None
+        self._graph: Any = None
 
     def is_due(self, closure: Callable[[], Any]) -> bool:
         """Count a point, and tell whether it is looked at."""

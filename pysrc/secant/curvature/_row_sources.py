@@ -79,9 +79,8 @@ class Facts:
             return Passes(operator, first, m)
         self.said = f"row: {reason}"
         found = row.at(parts)
-        if "row" not in self.seen:
-            if found.check(parts, operator):
-                self.seen["row"] = 1
+        if "row" not in self.seen and found.check(parts, operator):
+            self.seen["row"] = 1
         return found
 
     def _verdict(self, rows: _rows.Rows, operator: Jacobian) -> str | None:

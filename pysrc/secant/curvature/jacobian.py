@@ -417,9 +417,7 @@ class Jacobian(_JacobianOperator):
         self._state = self.params.state()
         return sources
 
-    def _chunks(
-        self, sources: list[Source], max_bytes: int, *, own: bool = False
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, sources: list[Source], max_bytes: int, *, own: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Yield blocks of rows, each overwritten by the next: all of a batch where they fit.
 
         Args:
