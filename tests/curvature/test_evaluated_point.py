@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import time
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvature_problems import ROUNDING, Residual, data, dense, dense_hessian, dense_jacobian, error, flat, mlp
-from secant.curvature import GGN, EvaluatedPoint, Fisher, Hessian, LinearOperator, _curvature, _evaluate, _graph
+from secant.curvature import GGN, EvaluatedPoint, Fisher, Hessian, LinearOperator, _curvature, _evaluate, _graph, _point
 
 F64 = torch.float64
 
@@ -537,3 +538,51 @@ def test_operators_are_operators():
     want = torch.linalg.solve(j.T @ j + 0.1 * torch.eye(j.shape[1], dtype=F64), -j.T @ r)
     assert error(step, want) < 1e-9
     assert problem.count == 1
+
+
+class _Called:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self):
+        return self.function()
+
+
+class _CalledOtherwise(_Called):
+    pass
+
+
+def test_a_norm_that_a_closure_begins_to_use_is_made_in_parts():
+    x, w = torch.randn(5, 2, dtype=F64), torch.randn(2, 6, dtype=F64, requires_grad=True)
+
+    def loss(norm):
+        at = x.clone().requires_grad_()
+        u = norm(torch.sin(at @ w)).square().sum()
+        return torch.autograd.grad(u, at, create_graph=True)[0].square().mean()
+
+    def exact(z):
+        z = z - z.mean(-1, keepdim=True)
+        return torch.tanh(z * (z.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+
+    def fused(z):
+        return torch.tanh(F.layer_norm(z, (6,)))
+
+    point = None
+    for k in range(1, 8):
+        norm, truth = (torch.tanh, torch.tanh) if k < 5 else (fused, exact)
+        point = EvaluatedPoint(lambda norm=norm: loss(norm), [w], like=point)
+        want = dense_hessian(loss(truth), [w])
+        assert error(point.hessian().to_dense(), want) < 100 * ROUNDING
+
+
+def test_closures_without_code_are_told_apart():
+    w, loss = _waves()
+
+    def other():
+        return (w**2).sum()
+
+    routine = _point._Routine()
+    partials = [functools.partial(f) for f in (loss, loss, loss, other)]
+    assert [routine.is_due(f) for f in partials] == [True, True, False, True]
+    routine = _point._Routine()
+    assert [routine.is_due(c(loss)) for c in (*[_Called] * 3, _CalledOtherwise)] == [True, True, False, True]

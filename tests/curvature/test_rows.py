@@ -685,3 +685,233 @@ def test_rows_of_a_wrong_function_are_named():
     K = Jacobian(lambda: (lambda u: u - mean(u))(_X @ A), [A], row=lambda p, x: x @ p[0] - centre[0], samples=_X)
     with pytest.raises(ValueError, match="row: expected the derivatives of the closure"):
         K.rows()
+
+
+@pytest.mark.parametrize("m", [300, 20_000, 100_000])
+def test_many_rows_in_float32_that_depend_on_each_other_are_seen(m):
+    w, x = torch.randn(3, requires_grad=True), torch.randn(m, 3)
+
+    def residuals(share):
+        u = x @ w
+        return u + share * torch.roll(u, 1)
+
+    rows = _rows_of(lambda: residuals(0.01), [w])
+    reason, _ = rows.check(torch.randn(m), torch.finfo(torch.float32).eps)
+    assert reason is not None
+    assert "J^T w differs" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("m", [50, 20_000])
+def test_right_rows_are_never_refused(m, dtype):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1)).to(dtype)
+        x = (3 * torch.rand(m, 1, dtype=dtype)).requires_grad_()
+
+        def residuals(net=net, x=x):
+            u = net(x)
+            return (_slope(_slope(u, x), x) + 10 * u.sin() - 1)[:, 0]
+
+        params = list(net.parameters())
+        rows = _rows_of(residuals, params)
+        reason, telling = rows.check(torch.randn(m, dtype=dtype), torch.finfo(dtype).eps / 8)  # with a margin
+        assert reason is None
+        assert telling
+
+
+def _rows_of(closure, params):
+    J = Jacobian(closure, params)
+    return _rows.Rows([closure()], J.params, J.params.locate())
+
+
+@pytest.mark.parametrize("cast", ["to", "autocast"])
+def test_where_rounding_hides_what_is_guessed_nothing_is_guessed(cast):
+    w, x = torch.randn(3, requires_grad=True), torch.randn(40, 3)
+
+    def product():
+        if cast == "to":
+            return (x.bfloat16() @ w.bfloat16()).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x @ w[:, None])[:, 0].float()
+
+    def residuals():
+        u = product()
+        return u + 0.5 * torch.roll(u, 1)
+
+    J = Jacobian(residuals, [w])
+    torch.testing.assert_close(J.rows(), _all_rows(residuals, [w]), rtol=0.05, atol=0.05)
+    assert "that RollBackward0 keeps rows apart cannot be checked at this precision" in J.rows_by
+    exact = Jacobian(product, [w])
+    torch.testing.assert_close(exact.rows(), x, rtol=0.01, atol=0)
+    assert exact.rows_by == ONE
+
+
+def _gate(x, w, point):
+    u = x @ w
+    return u + torch.relu(torch.roll(u, 1) + (100.0 if point >= 7 else -100.0))
+
+
+def _sorted(x, w, point):
+    u = x @ w
+    u = u if point >= 7 else u + 1e4 * torch.arange(N, dtype=F64)
+    return u.sort()[0]
+
+
+def _gathered(x, w, point):
+    return (x @ w).gather(0, torch.arange(N).roll(int(point >= 7)))
+
+
+def _chosen(x, w, point):
+    u = torch.outer(x @ w, torch.ones(2, dtype=F64))
+    return u[torch.arange(N).roll(int(point >= 7)), torch.zeros(N, dtype=torch.long)]
+
+
+@pytest.mark.parametrize("make", [_gate, _sorted, _gathered, _chosen])
+def test_rows_that_meet_later_are_seen_at_once(make):
+    w, x = torch.randn(3, dtype=F64, requires_grad=True), _inputs()
+    point, seen = None, []
+    for k in range(1, 9):
+        closure = functools.partial(make, x, w, k)
+        point = EvaluatedPoint(closure, [w], "residuals", like=point)
+        J = point.jacobian()
+        assert error(J.rows(), _all_rows(closure, [w])) < ROUNDING
+        seen.append(J.rows_by == ONE)
+    assert seen == [True] * 6 + [False] * 2
+
+
+def test_each_batch_is_checked_where_its_rows_may_be_others():
+    w, x = torch.randn(3, dtype=F64, requires_grad=True), _inputs()
+    shifts = [0, 0, 1]
+
+    def residuals(shift):
+        return (x @ w).gather(0, torch.arange(N).roll(shift))
+
+    J = Jacobian(residuals, [w], batches=shifts)
+    want = torch.cat([_all_rows(functools.partial(residuals, s), [w]) for s in shifts])
+    assert error(J.rows(), want) < ROUNDING
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_known_operations_are_no_guess(name):
+    net = _dense_net(ACTIVATIONS[name], 1)
+    x = _inputs().requires_grad_()
+
+    def residuals():
+        u = net(x)
+        return _slope(_slope(u, x).sum(1), x)[:, 0] + u[:, 0].square() - 1
+
+    assert _rows_of(lambda: net(x), list(net.parameters())).guessed is None
+    assert _rows_of(residuals, list(net.parameters())).guessed is None
+
+
+def test_labels_of_each_row_are_no_guess():
+    net, labels = _dense_net(out=4), torch.randint(4, (N,))
+    x = _inputs()
+    for closure in (
+        lambda: F.cross_entropy(net(x), labels, reduction="none"),
+        lambda: net(x).log_softmax(1)[torch.arange(N), labels],
+        lambda: net(x).softmax(-1).gather(1, labels[:, None]),
+    ):
+        assert _rows_of(closure, list(net.parameters())).guessed is None
+
+
+@pytest.mark.parametrize("width", [7, 2])
+def test_fewer_lookups_than_columns(width):
+    table = nn.Embedding(5, width).double()
+    _same_rows(lambda: table(torch.tensor([2, 2, 4])) - 1, [table.weight])
+
+
+def test_a_parameter_in_a_computed_value_that_a_zero_hides_is_not_checked_yet():
+    w, v = (torch.randn(3, dtype=F64, requires_grad=True) for _ in range(2))
+    x, q = _inputs(), torch.zeros((), dtype=F64)
+    u = torch.randn(N, dtype=F64)
+    for expected in (False, True):
+        rows = _rows_of(lambda q=q: x @ w + q * (x @ v.exp()), [w, v])
+        assert rows.check(u, torch.finfo(F64).eps) == (None, expected)
+        q = q + 1
+
+
+def test_blocks_of_rows_are_those_of_one_generator():
+    w, x = torch.randn(3, dtype=F64, requires_grad=True), _inputs()
+    J = Jacobian(lambda: (x @ w).tanh(), [w])
+    want = _all_rows(lambda: (x @ w).tanh(), [w])
+    J.outer()
+    others = J.row_blocks(2 * 3 * 8)
+    for rows, block in J.row_blocks(2 * 3 * 8):
+        J.outer()
+        next(others)
+        assert error(block, want[rows]) < ROUNDING
+
+
+def _of_samples(x):
+    """Residuals in fours whose graph is not understood, their parameters, and the function of one sample."""
+    net = nn.Linear(3, 4).double()
+    params = dict(net.named_parameters())
+
+    def residuals():
+        u = net(x).tanh()
+        v = u.T.reshape(len(x), 4)
+        return u + (v - v)
+
+    return residuals, params, lambda p, sample: torch.func.functional_call(net, p, (sample,)).tanh()
+
+
+@pytest.mark.parametrize("max_bytes", [1, 200, 500])
+def test_a_block_has_room_for_one_sample(max_bytes):
+    x = _inputs(9)
+    residuals, params, row = _of_samples(x)
+    J, want = Jacobian(residuals, params, row=row, samples=x), _all_rows(residuals, list(params.values()))
+    assert error(J.gram(max_bytes=max_bytes), want.T @ want) < ROUNDING
+    assert J.rows_by.startswith("row: ")
+    assert error(J.outer(max_bytes=max_bytes), want @ want.T) < ROUNDING
+    for rows, block in J.row_blocks(max_bytes):
+        assert error(block, want[rows]) < ROUNDING
+
+
+def test_residuals_of_samples_that_are_not_finite():
+    x = _inputs(9)
+    x[0, 0] = torch.nan
+    net = _Floor(4).double()
+    params = dict(net.named_parameters())
+
+    def residuals():
+        return net(x)
+
+    def row(p, sample):
+        return torch.func.functional_call(net, p, (sample,))
+
+    J = Jacobian(residuals, params, row=row, samples=x)
+    assert J.rows().isnan().any(1).tolist() == [True] * 4 + [False] * 32
+    assert J.rows_by.startswith("row: ")
+    other = Jacobian(residuals, params, row=lambda p, s: row(p, s.nan_to_num()), samples=x)
+    with pytest.raises(ValueError, match="row: expected the 36 residuals of the closure"):
+        other.rows()
+
+
+def test_a_function_of_one_sample_is_checked_at_the_first_point_that_tells():
+    a, x = torch.zeros(2, dtype=F64, requires_grad=True), torch.rand(6, 2, dtype=F64)
+
+    def residuals():
+        u = (x * a).abs().sum(1).sqrt()
+        v = torch.stack([u, u], 1)
+        return v + v.T.reshape(6, 2) - v.T.reshape(6, 2)
+
+    def wrong(p, sample):
+        u = (sample * p[0]).abs().sum().sqrt()
+        return torch.stack([2 * u - u.detach()] * 2)
+
+    J = Jacobian(residuals, [a], row=wrong, samples=x)
+    J.rows()
+    with torch.no_grad():
+        a.fill_(1)
+    with pytest.raises(ValueError, match="row: expected the derivatives of the closure"):
+        J.rows()
+
+
+def test_no_residuals():
+    net, x = _dense_net(), _inputs()
+    J = Jacobian(lambda: net(x)[:0], net.parameters())
+    assert J.rows().shape == (0, J.params.n)
+    assert torch.equal(J.gram(), torch.zeros(J.params.n, J.params.n, dtype=F64))
+    _same_rows(lambda: [net(x), net(x)[:0]], list(net.parameters()))

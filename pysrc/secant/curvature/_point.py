@@ -46,7 +46,7 @@ class _Routine:
     """Counts the points of one problem, and tells which of them are looked at closely.
 
     The first is, the second, the fourth, the eighth and so on, and any whose closure is another function than that of
-    the one before.
+    the one before, or computes something else as far as the size of its graph shows; then the next one is too.
 
     Attributes:
         is_quiet: see `KeptEvaluator`; at the last point that was looked at.
@@ -54,14 +54,25 @@ class _Routine:
 
     def __init__(self) -> None:
         self.is_quiet = False
-        self._count, self._code = 0, None
+        self._count = 0
+        self._code: Any = None
+        self._graph: Any = None
 
     def is_due(self, closure: Callable[[], Any]) -> bool:
         """Count a point, and tell whether it is looked at."""
-        code = getattr(closure, "__code__", None)
+        code = _code_of(closure)
         self._count = self._count + 1 if code is self._code else 1
         self._code = code
         return self._count & (self._count - 1) == 0
+
+    def is_new(self, graph: Any) -> bool:
+        """Tell whether a point has another graph than the one before, so that it is looked at after all."""
+        before, self._graph = self._graph, graph
+        if graph == before:
+            return False
+        if self._count & (self._count - 1):
+            self._count = 0
+        return True
 
 
 class _Gradient:
@@ -204,6 +215,7 @@ class EvaluatedPoint:
         randomness = Randomness(params.device, foreign=watched)
         self._evaluator = KeptEvaluator(self._closure, 0, randomness, params.tensors, warn)
         self._evaluator.watched = watched
+        begun = torch.autograd._get_sequence_nr()
         result = self._result = self._evaluator()
         if watched:
             self._routine.is_quiet = self._evaluator.is_quiet
@@ -211,6 +223,8 @@ class EvaluatedPoint:
             raise self._other("one that called backward")
         with torch.enable_grad():
             self._loss = self._read(result)
+        if self._routine.is_new(_fingerprint(self._loss, begun)):
+            self._is_light = False
         self._parts = _Gradient(self._loss, params.tensors)
         self.value = mean_over_processes(self._loss.detach().reshape(()).clone(), self.process_group)
 
@@ -392,6 +406,21 @@ class EvaluatedPoint:
             return loss if result is known else _half_squares(jacobian.joined(name, result, dtype))
 
         return halved
+
+
+def _code_of(closure: Any) -> Any:
+    """Return what is the same of closures that are one function."""
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    return getattr(closure, "__code__", None) or type(closure)
+
+
+def _fingerprint(loss: Tensor, begun: int) -> tuple[Any, ...]:
+    """Return how many nodes were made since `begun` for a loss, and what the last of them are."""
+    node = loss.grad_fn
+    if node is None:
+        return ()
+    return node._sequence_nr() - begun, node.name(), *(k.name() for k, _ in node.next_functions if k is not None)
 
 
 def _whole(result: Any) -> Any:

@@ -1,8 +1,8 @@
 """Where the rows of residuals are in every value of a graph: from the residuals down to the parameters.
 
 A layout says along which dimension of a value the residuals have their parts. Known operations carry it to their
-arguments by what they do, others by the sizes of these. Where that is a guess, and where an operation mixes rows and
-changes no shape (a cumulative sum), the product of the rows with a random vector tells (`Rows.check`).
+arguments by what they do, others by the sizes of these. Where that is a guess, as where an operation mixes rows and
+changes no shape (a cumulative sum), the product of the rows with a random vector tells (`Rows.check`), at each point.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor
 
 from secant.curvature import _row_uses
@@ -78,6 +79,10 @@ def _by_sizes(node: Node, number: int, layout: Layout, shape: Shape, inner: Shap
         else:
             raise NotUnderstood(f"where {name} takes the rows of its result from is not known here")
     return found
+
+
+class _Guess(Exception):
+    """Says that a rule does not know what the operation does here, so that only sizes tell."""
 
 
 def _view(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
@@ -210,6 +215,21 @@ def _reduced(node: Node, number: int, layout: Layout, shape: Shape, inner: Shape
     return [layout._replace(dim=left[layout.dim])]
 
 
+def _along(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
+    """Mix numbers along some dimensions alone."""
+    dims = node._saved_dims if hasattr(node, "_saved_dims") else (node._saved_dim,)
+    if not dims or layout.dim in {signed(d) % len(shape) for d in dims}:  # none: a roll of the flat value
+        raise _Guess
+    return [None if s is None else layout for s in inner]
+
+
+def _separate(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
+    """Samples along the first dimension, which the operation does not mix."""
+    if layout.dim != 0:
+        raise _Guess
+    return _first(node, number, layout, shape, inner)
+
+
 def _mm(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
     both: Layouts = (layout, None) if layout.dim == 0 else (None, layout)
     if name_of(node) == "MmBackward0":
@@ -230,6 +250,12 @@ def _bmm(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -
 def _first(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
     """Samples along the first dimensions of the first argument; the others belong to all of them."""
     return [layout, *[None] * (len(inner) - 1)]
+
+
+def _linear(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
+    if layout.dim == len(shape) - 1:
+        raise NotUnderstood("rows are outputs of a linear layer")
+    return _first(node, number, layout, shape, inner)
 
 
 def _samples(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
@@ -263,10 +289,26 @@ def _indexed(node: Node, number: int, layout: Layout, shape: Shape, inner: Shape
     assert source is not None
     several = [i for i in node._saved_indices if i is not None]
     if len(several) > 1 and layout.dim == 0 and source[0] == shape[0]:
+        if not _counts(node._saved_indices[0], source[0]):
+            raise _Guess
         return [layout]
     if node._saved_indices[0] is None and len(shape) == len(source):
+        if len(several) > 1:
+            raise _Guess
         return [layout] if layout.dim == 0 else [None]
     return [None]
+
+
+def _guessed_index(layout: Layout, shape: Shape, inner: Shapes) -> Layouts:
+    """Guess that each row has entries of its own."""
+    return [layout] if layout.dim == 0 and inner[0] is not None and inner[0][0] == shape[0] else [None]
+
+
+def _counts(index: Tensor | None, count: int) -> bool:
+    """Tell whether an index is 0, 1, 2, ..., one for each row."""
+    if index is None or index.dtype is torch.bool or index.shape[0] != count or index.numel() != count:
+        return False
+    return torch.equal(index.reshape(-1), torch.arange(count, dtype=index.dtype, device=index.device))
 
 
 _RULES: dict[str, Rule] = {
@@ -290,7 +332,7 @@ _RULES: dict[str, Rule] = {
     "MvBackward0": _mv,
     "AddmvBackward0": _mv,
     "BmmBackward0": _bmm,
-    "LinearBackward0": _first,
+    "LinearBackward0": _linear,
     "ConvolutionBackward0": _samples,
     "NativeLayerNormBackward0": _normalised,
     "FusedRmsNormBackward0": _normalised,
@@ -306,19 +348,64 @@ _RULES: dict[str, Rule] = {
             "NegBackward0", "PowBackward0", "PowBackward1", "ExpBackward0", "LogBackward0", "SqrtBackward0",
             "TanhBackward0", "TanhBackwardBackward0", "SigmoidBackward0", "SigmoidBackwardBackward0", "SinBackward0",
             "CosBackward0", "ExpandBackward0", "CloneBackward0", "ToCopyBackward0", "WhereBackward0",
-            "PreluKernelBackward0",
+            "PreluKernelBackward0", "ReluBackward0", "ThresholdBackward0", "ThresholdBackwardBackward0",
+            "GeluBackward0", "GeluBackwardBackward0", "SiluBackward0", "SiluBackwardBackward0", "SoftplusBackward0",
+            "SoftplusBackwardBackward0", "EluBackward0", "EluBackwardBackward0", "LeakyReluBackward0",
+            "LeakyReluBackwardBackward0", "MishBackward0", "HardtanhBackward0", "HardtanhBackwardBackward0",
+            "HardswishBackward0", "HardswishBackwardBackward0", "HardsigmoidBackward0", "LogSigmoidBackward0",
+            "LogSigmoidBackwardBackward0", "SoftshrinkBackward0", "HardshrinkBackward0", "NativeDropoutBackward0",
+            "AbsBackward0", "SgnBackward0", "SignBackward0", "MaximumBackward0", "MinimumBackward0", "ClampBackward0",
+            "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "ClampMinBackward1", "ClampMaxBackward1",
+            "MaskedFillBackward0", "TanBackward0", "SinhBackward0", "CoshBackward0", "AsinBackward0", "AcosBackward0",
+            "AtanBackward0", "Atan2Backward0", "ErfBackward0", "Expm1Backward0", "Exp2Backward0", "Log1PBackward0",
+            "Log2Backward0", "Log10Backward0", "RsqrtBackward0", "ReciprocalBackward0", "DivBackward1",
+            "AddBackward1", "SubBackward1", "RsubBackward0", "AddcmulBackward0", "AddcdivBackward0", "LerpBackward0",
+            "LerpBackward1", "LogaddexpBackward0", "XlogyBackward0", "MseLossBackward0", "SmoothL1LossBackward0",
+            "HuberLossBackward0", "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0",
         ),
         _pointwise,
+    ),
+    **dict.fromkeys(
+        (
+            "SumBackward1", "MeanBackward1", "LogsumexpBackward0", "AmaxBackward0", "AminBackward0", "MaxBackward0",
+            "MinBackward0", "LinalgVectorNormBackward0", "NormBackward1", "VarBackward0", "StdBackward0",
+            "ProdBackward1",
+        ),
+        _reduced,
+    ),
+    **dict.fromkeys(
+        (
+            "SoftmaxBackward0", "LogSoftmaxBackward0", "CumsumBackward0", "CumprodBackward0", "LogcumsumexpBackward0",
+            "GatherBackward0", "SortBackward0", "TopkBackward0", "GluBackward0", "RollBackward0", "FlipBackward0",
+        ),
+        _along,
+    ),
+    **dict.fromkeys(
+        (
+            "NllLossBackward0", "MaxPool2DWithIndicesBackward0", "AvgPool2DBackward0", "AdaptiveAvgPool2DBackward0",
+        ),
+        _separate,
     ),
 }  # fmt: skip
 
 
-def rule_of(node: Node) -> Rule:
-    """Return the rule of a node."""
-    rule = _RULES.get(name_of(node))
+def carry(node: Node, number: int, layout: Layout, shape: Shape, inner: Shapes) -> tuple[Layouts, bool]:
+    """Return the layout in each argument, and whether that is a guess from their sizes.
+
+    Raises:
+        NotUnderstood: it is not known.
+    """
+    name = name_of(node)
+    rule = _RULES.get(name)
     if rule is not None:
-        return rule
-    return _reduced if hasattr(node, "_saved_dim") and hasattr(node, "_saved_keepdim") else _by_sizes
+        try:
+            return rule(node, number, layout, shape, inner), False
+        except _Guess:
+            if rule is _indexed:
+                return _guessed_index(layout, shape, inner), True
+    elif hasattr(node, "_saved_dim") and hasattr(node, "_saved_keepdim"):
+        return _reduced(node, number, layout, shape, inner), True
+    return _by_sizes(node, number, layout, shape, inner), True
 
 
 # Walks ----------------------------------------------------------------------------------------------------------------
@@ -344,7 +431,8 @@ class Trace:
 
     Attributes:
         uses: with the value that is used: a parameter, or one made of parameters alone. nodes: with rows. names: of the
-            nodes. own: places of the parameters that have rows themselves.
+            nodes. own: places of the parameters that have rows themselves. guessed: a node whose arguments' layouts are
+            guesses, if there is one.
 
     Raises:
         NotUnderstood: rows depend on each other, or an operation is not known.
@@ -355,6 +443,7 @@ class Trace:
         self.own: set[int] = set()
         self._kept: list[tuple[Tensor, int]] = []
         self.names: list[str] = []
+        self.guessed: str | None = None
         layouts, waiting = {top: layout}, [top]
         while waiting:
             edge = waiting.pop()
@@ -371,7 +460,9 @@ class Trace:
             self.names.append(name_of(node))
             shape = shape_of(edge)
             inner = [None if kid[0] is None else shape_of(kid) for kid in arguments]
-            found = _read(node, lambda: rule_of(node)(node, number, here, shape, inner))  # noqa: B023
+            found, is_guess = _read(node, lambda: carry(node, number, here, shape, inner))  # noqa: B023
+            if is_guess:
+                self.guessed = self.guessed or self.names[-1]
             for i in live:
                 kid, below_it = arguments[i], found[i]
                 if below_it is None:

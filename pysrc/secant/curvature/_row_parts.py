@@ -127,7 +127,8 @@ class Part:
 
     Attributes:
         count: rows of a pass. starts, step: where row 0 of each pass is among the residuals, and row 1 behind it.
-        edges: where gradients are needed. computed: values made of parameters alone.
+        edges: where gradients are needed. computed: values made of parameters alone. used: places of the parameters
+            that these are made of, or that are used themselves.
     """
 
     def __init__(self, top: Edge, places: Tensor, dim: int, reach: set[Node], slots: Slots, params: Parameters) -> None:
@@ -164,6 +165,7 @@ class Part:
                 target.add(use, shape_of(edge), turned, self.count)
         if touched & trace.own:
             raise NotUnderstood("a parameter is used row by row, and by all rows too")
+        self.used = touched | trace.own
         self.direct = [target for key, target in targets.items() if isinstance(key, int)]
         self.indirect = [targets[edge] for edge in self.computed]
         self.untouched = [

@@ -79,8 +79,7 @@ class Facts:
             return Passes(operator, first, m)
         self.said = f"row: {reason}"
         found = row.at(parts)
-        if "row" not in self.seen:
-            found.check(parts, operator)
+        if "row" not in self.seen and found.check(parts, operator):
             self.seen["row"] = 1
         return found
 
@@ -89,19 +88,23 @@ class Facts:
 
         Where the same was computed before with values of the same shapes, that stays so, but what multiplies a zero (of
         a last layer at its start) may hide until that is one no longer. So it is checked again at the next point as
-        long as a parameter has no gradient, and at the second, fourth, eighth and so on in any case.
+        long as a parameter has no gradient, and at the second, fourth, eighth and so on in any case. Where an operation
+        is not known, what it does may depend on values (a sort, an index), so that each point and batch is checked.
         """
+        if not _rows.is_telling(operator._eps):
+            guess = f"that {rows.guessed} keeps rows apart cannot be checked at this precision"
+            return guess if rows.guessed else None
         signature = rows.signature()
         if signature in self.reasons:
             return self.reasons[signature]
         count = self.seen.get(signature, 0) + 1
-        if count & (count - 1):
+        if count & (count - 1) and not rows.guessed:
             self.seen[signature] = count
             return None
         generator = operator.generator(count)
         w = torch.randn(rows.m, dtype=operator.dtype, device=operator.device, generator=generator)
         reason, telling = rows.check(w, operator._eps)
-        if reason == _rows.NOT_FINITE and count > 1:
+        if reason == _rows.NOT_FINITE and count > 1 and not rows.guessed:
             return None  # of what was checked before; the count stays for the next point
         if reason is None:
             self.seen[signature] = count if telling else 0
@@ -113,7 +116,7 @@ class Facts:
 class Passes:
     """Rows by one backward pass each, several at once where that works."""
 
-    full = True
+    full, least = True, 1
 
     def __init__(self, operator: Jacobian, first: int, m: int) -> None:
         self.operator, self.first, self.m = operator, first, m
@@ -177,10 +180,7 @@ class RowFunction:
         residuals = torch.cat([x.detach().reshape(-1) for x in parts])
         got = source.values()
         eps = max(torch.finfo(x.dtype).eps for x in (residuals, got))
-        near = got.shape == residuals.shape and bool(
-            torch.linalg.vector_norm(got - residuals) <= eps**0.5 * (1 + torch.linalg.vector_norm(residuals))
-        )
-        if not near:
+        if got.shape != residuals.shape or not _are_near(got, residuals, eps**0.5):
             expected = f"the {len(residuals)} residuals of the closure, sample by sample"
             raise _checks.fail(self.op, "row", expected, f"{len(got)} others" if got.dim() else "one")
         return source
@@ -192,6 +192,14 @@ class RowFunction:
         if not isinstance(found, Tensor):
             raise TypeError(f"{self.op}: row: expected residuals of one sample, got {type(found).__name__}")
         return found.reshape(-1)
+
+
+def _are_near(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """Tell whether the same numbers are finite, and these agree."""
+    finite = torch.isfinite(y)
+    same = (torch.isfinite(x) == finite).all()
+    x, y = x.where(finite, 0.0), y.where(finite, 0.0)
+    return bool(same & (torch.linalg.vector_norm(x - y) <= tolerance * (1 + torch.linalg.vector_norm(y))))
 
 
 class ByFunction:
@@ -206,16 +214,20 @@ class ByFunction:
     def __init__(self, function: RowFunction, samples: tuple[Tensor, ...]) -> None:
         self.function, self.samples = function, samples
         self.points = [p.detach() for p in function.params.tensors]
-        self.m = 0
+        self.m, self.least = 0, 1
 
     def values(self) -> Tensor:
         """Return the residuals of all samples, flat."""
         found = torch.vmap(lambda *sample: self.function.call(self.points, sample))(*self.samples)
         self.m = found.numel()
+        self.least = max(1, self.m // max(1, len(self.samples[0])))
         return found.reshape(-1).detach()
 
-    def check(self, parts: Sequence[Tensor], operator: Jacobian) -> None:
+    def check(self, parts: Sequence[Tensor], operator: Jacobian) -> bool:
         """Compare J^T w with automatic differentiation of the closure, for a random w.
+
+        Returns:
+            Whether it did: not so where that is not finite.
 
         Raises:
             ValueError: they differ.
@@ -233,15 +245,17 @@ class ByFunction:
             block = w.new_empty(rows.stop - rows.start, params.n)
             write(block)
             got.addmv_(block.T, w[rows])
-        if bool(torch.isfinite(want).all()) and not agree(got, want, operator._eps):
+        if not bool(torch.isfinite(want).all()):
+            return False
+        if not agree(got, want, operator._eps):
             expected = "the derivatives of the closure's residuals, each of one sample alone"
             raise _checks.fail(self.function.op, "row", expected, "the same values with others")
+        return True
 
     def blocks(self, most: int) -> Iterator[tuple[slice, _rows.Write]]:
         """Yield where at most so many rows are, or those of one sample, and what writes them."""
-        count = len(self.samples[0])
-        each = self.m // max(1, count)
-        step = max(1, min(most, _TOGETHER) // max(1, each))
+        count, each = len(self.samples[0]), self.least
+        step = max(1, min(most, _TOGETHER) // each)
         for low in range(0, count, step):
             high = min(count, low + step)
             yield slice(low * each, high * each), functools.partial(self._write, low, high)

@@ -371,6 +371,8 @@ def _chosen(node: Node, at: Edge, layout: Layout, index: int, shape: Shape, inne
 def _embedding(node: Node, at: Edge, layout: Layout, index: int, shape: Shape, inner: Shape) -> Use:
     if node._saved_scale_grad_by_freq:
         raise NotUnderstood("an embedding with scale_grad_by_freq")
+    if layout.dim >= node._saved_indices.dim():
+        raise NotUnderstood("rows are columns of an embedding")
     return Lookup(at, layout, inner, node._saved_indices, signed(node._saved_padding_idx))
 
 

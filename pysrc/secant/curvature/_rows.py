@@ -26,7 +26,7 @@ from secant import _checks, ops
 from secant.curvature import _graph, _row_layouts
 from secant.curvature._graph import Edge, Node, Slots
 from secant.curvature._parameters import Parameters
-from secant.curvature._row_parts import Part, resolve, take_apart
+from secant.curvature._row_parts import Part, take_apart
 from secant.curvature._row_uses import NotUnderstood
 
 #: Numbers of a residual tensor that is not understood for which a backward pass each is as good.
@@ -34,6 +34,9 @@ _FEW = 8
 _CHECKED_BYTES = 2**26
 #: Roundings of a number on its way through the backward pass, for the bound of the check.
 _ROUNDINGS = 128
+
+#: Share of a row that roundings may make up in the check, beyond which it tells nothing.
+_MOST = 0.05
 
 NOT_FINITE = "the rows are not finite at this point, so that they cannot be checked"
 
@@ -43,11 +46,12 @@ Write = Callable[[Tensor], None]
 class Source(Protocol):
     """Rows of one batch.
 
-    m: how many. full: whether blocks hold all of them; the others are zero.
+    m: how many. full: whether blocks hold all of them; the others are zero. least: of how many a block has room.
     """
 
     m: int
     full: bool
+    least: int
 
     def blocks(self, most: int) -> Iterator[tuple[slice, Write]]:
         """Yield where at most so many rows are, and what writes them into a tensor (rows, n)."""
@@ -88,11 +92,14 @@ class Rows:
         residuals: tensors, with or without a graph. params, slots: of the operator.
 
     Attributes:
-        m: how many rows there are. full: whether all of them are in blocks; the others are zero.
+        m: how many rows there are. full: whether all of them are in blocks; the others are zero. guessed: an operation
+            that rows depend on each other by for all that is known, if there is one.
 
     Raises:
         NotUnderstood: rows depend on each other, or a parameter is used in a way that is not known.
     """
+
+    least = 1
 
     def __init__(self, residuals: Sequence[Tensor], params: Parameters, slots: Slots) -> None:
         self.params, self.slots = params, slots
@@ -105,12 +112,13 @@ class Rows:
         self.parts: list[Part] = []
         self.singles: list[int] = []
         for edge, residual, (start, length) in zip(edges, self.residuals, self.ranges, strict=True):
-            if edge[0] not in reach and edge not in slots:
+            if not length or (edge[0] not in reach and edge not in slots):
                 continue
             places = torch.empty(start + length, device="meta")[start:].view(residual.shape)
             for shapes in take_apart(edge, places, reach, slots):
                 self._read(shapes, reach)
         self.full = sum(len(p.starts) * p.count for p in self.parts) + len(self.singles) == self.m
+        self.guessed = next((part.trace.guessed for part in self.parts if part.trace.guessed), None)
         self.passes: list[_Pass] = []
         for part in self.parts:
             alone = bool(part.trace.own)  # the gradient of a parameter itself is that of all parts of a pass
@@ -200,8 +208,10 @@ class Rows:
     def check(self, w: Tensor, eps: float) -> tuple[str | None, bool]:
         """Compare J^T w with automatic differentiation.
 
-        A sum over m rows of products of numbers that were rounded some hundred times on their way differs by no more
-        than (m + 128) eps sum_i |w_i| B_i, where B_i bounds row i by the absolute values of what was added up.
+        Row i, rounded some hundred times on its way, is off by no more than 128 eps B_i, where B_i bounds it by the
+        absolute values of what was added up. Since the signs of w are random, their sum is off by some
+        128 eps (sum_i w_i^2 B_i^2)^(1/2), and adding m terms in turn, whose sum grows as m^(1/2) too, rounds it by no
+        more than m^(1/2) eps times the same root.
 
         Args:
             w: (m,), random. eps: of the coarsest precision of the closure.
@@ -215,39 +225,39 @@ class Rows:
         errors, wants, bounds = _compared(self._sized_blocks, want, w, params)
         if not bool(torch.isfinite(errors).all()):
             return NOT_FINITE, False
-        slots = {slot for part in self.parts for _, edge in part.trace.uses for slot in _slots_of(edge, self.slots)}
-        telling = all(bool(wants[slot] > 0) for slot in slots)
-        allowed = (self.m + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
+        telling = all(bool(wants[slot] > 0) for part in self.parts for slot in part.used)
+        allowed = (self.m**0.5 + _ROUNDINGS) * eps * bounds + _ROUNDINGS * eps * torch.linalg.vector_norm(bounds)
         if bool((errors > allowed).any()):
             share = float((errors / torch.linalg.vector_norm(wants).clamp_min(torch.finfo(torch.float64).tiny)).max())
             return f"rows depend on each other: J^T w differs from the product w.J by {share:.1e} of its norm", telling
         return None, telling
 
 
+def is_telling(eps: float) -> bool:
+    """Tell whether a check at this precision can see anything."""
+    return _ROUNDINGS * eps <= _MOST
+
+
 def _compared(
     blocks: Callable[[int], Iterator[tuple[slice, Callable[..., None]]]], want: Tensor, w: Tensor, params: Parameters
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norms, parameter by parameter, of J^T w less what it should be, of that, and of a bound of B^T |w|."""
-    got, bound, n = torch.zeros_like(want), torch.zeros_like(want), params.n
+    """Return norms, parameter by parameter: of J^T w less what it should be, of that, and (sum_i w_i^2 B_i^2)^(1/2)."""
+    n = params.n
+    got, squares = torch.zeros(2, n, dtype=torch.float64, device=want.device)
     for rows, write in blocks(max(1, _CHECKED_BYTES // (n * want.itemsize))):
-        some = w[rows]
+        some = w[rows].double()
         block = torch.empty(len(some), n, dtype=want.dtype, device=want.device)
         write(block, size=_same)
-        got.addmv_(block.T, some)
+        got.addmv_(block.double().T, some)
         write(block, size=torch.abs)
-        bound.addmv_(block.abs_().T, some.abs())
-    parts = ((got.double() - want.double()), want.double(), bound.double())
+        squares.addmv_(block.double().square_().T, some.square())
+    parts = (got - want.double(), want.double(), squares.sqrt_())
     norms = [torch.stack([torch.linalg.vector_norm(x) for x in part.split(params.sizes)]) for part in parts]
     return norms[0], norms[1], norms[2]
 
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _slots_of(edge: Edge, slots: Slots) -> list[int]:
-    found = resolve(edge, slots)
-    return [] if found is None else [found[0]]
 
 
 def _slice(start: int, step: int, low: int, high: int) -> slice:

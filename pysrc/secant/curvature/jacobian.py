@@ -266,7 +266,7 @@ class Jacobian(_JacobianOperator):
         _checks.integer(f"{self._name}.row_blocks", "max_bytes", max_bytes, 1)
         with self._reading_rows():
             sources = self._row_sources()
-        chunks = self._chunks(sources, max_bytes)
+        chunks = self._chunks(sources, max_bytes, own=True)
         while True:
             with self._reading_rows():
                 found = next(chunks, None)
@@ -367,7 +367,7 @@ class Jacobian(_JacobianOperator):
                 _rows.symmetric_product(whole.T, out, accumulate=False)
                 return out
             out.zero_()  # rows that no block holds
-            most, first = max(1, max_bytes // (2 * size)), 0
+            most, first = max(1, max_bytes // (2 * size), *(source.least for source in sources)), 0
             blocks: list[tuple[slice, Write]] = []
             for source in sources:
                 blocks += [(_moved(rows, first), write) for rows, write in source.blocks(most)]
@@ -417,18 +417,27 @@ class Jacobian(_JacobianOperator):
         self._state = self.params.state()
         return sources
 
-    def _chunks(self, sources: list[Source], max_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows, each overwritten by the next: all of a batch where they fit."""
+    def _chunks(self, sources: list[Source], max_bytes: int, *, own: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows, each overwritten by the next: all of a batch where they fit.
+
+        Args:
+            own: whether they are in memory of their own, rather than in that which other methods overwrite.
+        """
         n, first = self.params.n, 0
-        most = max(1, max_bytes // max(1, n * self.dtype.itemsize))
+        most = max(1, max_bytes // max(1, n * self.dtype.itemsize), *(source.least for source in sources))
+        rows = min(most, max((source.m for source in sources), default=0))
+        if own:
+            room = torch.empty(rows, n, dtype=self.dtype, device=self.device)
+        else:
+            room = self._facts.room(rows, n, self.dtype, self.device)
         for source in sources:
-            room = self._facts.room(min(source.m, most), n, self.dtype, self.device)
             if source.m <= most:
-                _fill(source, room)
-                yield slice(first, first + source.m), room
+                block = room[: source.m]
+                _fill(source, block)
+                yield slice(first, first + source.m), block
             else:
-                for rows, write in source.blocks(most):
-                    yield _moved(rows, first), _written(write, room, rows)
+                for places, write in source.blocks(most):
+                    yield _moved(places, first), _written(write, room, places)
             first += source.m
 
     def diag(self, num_probes: int | None = None, *, distribution: str = "rademacher", seed: Seed = 0) -> Diagonal:
