@@ -494,7 +494,7 @@ def test_kronecker_products_are_of_layers(curvature):
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_at_the_rounding_floor_it_stalls(name, dtype):
     loss, start = PROBLEMS["rosenbrock-10"]
-    x = start[0].to(dtype).requires_grad_()
+    x = start[0].to(dtype).clone().requires_grad_()
     optimizer = make(name, [x], max_iter=300)
     optimizer.step(lambda: loss([x]) + 1.0)  # of which the last decreases are lost
     assert optimizer.status in (Status.STALLED, Status.CONVERGED)

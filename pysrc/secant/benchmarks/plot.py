@@ -219,6 +219,7 @@ COLORS = {
     "BFGS": (STEP, "secant BFGS"),
     "LBFGS": (BF16, "secant LBFGS"),
     "NewtonCG": (SECANT, "secant NewtonCG"),
+    "NewtonCG, whole batch": (STEP, "secant NewtonCG, curvature of all"),
     "torch LBFGS": (TORCH, "torch LBFGS"),
     "Adam": ("#B22222", "Adam"),
     "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
