@@ -129,7 +129,8 @@ class EvaluatedPoint:
             made so, those in a row that are no power of two take for granted what was looked for in vain before: in
             the closure, a generator of its own, numbers drawn from Python's or numpy's, attention, normalisations and a
             call of backward; in its graph, layers, other parameters and operations without a second derivative. One of
-            a closure that is another function than the last one's is always looked at.
+            a closure that is another function than the last one's, or made another number of nodes, is always looked
+            at.
         process_group: as for `Hessian`.
         name: of the caller, for messages.
 

@@ -93,7 +93,7 @@ class Rows:
 
     Attributes:
         m: how many rows there are. full: whether all of them are in blocks; the others are zero. guessed: an operation
-            that rows depend on each other by for all that is known, if there is one.
+            of which only sizes tell that it keeps rows apart, if there is one.
 
     Raises:
         NotUnderstood: rows depend on each other, or a parameter is used in a way that is not known.

@@ -255,7 +255,7 @@ class Jacobian(_JacobianOperator):
         return self.rows()
 
     def row_blocks(self, max_bytes: int = _row_sources.MAX_BYTES) -> Iterator[tuple[slice, Tensor]]:
-        """Yield J in blocks of rows: where they are, and the block, which the next one overwrites.
+        """Yield J in blocks of rows: where they are, and the block, which only the next one overwrites.
 
         Args:
             max_bytes: that a block may take; one row at least is made.
