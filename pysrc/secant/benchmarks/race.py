@@ -91,7 +91,7 @@ class Race(Case):
     #: Starts, each a seed.
     SEEDS: ClassVar[int] = 3
     #: Seconds that ours may take, and peers at most.
-    SECONDS: ClassVar[tuple[float, float]] = (30.0, 25.0)
+    SECONDS: ClassVar[tuple[float, float]] = (30.0, 12.0)
     FAILURE = "does not get there"
 
     @property

@@ -314,21 +314,21 @@ class Rows(Case):
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Case]]:
-    """List what `python -m secant bench` measures, the errors of a problem in one race."""
+    """List what `python -m secant bench` measures, the errors of a problem in one race; `full`: peers in all of them."""
     everyone = ("NaturalGradient", "BFGS", "LBFGS", *PEERS)
     rows: list[Sequence[Case]] = [[Rows("Jacobian", widths)] for widths in ROWS]
     if quick:
         return [rows[0], [Fit("poisson-2d", 0.5)]]
-    ours, few = ("NaturalGradient", "BFGS"), ("BFGS", "LBFGS", "torch LBFGS", "Adam")
+    few: tuple[str, ...] = ("BFGS", "LBFGS", "torch LBFGS", "Adam") if full else ()
     return [
         *rows,
-        [Fit("poisson-2d", 1e-3, everyone), Fit("poisson-2d", 1e-4, everyone), Fit("poisson-2d", 1e-6, ours)],
-        [Fit("heat-1+1d", 1e-3, few), Fit("heat-1+1d", 1e-5, ("BFGS",))],
+        [Fit("poisson-2d", 1e-3, everyone), Fit("poisson-2d", 1e-4, everyone), Fit("poisson-2d", 1e-6)],
+        [Fit(SINC, 3.3e-7)],
+        [Fit("heat-1+1d", 1e-3, few), Fit("heat-1+1d", 1e-5)],
+        [Fit(DEEP, 1e-3, ("LBFGS", *few[2:]))],
         [Fit("poisson-5d", 1e-3, few)],
         [Fit("heat-4+1d", 1e-3, few)],
-        [Fit("reaction-2d", 1e-3, few)],
-        [Fit(DEEP, 1e-3, ("LBFGS", "torch LBFGS", "Adam"))],
-        [Fit(SINC, 3.3e-7)],
+        *([[Fit("reaction-2d", 1e-3, few)]] if full else []),
     ]
 
 
