@@ -314,7 +314,7 @@ class Rows(Case):
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Case]]:
-    """List what `python -m secant bench` measures, the errors of a problem in one race; `full`: peers in all of them."""
+    """List what `python -m secant bench` measures, the errors of a problem in one race; `full`: with all peers."""
     everyone = ("NaturalGradient", "BFGS", "LBFGS", *PEERS)
     rows: list[Sequence[Case]] = [[Rows("Jacobian", widths)] for widths in ROWS]
     if quick:
