@@ -302,7 +302,7 @@ def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
     FigureCanvasAgg(figure)
     top, bottom = 1 - 0.75 / (4.4 * lines), 0.9 / (4.4 * lines + 0.5)
     grid = figure.add_gridspec(
-        lines, columns, left=0.05, right=1 - 0.32 / columns, top=top, bottom=bottom, wspace=0.62, hspace=0.5
+        lines, columns, left=0.13 / columns, right=1 - 0.32 / columns, top=top, bottom=bottom, wspace=0.62, hspace=0.5
     )
     for i, problem in enumerate(problems):
         own = [row for row in rows if row.case.op == problem and row.curve]
