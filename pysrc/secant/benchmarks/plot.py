@@ -219,7 +219,7 @@ COLORS = {
     "BFGS": (STEP, "secant BFGS"),
     "LBFGS": (BF16, "secant LBFGS"),
     "NewtonCG": (SECANT, "secant NewtonCG"),
-    "NewtonCG, whole batch": (STEP, "secant NewtonCG, curvature of all"),
+    "NewtonCG, whole batch": (STEP, "NewtonCG, whole batch"),
     "torch LBFGS": (TORCH, "torch LBFGS"),
     "Adam": ("#B22222", "Adam"),
     "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
@@ -286,10 +286,13 @@ def race_panel(ax: Axes, title: str, below: str, curves: Sequence[Curve], target
         ax.axhline(target, color="#d5d5d5", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.5)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: duration(x)))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
     _bare(ax)
     _title(ax, title, below)
+    ax.margins(y=0.15)  # labels of runs that end at the same error need room below it
     ax.autoscale_view()
+    low, high = ax.get_ylim()  # within a decade or so the ticks between have numbers, too
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}") if high < 20 * low else NullFormatter())
+    ax.tick_params(axis="y", which="minor", labelsize=8)
     _end_labels(ax, [(curve.label, curve.color, curve.seconds[-1], curve.losses[-1]) for curve in curves], 12.0)
 
 
@@ -302,7 +305,7 @@ def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
     FigureCanvasAgg(figure)
     top, bottom = 1 - 0.75 / (4.4 * lines), 0.9 / (4.4 * lines + 0.5)
     grid = figure.add_gridspec(
-        lines, columns, left=0.13 / columns, right=1 - 0.32 / columns, top=top, bottom=bottom, wspace=0.62, hspace=0.5
+        lines, columns, left=0.13 / columns, right=1 - 0.36 / columns, top=top, bottom=bottom, wspace=0.62, hspace=0.5
     )
     for i, problem in enumerate(problems):
         own = [row for row in rows if row.case.op == problem and row.curve]

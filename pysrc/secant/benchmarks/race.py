@@ -17,10 +17,13 @@ from typing import Any, ClassVar
 import torch
 
 from secant.benchmarks.case import Bar, Case, Check, Contender, Row, Wanted, everything, find, ratio
+from secant.benchmarks.measure import measure
 from secant.benchmarks.timing import Timed, Timing
 
 #: A peer may take this many times the seconds of ours to the same error.
 PATIENCE = 50.0
+#: Seconds that ours and peers may take where a family only shows that it runs.
+QUICK_SECONDS = 3.0
 #: Seconds of the warm-up of each optimizer.
 WARM_UP = 0.3
 
@@ -159,6 +162,13 @@ def race(cases: Sequence[Race], device: torch.device, *, seconds: float, wanted:
                 if (taken := reached(curve, target)) is not None:
                     best[target] = taken
     return [_row(case, name, curves[name]) for case in cases for name in order if case.target in goals[name]]
+
+
+def measured(cases: Sequence[Any], device: torch.device, *, seconds: float, wanted: Wanted = everything) -> list[Row]:
+    """Run races and time other cases, for a family with both; races are short if less than a second is given."""
+    if isinstance(cases[0], Race):
+        return race(cases, device, seconds=math.inf if seconds >= 1.0 else QUICK_SECONDS, wanted=wanted)
+    return measure(cases, device, seconds=seconds, wanted=wanted)
 
 
 def _row(case: Race, name: str, curves: Sequence[Sequence[tuple[float, float]]]) -> Row:

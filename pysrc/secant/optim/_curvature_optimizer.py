@@ -6,7 +6,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,20 @@ CURVATURE: Mapping[str, Option] = {
     "likelihood": _checks.one_of("categorical", "bernoulli", "gaussian"),
     "maximize": _checks.flag(),
 }
+
+
+class Proposal(NamedTuple):
+    """A step that minimises a model.
+
+    predicted: decrease that the model promises. size: |step|. inner: products that it took. finite: False where a
+    product was not.
+    """
+
+    step: Tensor
+    predicted: float
+    size: float
+    inner: int = 0
+    finite: bool = True
 
 
 class CurvatureOptimizer(PointOptimizer, abc.ABC):
@@ -142,6 +156,51 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
         before, after = (float(p.gradient().double().dot(step.double())) for p in (point, new))
         smaller = after <= -(1.0 - 2.0 * _SUFFICIENT) * before and self._grad_max(new) < self._grad_max(point)
         return 1.0 if after < before or smaller else -math.inf
+
+    def _without_norm(self, g: Tensor) -> Status | None:
+        """Return why no Krylov space begins at a gradient: its norm is no number, or squared to nothing; else None."""
+        norm = float(g.norm())
+        return None if 0.0 < norm < math.inf else Status.STALLED if norm == 0.0 else Status.NOT_FINITE
+
+    def _first_good(
+        self,
+        point: EvaluatedPoint,
+        propose: Callable[[], Proposal | Status],
+        learn: Callable[[float, Proposal, EvaluatedPoint | None], None],
+        *,
+        least: float,
+        before: Mapping[str, float],
+    ) -> Advance:
+        """Take the first proposal that lowers the loss by more than a share `least` of what its model promises.
+
+        Args:
+            propose: minimises the model as the state's numbers have it now; a `Status` where that cannot be done again.
+            learn: is told the ratio, the proposal, and the point where it led, and moves those numbers.
+            before: what the numbers are put back to where no proposal can be accepted.
+        """
+        inner, refused, finite = 0, False, False
+        while True:
+            found = propose()
+            if isinstance(found, Status):
+                return self._stay(found, inner)
+            inner += found.inner
+            if not (self._is_felt(found.step) and found.predicted > 0.0):
+                self._own.update(before)
+                bad = not found.finite or (refused and not finite)
+                return self._stay(Status.NOT_FINITE if bad else Status.STALLED, inner)
+            if self._is_spent():
+                return self._stay(Status.MAX_EVAL, inner)
+            new = self._try(found.step)
+            finite = finite or new is not None
+            ratio = self._ratio(point, new, found.step, found.predicted)
+            learn(ratio, found, new)
+            if ratio > least:
+                assert new is not None
+                return self._accept(new, found.step, found.size, inner)
+            if new is not None and self._is_blind(point, found.predicted):
+                self._own.update(before)
+                return self._stay(Status.STALLED, inner)
+            refused = True
 
     def _backtrack(
         self, point: EvaluatedPoint, d: Tensor, slope: float, *, bend: float = 0.0, inner: int = 0

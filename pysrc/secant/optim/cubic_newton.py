@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from secant import _checks
 from secant.curvature import EvaluatedPoint
-from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer
+from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer, Proposal
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.result import Status
-from secant.solvers import cubic
+from secant.solvers import CubicStep, cubic
 
 #: Ratios of a step that is accepted, and of one that is as good as the model says.
 _ACCEPTED, _GOOD = 0.1, 0.9
@@ -103,36 +102,31 @@ class CubicNewton(CurvatureOptimizer):
 
     def _advance(self, point: EvaluatedPoint) -> Advance:
         own, options = self._own, self.param_groups[0]
-        before = sigma = float(own["sigma"] or options["sigma"])
+        sigma = float(own["sigma"] or options["sigma"])
         g, b = point.gradient(), self._curvature(point)
-        if b is None:
-            return self._stay(Status.NOT_FINITE)
-        if not float(g.norm()) < math.inf:
-            return self._stay(Status.NOT_FINITE)
-        if not float(g.norm()) > 0.0:
-            return self._stay(Status.STALLED)  # it is squared below what a number can be
-        found = cubic(b._solver_product(), g, sigma=sigma, rtol=self._accuracy(g), max_iter=options["max_inner"])
-        inner, finite = found.iterations, False
-        while True:
-            predicted = found.decrease - sigma / 3.0 * found.size**3
-            if not (self._is_felt(found.x) and predicted > 0.0):
-                own["sigma"] = before
-                bad = found.status is Status.NOT_FINITE or (sigma > before and not finite)
-                return self._stay(Status.NOT_FINITE if bad else Status.STALLED, inner)
-            if self._is_spent():
-                return self._stay(Status.MAX_EVAL, inner)
-            new = self._try(found.x)
-            finite = finite or new is not None
-            rho = self._ratio(point, new, found.x, predicted)
+        why = Status.NOT_FINITE if b is None else self._without_norm(g)
+        if b is None or why is not None:
+            return self._stay(why or Status.NOT_FINITE)
+        model: CubicStep | None = None
+        product, accuracy = b._solver_product(), self._accuracy(g)
+
+        def propose() -> Proposal:
+            nonlocal model
+            inner = 0
+            if model is None:
+                model = cubic(product, g, sigma=sigma, rtol=accuracy, max_iter=options["max_inner"])
+                inner = model.iterations
+            else:
+                model = model.again(sigma)
+            predicted = model.decrease - sigma / 3.0 * model.size**3
+            return Proposal(model.x, predicted, model.size, inner, model.status is not Status.NOT_FINITE)
+
+        def learn(rho: float, step: Proposal, new: EvaluatedPoint | None) -> None:
+            nonlocal sigma
             if rho > _GOOD:
                 sigma = max(_LOWER * sigma, _LEAST)
             elif rho <= _ACCEPTED:
                 sigma *= _RAISE if rho > 0.0 else _RAISE_MUCH
             own["sigma"] = sigma
-            if rho > _ACCEPTED:
-                assert new is not None
-                return self._accept(new, found.x, found.size, inner)
-            if new is not None and self._is_blind(point, predicted):
-                own["sigma"] = before
-                return self._stay(Status.STALLED, inner)
-            found = found.again(sigma)
+
+        return self._first_good(point, propose, learn, least=_ACCEPTED, before={"sigma": sigma})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 
 from secant import _checks
 from secant.curvature import EvaluatedPoint
-from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer
+from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer, Proposal
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.result import Status
@@ -102,42 +101,29 @@ class SaddleFreeNewton(CurvatureOptimizer):
     def _advance(self, point: EvaluatedPoint) -> Advance:
         own, options = self._own, self.param_groups[0]
         g, b = point.gradient(), self._curvature(point)
-        if b is None:
-            return self._stay(Status.NOT_FINITE)
-        if not float(g.norm()) < math.inf:
-            return self._stay(Status.NOT_FINITE)
-        if not float(g.norm()) > 0.0:
-            return self._stay(Status.STALLED)  # it is squared below what a number can be
+        why = Status.NOT_FINITE if b is None else self._without_norm(g)
+        if b is None or why is not None:
+            return self._stay(why or Status.NOT_FINITE)
         model = KrylovModel(b._solver_product(), g, max_iter=options["subspace"])
         while model.grow():
             pass
-        inner, finite = model.iterations, False
         if not model.finite:
-            return self._stay(Status.NOT_FINITE, inner)
-        sizes = model.values.abs()
+            return self._stay(Status.NOT_FINITE, model.iterations)
+        sizes, products = model.values.abs(), model.iterations
         # Without any curvature there is no scale: the gradient itself.
         scale = float(sizes.max()) or 1.0 / options["damping"]
         least = torch.finfo(g.dtype).eps * scale
-        before = own["lambda"], own["growth"]
+        before = {"lambda": own["lambda"], "growth": own["growth"]}
         damping = NielsenDamping(max(own["lambda"] or options["damping"] * scale, least), own["growth"])
-        start = damping.value
-        while True:
+
+        def propose() -> Proposal:
+            nonlocal products
             u = -model.slopes / (sizes + damping.value)
-            step, predicted = model.combine(u), model.decrease(u)
-            if not (self._is_felt(step) and predicted > 0.0):
-                own["lambda"], own["growth"] = before
-                bad = damping.value > start and not finite
-                return self._stay(Status.NOT_FINITE if bad else Status.STALLED, inner)
-            if self._is_spent():
-                return self._stay(Status.MAX_EVAL, inner)
-            new = self._try(step)
-            finite = finite or new is not None
-            rho = self._ratio(point, new, step, predicted)
+            step, inner, products = model.combine(u), products, 0
+            return Proposal(step, model.decrease(u), float(step.norm()), inner)
+
+        def learn(rho: float, step: Proposal, new: EvaluatedPoint | None) -> None:
             damping.update(rho if rho > _ACCEPTED else -1.0, 1.0)
             own["lambda"], own["growth"] = max(damping.value, least), damping.growth
-            if rho > _ACCEPTED:
-                assert new is not None
-                return self._accept(new, step, float(step.norm()), inner)
-            if new is not None and self._is_blind(point, predicted):
-                own["lambda"], own["growth"] = before
-                return self._stay(Status.STALLED, inner)
+
+        return self._first_good(point, propose, learn, least=_ACCEPTED, before=before)

@@ -11,7 +11,7 @@ from torch import Tensor
 from secant import _checks
 from secant.curvature import EvaluatedPoint
 from secant.curvature._curvature import CurvatureOperator
-from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer
+from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer, Proposal
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.optim._region import shrink
@@ -134,45 +134,38 @@ class TrustRegion(CurvatureOptimizer):
 
     def _advance(self, point: EvaluatedPoint) -> Advance:
         own, options = self._own, self.param_groups[0]
-        exact = options["subproblem"] == "exact"
-        before = radius = min(own["radius"] or options["initial_radius"], options["max_radius"])
+        radius = min(own["radius"] or options["initial_radius"], options["max_radius"])
         g, b = point.gradient(), self._curvature(point)
         if b is None:
             return self._stay(Status.NOT_FINITE)
-        inner, finite = 0, False
+        status, products = Status.CONVERGED, 0
         matrix: Tensor | None = None
-        if exact:
-            matrix, inner = b.to_dense(), b.shape[0]
+        if options["subproblem"] == "exact":
+            matrix, products = b.to_dense(), b.shape[0]
             matrix = 0.5 * (matrix + matrix.mT)
-        while True:
-            found = self._within(radius, g, b if matrix is None else matrix)
-            inner += found.inner
-            if not (self._is_felt(found.step) and found.predicted > 0.0):
-                own["radius"] = before
-                bad = found.status is Status.NOT_FINITE or (radius < before and not finite)
-                return self._stay(Status.NOT_FINITE if bad else Status.STALLED, inner)
-            if self._is_spent():
-                return self._stay(Status.MAX_EVAL, inner)
-            new, size = self._try(found.step), float(found.step.norm())
-            finite = finite or new is not None
-            rho = self._ratio(point, new, found.step, found.predicted)
-            if rho < _POOR:
-                decrease = -math.inf if new is None else self._value(point) - self._value(new)
-                radius = size * shrink(decrease, float(g.double().dot(found.step.double())))
-            elif rho > _GOOD and found.status is Status.BOUNDARY:
-                radius = min(_GROWTH * radius, float(options["max_radius"]))
-            own["radius"] = radius
-            if rho > options["eta"]:
-                assert new is not None
-                return self._accept(new, found.step, size, inner)
-            if new is not None and self._is_blind(point, found.predicted):
-                own["radius"] = before
-                return self._stay(Status.STALLED, inner)
-            if not exact:
+
+        def propose() -> Proposal | Status:
+            nonlocal b, status, products
+            if b is None:  # refused there: products belong to where the parameters are
                 b = None if self._is_spent() else self._again(point)
                 if b is None:
-                    spent = self._is_spent()
-                    return self._stay(Status.MAX_EVAL if spent else Status.NOT_FINITE, inner)
+                    return Status.MAX_EVAL if self._is_spent() else Status.NOT_FINITE
+            found, inner = self._within(radius, g, b if matrix is None else matrix), products
+            status, products = found.status, 0
+            finite = status is not Status.NOT_FINITE
+            return Proposal(found.step, found.predicted, float(found.step.norm()), inner + found.inner, finite)
+
+        def learn(rho: float, step: Proposal, new: EvaluatedPoint | None) -> None:
+            nonlocal b, radius
+            if rho < _POOR:
+                decrease = -math.inf if new is None else self._value(point) - self._value(new)
+                radius = step.size * shrink(decrease, float(g.double().dot(step.step.double())))
+            elif rho > _GOOD and status is Status.BOUNDARY:
+                radius = min(_GROWTH * radius, float(options["max_radius"]))
+            own["radius"] = radius
+            b = b if matrix is not None else None
+
+        return self._first_good(point, propose, learn, least=options["eta"], before={"radius": radius})
 
     def _within(self, radius: float, g: Tensor, b: CurvatureOperator | Tensor) -> _Step:
         """Minimise the model within the radius."""

@@ -21,8 +21,7 @@ import secant
 from secant.benchmarks import mgh
 from secant.benchmarks.case import Bar, Case, Check, Contender, Row, find, speed_bar
 from secant.benchmarks.families import Family
-from secant.benchmarks.measure import measure
-from secant.benchmarks.race import Race, Runner, Watching, at_least, race
+from secant.benchmarks.race import Race, Runner, Watching, at_least, measured
 from secant.benchmarks.saddles import saddles
 from secant.benchmarks.timing import Timed
 
@@ -273,13 +272,6 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
     methods = ("trust-ncg", "newton-cg", *(("trust-exact",) if full else ()))
     runs = [[Minimization(op, 100, method)] for method in methods for op in ("Rosenbrock", "logistic regression")]
     return [*runs, *([[Autoencoder(AUTOENCODER, error) for error in (0.35, 0.26)]] if _has("sklearn") else [])]
-
-
-def measured(cases: Sequence[Any], device: torch.device, **options: Any) -> list[Row]:
-    """Time minimizations, or run a race."""
-    if isinstance(cases[0], Race):
-        return race(cases, device, **(options | {"seconds": 60.0}))
-    return measure(cases, device, **options)
 
 
 #: Optimizers that leave saddle points.

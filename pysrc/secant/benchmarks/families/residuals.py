@@ -20,8 +20,7 @@ from torch import Tensor, nn
 import secant
 from secant.benchmarks.case import Bar, Case, Check, Contender, Row, find, ratio
 from secant.benchmarks.families import Family
-from secant.benchmarks.measure import measure
-from secant.benchmarks.race import Race, Runner, Watching, at_least, race
+from secant.benchmarks.race import Race, Runner, Watching, at_least, measured
 from secant.benchmarks.residual_problems import EQUATIONS, Sinc, network
 from secant.benchmarks.timing import Timed
 
@@ -333,14 +332,6 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
         [Fit("heat-4+1d", 1e-3, few)],
         *([[Fit("reaction-2d", 1e-3, few)]] if full else []),
     ]
-
-
-def measured(cases: Sequence[Any], device: torch.device, **options: Any) -> list[Row]:
-    """Time rows, or run a race."""
-    if isinstance(cases[0], Race):
-        seconds = options.pop("seconds")
-        return race(cases, device, seconds=math.inf if seconds >= 1.0 else 3.0, **options)
-    return measure(cases, device, **options)
 
 
 def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> list[Bar]:
