@@ -134,6 +134,11 @@ def number_from(low: float, high: float = math.inf, expected: str = "") -> Optio
     return Option(expected or words, lambda x: is_number(x, low, high))
 
 
+def positive_number() -> Option:
+    """Accept a real number of (0, inf)."""
+    return Option("a finite number > 0", lambda x: is_number(x, 0.0) and x > 0.0)
+
+
 def integer_from(low: int, high: int | None = None) -> Option:
     """Accept an integer of [low, high]."""
     words = f"an integer >= {low}" if high is None else f"an integer, {low} to {high}"

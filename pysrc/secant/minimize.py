@@ -57,7 +57,7 @@ class _Method(NamedTuple):
 _PAIRS = {"maxcor": (_checks.integer_from(1, MAX_HISTORY), "history_size")}
 _LIMITED: dict[str, Any] = {"maxcor": 20, "ftol": _FTOL, "maxiter": 15_000, "maxfun": 15_000}
 _MAX_RADIUS = 1000.0
-_RADIUS = Option("a finite number > 0", lambda x: _checks.is_number(x, 0.0) and x > 0.0)
+_RADIUS = _checks.positive_number()
 _RADII = {
     "initial_trust_radius": (_RADIUS, "initial_radius"),
     "max_trust_radius": (_RADIUS, "max_radius"),

@@ -23,8 +23,6 @@ _SUFFICIENT = 1e-4
 #: Halvings of a step that leads to no finite loss, before it is shortened by more each time.
 _HALVINGS = 8
 
-POSITIVE = Option("a finite number > 0", lambda x: _checks.is_number(x) and x > 0.0)
-
 #: Options of the optimizers whose model is of a choice.
 CURVATURE: Mapping[str, Option] = {
     **COMMON,
@@ -34,7 +32,7 @@ CURVATURE: Mapping[str, Option] = {
 }
 
 
-class Proposal(NamedTuple):
+class ModelStep(NamedTuple):
     """A step that minimises a model.
 
     predicted: decrease that the model promises. size: |step|. inner: products that it took. finite: False where a
@@ -165,8 +163,8 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
     def _first_good(
         self,
         point: EvaluatedPoint,
-        propose: Callable[[], Proposal | Status],
-        learn: Callable[[float, Proposal, EvaluatedPoint | None], None],
+        propose: Callable[[], ModelStep | Status],
+        learn: Callable[[float, ModelStep, EvaluatedPoint | None], None],
         *,
         least: float,
         before: Mapping[str, float],

@@ -25,8 +25,6 @@ _NOISE = 4.0
 #: lambda never falls below this part of what it is relative to.
 _LOWEST = torch.finfo(torch.float64).eps
 
-POSITIVE = _checks.Option("a finite number > 0", lambda x: _checks.is_number(x, 0.0) and x > 0.0)
-
 
 class Model(Protocol):
     """What is known of a point: the gradient g of the loss, and its size as convergence looks at it."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from secant import _checks
 from secant.curvature import EvaluatedPoint
-from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer, Proposal
+from secant.optim._curvature_optimizer import CURVATURE, CurvatureOptimizer, ModelStep
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.result import Status
@@ -70,7 +70,7 @@ class CubicNewton(CurvatureOptimizer):
     """
 
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
-        "sigma": POSITIVE,
+        "sigma": _checks.positive_number(),
         "max_inner": _checks.integer_from(1),
         **CURVATURE,
     }
@@ -110,7 +110,7 @@ class CubicNewton(CurvatureOptimizer):
         model: CubicStep | None = None
         product, accuracy = b._solver_product(), self._accuracy(g)
 
-        def propose() -> Proposal:
+        def propose() -> ModelStep:
             nonlocal model
             inner = 0
             if model is None:
@@ -119,9 +119,9 @@ class CubicNewton(CurvatureOptimizer):
             else:
                 model = model.again(sigma)
             predicted = model.decrease - sigma / 3.0 * model.size**3
-            return Proposal(model.x, predicted, model.size, inner, model.status is not Status.NOT_FINITE)
+            return ModelStep(model.x, predicted, model.size, inner, model.status is not Status.NOT_FINITE)
 
-        def learn(rho: float, step: Proposal, new: EvaluatedPoint | None) -> None:
+        def learn(rho: float, step: ModelStep, new: EvaluatedPoint | None) -> None:
             nonlocal sigma
             if rho > _GOOD:
                 sigma = max(_LOWER * sigma, _LEAST)

@@ -12,7 +12,7 @@ from torch import Tensor
 from secant import _checks
 from secant.curvature import EvaluatedPoint
 from secant.optim._bounds import BOUNDS, Bounds
-from secant.optim._damped_optimizer import GOOD, LEAST, POOR, POSITIVE, UNCLEAR, DampedOptimizer, Found
+from secant.optim._damped_optimizer import GOOD, LEAST, POOR, UNCLEAR, DampedOptimizer, Found
 from secant.optim._flat_optimizer import Callback
 from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
 from secant.optim._point_optimizer import COMMON, Advance
@@ -158,13 +158,13 @@ class LevenbergMarquardt(DampedOptimizer):
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
         **COMMON,
         "strategy": _checks.one_of("lambda", "radius"),
-        "damping": POSITIVE,
-        "factor": POSITIVE,
+        "damping": _checks.positive_number(),
+        "factor": _checks.positive_number(),
         "scaling": _checks.one_of("identity", "marquardt"),
         "geodesic": _checks.flag(),
         "solver": SOLVER,
         "loss": _checks.one_of("linear", "soft_l1", "huber", "cauchy"),
-        "f_scale": POSITIVE,
+        "f_scale": _checks.positive_number(),
         "bounds": BOUNDS,
     }
     KINDS = ("residuals",)

@@ -12,7 +12,7 @@ from torch import Tensor
 from secant import _checks
 from secant.curvature import EvaluatedPoint
 from secant.curvature._curvature import CurvatureOperator
-from secant.optim._damped_optimizer import LEAST, POSITIVE, DampedOptimizer, Found
+from secant.optim._damped_optimizer import LEAST, DampedOptimizer, Found
 from secant.optim._flat_optimizer import RATE, Callback
 from secant.optim._normal_equations import GRAM_SIDE, SOLVER, NormalEquations, Solution, conjugate_gradients, damped
 from secant.optim._point_optimizer import COMMON, Advance
@@ -191,7 +191,7 @@ class NaturalGradient(DampedOptimizer):
         **COMMON,
         "lr": RATE,
         "curvature": _checks.one_of("residuals", "ggn", "fisher"),
-        "damping": POSITIVE,
+        "damping": _checks.positive_number(),
         "adaptive": _checks.flag(),
         "line_search_fn": _checks.one_of(None, "halving"),
         "momentum": _checks.number_from(0.0, 1.0),

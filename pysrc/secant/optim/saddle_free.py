@@ -9,7 +9,7 @@ import torch
 
 from secant import _checks
 from secant.curvature import EvaluatedPoint
-from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer, Proposal
+from secant.optim._curvature_optimizer import CURVATURE, CurvatureOptimizer, ModelStep
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.result import Status
@@ -68,7 +68,7 @@ class SaddleFreeNewton(CurvatureOptimizer):
 
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
         "subspace": _checks.integer_from(1),
-        "damping": POSITIVE,
+        "damping": _checks.positive_number(),
         **CURVATURE,
     }
     NUMBERS: ClassVar[Mapping[str, Any]] = {
@@ -116,13 +116,13 @@ class SaddleFreeNewton(CurvatureOptimizer):
         before = {"lambda": own["lambda"], "growth": own["growth"]}
         damping = NielsenDamping(max(own["lambda"] or options["damping"] * scale, least), own["growth"])
 
-        def propose() -> Proposal:
+        def propose() -> ModelStep:
             nonlocal products
             u = -model.slopes / (sizes + damping.value)
             step, inner, products = model.combine(u), products, 0
-            return Proposal(step, model.decrease(u), float(step.norm()), inner)
+            return ModelStep(step, model.decrease(u), float(step.norm()), inner)
 
-        def learn(rho: float, step: Proposal, new: EvaluatedPoint | None) -> None:
+        def learn(rho: float, step: ModelStep, new: EvaluatedPoint | None) -> None:
             damping.update(rho if rho > _ACCEPTED else -1.0, 1.0)
             own["lambda"], own["growth"] = max(damping.value, least), damping.growth
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from secant import _checks
 from secant.curvature import EvaluatedPoint
 from secant.curvature._curvature import CurvatureOperator
-from secant.optim._curvature_optimizer import CURVATURE, POSITIVE, CurvatureOptimizer, Proposal
+from secant.optim._curvature_optimizer import CURVATURE, CurvatureOptimizer, ModelStep
 from secant.optim._flat_optimizer import Callback
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.optim._region import shrink
@@ -91,8 +91,8 @@ class TrustRegion(CurvatureOptimizer):
 
     OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
         "subproblem": _checks.one_of("steihaug", "exact"),
-        "initial_radius": POSITIVE,
-        "max_radius": POSITIVE,
+        "initial_radius": _checks.positive_number(),
+        "max_radius": _checks.positive_number(),
         "eta": _checks.number_from(0.0, _POOR),
         "max_inner": _checks.integer_from(1),
         **CURVATURE,
@@ -144,7 +144,7 @@ class TrustRegion(CurvatureOptimizer):
             matrix, products = b.to_dense(), b.shape[0]
             matrix = 0.5 * (matrix + matrix.mT)
 
-        def propose() -> Proposal | Status:
+        def propose() -> ModelStep | Status:
             nonlocal b, status, products
             if b is None:  # refused there: products belong to where the parameters are
                 b = None if self._is_spent() else self._again(point)
@@ -153,9 +153,9 @@ class TrustRegion(CurvatureOptimizer):
             found, inner = self._within(radius, g, b if matrix is None else matrix), products
             status, products = found.status, 0
             finite = status is not Status.NOT_FINITE
-            return Proposal(found.step, found.predicted, float(found.step.norm()), inner + found.inner, finite)
+            return ModelStep(found.step, found.predicted, float(found.step.norm()), inner + found.inner, finite)
 
-        def learn(rho: float, step: Proposal, new: EvaluatedPoint | None) -> None:
+        def learn(rho: float, step: ModelStep, new: EvaluatedPoint | None) -> None:
             nonlocal b, radius
             if rho < _POOR:
                 decrease = -math.inf if new is None else self._value(point) - self._value(new)
