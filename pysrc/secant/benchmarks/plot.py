@@ -174,7 +174,7 @@ def save_demo(
     """
     figure = _figure(19.6)
     grid = figure.add_gridspec(
-        len(losses), 3, left=0.035, right=0.9, top=0.89, bottom=0.12, wspace=0.42, hspace=0.62, width_ratios=(1, 0.9, 1)
+        len(losses), 3, left=0.035, right=0.9, top=0.89, bottom=0.12, wspace=0.46, hspace=0.62, width_ratios=(1, 0.9, 1)
     )
     ax = figure.add_subplot(grid[:, 0])
     race_panel(ax, *raced[0], raced[1])
@@ -214,7 +214,7 @@ COLORS = {
     "jvp(grad)": ("#E69F00", "jvp(grad)"),
     "matvecs": (STEP, "one product after the other"),
     "backward passes": (TORCH, "a backward pass a row"),
-    "LevenbergMarquardt": (SECANT, "secant LevenbergMarquardt"),
+    "LevenbergMarquardt": (SECANT, "Levenberg-Marquardt"),
     "NaturalGradient": ("#E69F00", "secant NaturalGradient"),
     "BFGS": (STEP, "secant BFGS"),
     "LBFGS": (BF16, "secant LBFGS"),
