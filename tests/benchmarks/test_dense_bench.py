@@ -11,11 +11,11 @@ CPU = torch.device("cpu")
 
 
 def test_bytes_and_operations():
-    case = DenseStep("step", 10)
+    case = DenseStep("dense_update", 10)
     assert case.nbytes == (2 * 55 + 3 * 10 + 4 * 10) * 8
     assert case.limit_bytes == 2 * 55 * 8
     assert case.flops == 4 * 100 + 250
-    assert DenseStep("step", 5000) in [x for group in lbfgs.groups(CPU) for x in group]
+    assert DenseStep("dense_update", 5000) in [x for group in lbfgs.groups(CPU) for x in group]
 
 
 def test_the_formula_in_torch_is_bfgs():
@@ -36,7 +36,7 @@ def test_the_formula_in_torch_is_bfgs():
 
 def test_every_contender_is_right_and_goes_round():
     for dtype in (torch.float32, torch.float64):
-        case = DenseStep("step", 60, dtype)
+        case = DenseStep("dense_update", 60, dtype)
         problem = case.problem(CPU)
         found = case.contenders(problem, no_compile)
         assert [c.name for c in found] == ["cpu", "reference", "eager"]
@@ -52,6 +52,6 @@ def test_every_contender_is_right_and_goes_round():
 
 
 def test_it_is_measured():
-    rows = measure([DenseStep("step", 40)], CPU, seconds=0.0, wanted=no_compile)
+    rows = measure([DenseStep("dense_update", 40)], CPU, seconds=0.0, wanted=no_compile)
     assert all(row.seconds for row in rows)
     assert {row.name for row in rows} >= {"cpu", "eager", DenseStep.LIMIT}

@@ -183,5 +183,6 @@ def test_recorded_results_are_drawn(tmp_path, monkeypatch):
     [(path, found, rates, words)] = seen
     assert path == picture
     assert {point.op for point in found} == set(roofline.COLORS)
-    assert rates["bandwidth"] >= json.loads(files[-1].read_text())["families"]["lbfgs"]["bandwidth"]
+    known = [family["bandwidth"] for path in files for family in json.loads(path.read_text())["families"].values()]
+    assert rates["bandwidth"] >= max(x for x in known if x)
     assert "Xeon" in words[1]

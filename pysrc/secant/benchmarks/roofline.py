@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from secant import backends
 
-#: Okabe and Ito's colours and two greys, an op each.
+#: Okabe and Ito's colours, shades of them and a grey, an op each.
 COLORS = {
     "two_loop": "#0072B2",
     "direction": "#56B4E9",
     "step": "#000000",
+    "dense_update": "#6a51a3",
     "block_inv": "#D55E00",
     "block_solve": "#E69F00",
     "block_eigh": "#8a5a00",
@@ -25,6 +26,7 @@ COLORS = {
     "glm_value_grad": "#7fd1b3",
     "softmax_hvp": "#CC79A7",
     "cross_entropy_hvp": "#8a8a8a",
+    "gram": "#004d3a",
 }
 MARKERS = {"cpu": "o", "cuda": "o", "triton": "^", "nvrtc": "s"}
 #: Backends whose rows are of kernels.
@@ -78,7 +80,7 @@ def save(path: Path, found: Sequence[Dot], rates: Mapping[str, float], title: st
     tops = {key: rates[key] for key in ROOFS if key in rates}
     knees = [top / slope for top in tops.values()]
     left = min(point.intensity for point in found) / 2
-    right = 2.5 * max([*(point.intensity for point in found), *knees])
+    right = 20.0 * max([*(point.intensity for point in found), *knees])  # room for the words of the roofs
     highest = max(tops.values()) if tops else slope * right
     low = min(point.rate for point in found) / 2.5
     ax.set_xlim(left, right)

@@ -330,7 +330,7 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
         *([Case(*each)] for each in alone),
         *([Case(op, n, storage=x) for op in ("direction", "step") for x in storages] for n in long),
         [Case("two_loop", 64, batch=batch), Case("direction", 64, batch=batch)],
-        *([DenseStep("step", n)] for n in ((200,) if quick else (10**3, 5 * 10**3))),
+        *([DenseStep("dense_update", n)] for n in ((200,) if quick else (10**3, 5 * 10**3))),
         *([case] for case in published() if device.type == "cuda" and not quick),
         *([OutsideClosure("LBFGS", *each)] for each in (OPTIMIZERS[:1] if quick else OPTIMIZERS)),
     ]
