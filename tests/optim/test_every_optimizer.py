@@ -18,8 +18,10 @@ from secant.curvature import GGN, Hessian
 from secant.optim import (
     BFGS,
     LBFGS,
+    BlockAdam,
     CubicNewton,
     LevenbergMarquardt,
+    Muon,
     NaturalGradient,
     Newton,
     NewtonCG,
@@ -97,6 +99,13 @@ OPTIMIZERS = [
          {}, {"subspace": (1, 0), "max_iter": (2, True)}),
     Case("sign", example(PerParameterOptimizer, "Sign", "The state of a parameter is"), {"lr": 0.01}, "none",
          {"lr": (0.02, -1.0), "beta": (0.5, 1.0), "weight_decay": (0.1, -0.1)}, {}, memory=1.0),
+    Case("muon", Muon, {"lr": 0.02, "adam_scale": 1.0}, "none",
+         {"lr": (0.01, -1.0), "momentum": (0.5, 1.0), "ns_steps": (3, 0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {},
+         memory=1.0),
+    Case("block-adam", BlockAdam, {"lr": 0.01, "update_every": 1}, "none",
+         {"lr": (0.02, -1.0), "damping": (0.5, 1.0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {}, memory=33.0),
+    Case("block-adam-refresh", BlockAdam, {"lr": 0.01, "update_every": 3}, "none", {"update_every": (5, 0)}, {},
+         memory=33.0),
 ]  # fmt: skip
 
 
@@ -309,7 +318,7 @@ def test_groups_of_equal_options_are_one_group(case):
 def test_groups_differ_only_where_they_may(case):
     for name, (value, _) in case.per_group.items():
         plain = case.fixed.get(name, inspect.signature(case.make).parameters[name].default)
-        run = Run(case, "mlp", groups=one_each(**{name: [plain, plain, value, plain]})).step(20)
+        run = Run(case, "mlp", groups=one_each(**{name: [plain, value, value, plain]})).step(20)
         assert run.losses[-1] < run.losses[0]
         assert not torch.equal(run.x, Run(case, "mlp").step(20).x)
     for name, (value, _) in case.shared.items():
@@ -742,7 +751,8 @@ def test_the_memory_is_what_the_documentation_says(case):
     ((p @ torch.randn(128)).square().sum()).backward(create_graph=optimizer.is_second_order)
     optimizer.step()
     assert state_bytes(optimizer) == case.memory * p.numel() * p.element_size()
-    assert f"{case.memory:g} times the memory of the parameters" in inspect.getdoc(case.make) or case.name == "sign"
+    documented = " ".join(inspect.getdoc(case.make).split())
+    assert f"{case.memory:g} times the memory of the parameters" in documented or case.name == "sign"
 
 
 @closure_free
@@ -754,9 +764,10 @@ def test_parameters_it_does_not_take(case):
         (torch.ones(2).to_sparse().requires_grad_(), ValueError, r"params\[1\]: expected a dense"),
         (good, ValueError, "params: expected distinct tensors"),
     ]:
-        with warnings.catch_warnings(), pytest.raises(error, match=f"{case.make.__name__}: {message}"):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of duplicates
-            case.make([good, bad], **case.fixed)
+            with pytest.raises(error, match=f"{case.make.__name__}: {message}"):
+                case.make([good, bad], **case.fixed)
     optimizer = case.make([good], **case.fixed)
     with pytest.raises(TypeError, match=r"params\[1\]"):
         optimizer.add_param_group({"params": [torch.ones(2, dtype=torch.complex64, requires_grad=True)]})
@@ -826,6 +837,10 @@ def test_a_learning_rate_may_be_a_tensor(case):
 @closure_free
 def test_a_capturable_step_reads_nothing_and_does_the_same(case, monkeypatch):
     rate = Run(case, "mlp").optimizer.param_groups[0]["lr"]
+    if case.fixed.get("update_every", 1) > 1:  # which step is due is known to the host alone
+        with pytest.raises(ValueError, match=f"{case.make.__name__}: update_every: expected 1"):
+            Run(case, "mlp", capturable=True)
+        return
     run = Run(case, "mlp", capturable=True, lr=torch.tensor(rate, dtype=torch.float64))
     for _ in range(10):
         run.backward()
