@@ -27,10 +27,12 @@ const secant::PrecondCpu& kernels() {
 
 using secant::ptr;
 
-// addresses: of all parameters, then of all gradients and so on, in the order of contract.Tensors; layout: of its rows.
+// addresses: of all parameters, then of all gradients and so on, in the order of contract.Tensors; layout: of its rows;
+// lr_ptr: 0 for `lr`.
 void precond_step(int type, bool half_state, int64_t count, const std::vector<uintptr_t>& addresses, uintptr_t layout,
-                  double lr, double beta1, double beta2, double beta_gram, double eps, double weight_decay, double rms,
-                  int graft, bool rotate, bool maximize, int phases, uintptr_t skipped, int threads) {
+                  uintptr_t lr_ptr, bool wide_lr, double lr, double beta1, double beta2, double beta_gram, double eps,
+                  double weight_decay, double rms, int graft, bool rotate, bool maximize, int phases, uintptr_t skipped,
+                  int threads) {
   if (addresses.size() != static_cast<size_t>(count) * 9) throw py::value_error("precond_step: addresses");
   std::vector<secant::PrecondTensor> tensors(static_cast<size_t>(count));
   for (size_t k = 0; k < tensors.size(); ++k) {
@@ -38,22 +40,11 @@ void precond_step(int type, bool half_state, int64_t count, const std::vector<ui
     tensors[k] = {ptr(at(0)), ptr(at(1)), ptr(at(2)), ptr(at(3)),       ptr(at(4)),
                   ptr(at(5)), ptr(at(6)), ptr(at(7)), ptr<float>(at(8))};
   }
-  const secant::PrecondStep c{count,
-                              tensors.data(),
-                              ptr<secant::PrecondLayout>(layout),
-                              lr,
-                              beta1,
-                              beta2,
-                              beta_gram,
-                              eps,
-                              weight_decay,
-                              rms,
-                              graft,
-                              rotate,
-                              maximize,
-                              phases,
-                              ptr<int64_t>(skipped),
-                              threads};
+  secant::PrecondStep c{};
+  c.count = count, c.tensors = tensors.data(), c.layout = ptr<secant::PrecondLayout>(layout);
+  c.lr_ptr = ptr(lr_ptr), c.wide_lr = wide_lr, c.lr = lr, c.beta1 = beta1, c.beta2 = beta2, c.beta_gram = beta_gram;
+  c.eps = eps, c.weight_decay = weight_decay, c.rms = rms, c.graft = graft, c.rotate = rotate, c.maximize = maximize;
+  c.phases = phases, c.skipped = ptr<int64_t>(skipped), c.threads = threads;
   py::gil_scoped_release release;
   kernels().step[type][half_state ? 1 : 0](c);
 }

@@ -26,6 +26,8 @@ struct PrecondStep {
   int64_t count;
   const PrecondTensor* tensors;
   const PrecondLayout* layout;
+  const void* lr_ptr;  // of a float or, where `wide_lr`, a double; null: `lr`
+  bool wide_lr;
   double lr, beta1, beta2, beta_gram, eps, weight_decay, rms;
   int graft;
   bool rotate, maximize;

@@ -32,9 +32,10 @@ def step(
 ) -> None:
     """See `reference.step`. `threads` overrides the choice by size (0), for benchmarks and tests."""
     params = tensors.params
+    rate = (lr.data_ptr(), lr.dtype is torch.float64, 0.0) if isinstance(lr, Tensor) else (0, False, lr)
     _cpu.precond_step(
         _TYPES[params[0].dtype], tensors.exp_avg[0].dtype is torch.bfloat16, len(params),
-        [x.data_ptr() for members in tensors for x in members], layout.data_ptr(), float(lr),
+        [x.data_ptr() for members in tensors for x in members], layout.data_ptr(), *rate,
         rule.beta1, rule.beta2, rule.beta_gram, rule.eps, rule.weight_decay, FIXED_RMS, rule.graft, rule.rotate,
         rule.maximize, phases, skipped.data_ptr(), threads,
     )  # fmt: skip

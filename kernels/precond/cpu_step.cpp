@@ -241,7 +241,10 @@ struct Step {
     }
     if (!std::isfinite(scale * scale * squares(p, size))) return false;
 
-    const T decay = static_cast<T>(1 - c.lr * c.weight_decay), rate = static_cast<T>(c.lr) * scale;
+    const double lr = c.lr_ptr == nullptr ? c.lr
+                      : c.wide_lr         ? *static_cast<const double*>(c.lr_ptr)
+                                          : static_cast<double>(*static_cast<const float*>(c.lr_ptr));
+    const T decay = static_cast<T>(1 - lr * c.weight_decay), rate = static_cast<T>(lr) * scale;
     T* const new_w = p == s.t ? s.p : s.t;
     S* const param = static_cast<S*>(x.param) + origin;
     for (int64_t i = 0; i < r; ++i) {

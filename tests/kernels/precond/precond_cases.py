@@ -150,87 +150,88 @@ def bounds(
     With u the unit of the arithmetic, a sum of k products has an error of k u times the sum of their absolute values
     (Higham, Accuracy and Stability, 3.5), and a rounding to storage adds its unit times the result.
     """
-    u, store, keep = unit(arithmetic(dtype)), unit(storage), unit(dtype)
-    store = 0.0 if storage is arithmetic(dtype) else store
-    keep = 0.0 if dtype is arithmetic(dtype) else keep
     exact, _ = run(reference, widened(given), layout, rule, lr=lr)
-    out: list[list[Tensor]] = [[], [], [], [], []]
-    for k, (m, n, down, across, _, _) in enumerate(layout.tolist()):
+    store = 0.0 if storage is arithmetic(dtype) else unit(storage)
+    keep = 0.0 if dtype is arithmetic(dtype) else unit(dtype)
+    u = unit(arithmetic(dtype))
+    found = [_bounds_of(given, exact, layout, rule, lr, k, u, store, keep) for k in range(len(layout))]
+    return [list(members) for members in zip(*found, strict=True)]
 
-        def tiles(x: Tensor) -> Tensor:
-            return reference.cut(x.double().reshape(m, n).abs(), down, across)
 
-        r, c = -(-m // down), -(-n // across)
-        g, w = tiles(given.grads[k]), tiles(given.params[k])
-        left, right = (
-            torch.where(real, root[k].double().abs(), 0.0) if root[k].numel() else root[k].double()
-            for root, real in (
-                (given.left_root, reference._real(m, down, CPU).repeat_interleave(across, 0)),
-                (given.right_root, reference._real(n, across, CPU).repeat(down, 1, 1)),
-            )
+def _bounds_of(
+    given: Tensors, exact: Tensors, layout: Tensor, rule: Rule, lr: float, k: int, u: float, store: float, keep: float
+) -> list[Tensor]:
+    m, n, down, across = layout[k, :4].tolist()
+
+    def tiles(x: Tensor) -> Tensor:
+        return reference.cut(x.double().reshape(m, n).abs(), down, across)
+
+    r, c = -(-m // down), -(-n // across)
+    g, w = tiles(given.grads[k]), tiles(given.params[k])
+    left, right = (
+        torch.where(real, root[k].double().abs(), 0.0) if root[k].numel() else root[k].double()
+        for root, real in (
+            (given.left_root, reference._real(m, down, CPU).repeat_interleave(across, 0)),
+            (given.right_root, reference._real(n, across, CPU).repeat(down, 1, 1)),
         )
-        avg = tiles(given.exp_avg[k]) * rule.beta1 + (1 - rule.beta1) * g
-        avg_bound = (4 * u + store) * avg
+    )
+    avg = tiles(given.exp_avg[k]) * rule.beta1 + (1 - rule.beta1) * g
+    avg_bound = (4 * u + store) * avg
 
-        def times(x: Tensor, a: Tensor = left, b: Tensor = right) -> Tensor:
-            x = a @ x if a.numel() else x
-            return x @ b if b.numel() else x
+    def times(x: Tensor, a: Tensor = left, b: Tensor = right) -> Tensor:
+        x = a @ x if a.numel() else x
+        return x @ b if b.numel() else x
 
-        transposed = (left.mT if left.numel() else left, right)
-        size = u * (r + c + 12)
-        t = float(given.step[k])
-        c1, c2 = 1 - rule.beta1**t, 1 - rule.beta2**t
-        sq_bound = torch.empty(0)
-        if given.exp_avg_sq[k].numel():
-            old = tiles(given.exp_avg_sq[k])
-            if rule.rotate and (left.numel() or right.numel()):
-                # G' has an error of `size` |Q_l|^T |G| |Q_r|, its square of twice |G'| times that and its own square.
-                turned = times(g, *transposed)
-                sq_bound = 6 * u * old + (1 - rule.beta2) * (6 * u + 2 * size) * turned**2
-            else:
-                sq_bound = 6 * u * (old + g**2)
-            sq_bound = sq_bound + store * tiles(exact.exp_avg_sq[k])
-        # The step is taken apart again from the parameters of two calls that differ in weight decay alone: none.
-        plain = rule._replace(weight_decay=0.0)
-        moved = _step_of(given, layout, plain, k)
-        p = reference.cut(moved.reshape(m, n), down, across)
+    transposed = (left.mT if left.numel() else left, right)
+    size = u * (r + c + 12)
+    t = float(given.step[k])
+    c1, c2 = 1 - rule.beta1**t, 1 - rule.beta2**t
+    sq_bound = torch.empty(0)
+    if given.exp_avg_sq[k].numel():
+        old = tiles(given.exp_avg_sq[k])
         if rule.rotate and (left.numel() or right.numel()):
-            v = tiles(exact.exp_avg_sq[k])
-            root = (v / c2).sqrt() + rule.eps
-            m_turned, m_error = times(avg, *transposed) / c1, size * times(avg, *transposed) / c1
-            # A = M' / root: the error of V enters by half its relative size.
-            a_error = m_error / root + m_turned / root * (10 * u + sq_bound / (2 * v).clamp(min=1e-300))
-            step_bound = times(a_error + size * m_turned / root, left, right.mT if right.numel() else right)
-        elif left.numel() or right.numel():
-            raw = times(avg) / c1
-            error = size * raw
-            if rule.graft == NONE:
-                step_bound = error
-            else:
-                # scale = |N| / |P|: relative to |P|, |P|'s own error is at most |error|; |N| has (entries + 12) u.
-                signed = _raw(given, layout, plain, k)
-                norm = signed.square().sum((1, 2), keepdim=True).sqrt()
-                length = p.square().sum((1, 2), keepdim=True).sqrt()
-                ratio = length / norm.clamp(min=1e-300)
-                relative = error.square().sum((1, 2), keepdim=True).sqrt() / norm.clamp(min=1e-300) + 40 * u
-                step_bound = ratio * error + p.abs() * relative * 1.1
+            # G' has an error of `size` |Q_l|^T |G| |Q_r|, its square of twice |G'| times that and its own square.
+            turned = times(g, *transposed)
+            sq_bound = 6 * u * old + (1 - rule.beta2) * (6 * u + 2 * size) * turned**2
         else:
-            step_bound = p.abs() * 24 * u + size * p.abs()
-        w_new = tiles(exact.params[k])
-        w_bound = 4 * u * (w + w_new + lr * p.abs()) + lr * step_bound * 1.01 + keep * w_new
+            sq_bound = 6 * u * (old + g**2)
+        sq_bound = sq_bound + store * tiles(exact.exp_avg_sq[k])
+    # The step is taken apart again from the parameters of two calls that differ in weight decay alone: none.
+    plain = rule._replace(weight_decay=0.0)
+    moved = _step_of(given, layout, plain, k)
+    p = reference.cut(moved.reshape(m, n), down, across)
+    if rule.rotate and (left.numel() or right.numel()):
+        v = tiles(exact.exp_avg_sq[k])
+        root = (v / c2).sqrt() + rule.eps
+        m_turned, m_error = times(avg, *transposed) / c1, size * times(avg, *transposed) / c1
+        # A = M' / root: the error of V enters by half its relative size.
+        a_error = m_error / root + m_turned / root * (10 * u + sq_bound / (2 * v).clamp(min=1e-300))
+        step_bound = times(a_error + size * m_turned / root, left, right.mT if right.numel() else right)
+    elif left.numel() or right.numel():
+        raw = times(avg) / c1
+        error = size * raw
+        if rule.graft == NONE:
+            step_bound = error
+        else:
+            # scale = |N| / |P|: relative to |P|, |P|'s own error is at most |error|; |N| has (entries + 12) u.
+            signed = _raw(given, layout, plain, k)
+            norm = signed.square().sum((1, 2), keepdim=True).sqrt()
+            length = p.square().sum((1, 2), keepdim=True).sqrt()
+            ratio = length / norm.clamp(min=1e-300)
+            relative = error.square().sum((1, 2), keepdim=True).sqrt() / norm.clamp(min=1e-300) + 40 * u
+            step_bound = ratio * error + p.abs() * relative * 1.1
+    else:
+        step_bound = p.abs() * 24 * u + size * p.abs()
+    w_new = tiles(exact.params[k])
+    w_bound = 4 * u * (w + w_new + lr * p.abs()) + lr * step_bound * 1.01 + keep * w_new
 
-        def back(x: Tensor) -> Tensor:
-            return reference.join(x, m, n, down, across) if x.numel() else x
+    def back(x: Tensor) -> Tensor:
+        return reference.join(x, m, n, down, across) if x.numel() else x
 
-        out[0].append(back(w_bound))
-        out[1].append(back(avg_bound))
-        out[2].append(back(sq_bound))
-        for place, packed, product, terms in ((3, given.left[k], g @ g.mT, c), (4, given.right[k], g.mT @ g, r)):
-            if packed.numel():
-                sums = packed.double().abs() + reference.pack(product)
-                out[place].append((terms + 6) * u * sums + store * sums)
-            else:
-                out[place].append(torch.empty(0))
+    out = [back(w_bound), back(avg_bound), back(sq_bound)]
+    for packed, product, terms in ((given.left[k], g @ g.mT, c), (given.right[k], g.mT @ g, r)):
+        sums = packed.double().abs() + (reference.pack(product) if packed.numel() else 0.0)
+        out.append(((terms + 6) * u + store) * sums)
     return out
 
 

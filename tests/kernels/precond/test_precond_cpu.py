@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from secant.kernels.precond import cpu, reference
+
 from precond_cases import (
     BF16,
     F16,
@@ -21,7 +23,6 @@ from precond_cases import (
     two_phases,
     zeros,
 )
-from secant.kernels.precond import cpu, reference
 
 ALL = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 DTYPES = pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
