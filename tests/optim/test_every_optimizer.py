@@ -18,6 +18,7 @@ from secant.curvature import GGN, Hessian
 from secant.optim import (
     BFGS,
     LBFGS,
+    SOAP,
     BlockAdam,
     CubicNewton,
     LevenbergMarquardt,
@@ -26,6 +27,7 @@ from secant.optim import (
     Newton,
     NewtonCG,
     SaddleFreeNewton,
+    Shampoo,
     TrustRegion,
 )
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
@@ -102,6 +104,12 @@ OPTIMIZERS = [
     Case("muon", Muon, {"lr": 0.02, "adam_scale": 1.0}, "none",
          {"lr": (0.01, -1.0), "momentum": (0.5, 1.0), "ns_steps": (3, 0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {},
          memory=1.0),
+    Case("shampoo", Shampoo, {"lr": 0.01, "precondition_frequency": 5}, "none",
+         {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0)), "damping": (0.5, 0.0), "graft": ("rms", "lion"),
+          "beta_gram": (0.5, 1.0), "eps": (1e-3, 0.0), "exponent": (0.25, 0.3)}, {}, memory=5.015625),
+    Case("soap", SOAP, {"lr": 0.01, "precondition_frequency": 5}, "none",
+         {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0)), "precondition_frequency": (1, 0)}, {},
+         memory=5.015625),
     Case("block-adam", BlockAdam, {"lr": 0.01, "update_every": 1}, "none",
          {"lr": (0.02, -1.0), "damping": (0.5, 1.0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {}, memory=33.0),
     Case("block-adam-refresh", BlockAdam, {"lr": 0.01, "update_every": 3}, "none", {"update_every": (5, 0)}, {},

@@ -159,6 +159,7 @@ class Tiles:
         params: tensors with at least one element, all of one dtype (float32, float64, bfloat16, float16) and device.
         states: for each a dictionary of `new_state`, which is stepped in place.
         block_size, max_side: what `new_state` was given.
+        skipped: None, or the counter to use: a scalar of int64 on the device.
 
     Attributes:
         skipped: scalar of int64 on the device: how many tiles were left as they were, because their gradient or their
@@ -184,6 +185,7 @@ class Tiles:
         *,
         block_size: int | None = 64,
         max_side: int = 1024,
+        skipped: Tensor | None = None,
     ) -> None:
         op = "Tiles"
         if not params or len(params) != len(states):
@@ -194,7 +196,9 @@ class Tiles:
             if not _gate.is_plain(p):
                 raise _checks.fail(op, f"params[{i}]", "a plain tensor with memory of its own", type(p).__name__)
         self.device, self.dtype = first.device, first.dtype
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        if skipped is None:
+            skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = _checks.shaped(op, "skipped", skipped, (), torch.int64, self.device)
         self._params = list(params)
         empty = torch.empty(0, dtype=states[0]["exp_avg"].dtype, device=self.device)
         lists = [[s.get(name, empty) for s in states] for name in _STATES]
@@ -259,9 +263,9 @@ class Tiles:
             state[f"{side}_root"] = torch.eye(n, **make).expand(down * across, n, n).clone()
         return state
 
-    def update_grams(self, grads: Sequence[Tensor], *, beta_gram: float = 0.95) -> None:
+    def update_grams(self, grads: Sequence[Tensor], *, beta_gram: float = 0.95, maximize: bool = False) -> None:
         """Update the Gram averages alone, so that roots can be made of them before `apply`."""
-        rule = Rule(0.0, 0.0, beta_gram, 1.0, 0.0, NONE, False, False)
+        rule = Rule(0.0, 0.0, beta_gram, 1.0, 0.0, NONE, False, maximize)
         self._launch(grads, 0.0, rule, GRAMS)
 
     def apply(self, grads: Sequence[Tensor], *, lr: float | Tensor, rule: Rule) -> None:
@@ -394,9 +398,11 @@ class _Side:
         self._entries = (high * (high + 1) // 2 + low).flatten().to(device)
         self._tiles = [len(x) for x in self.packed]
         self.repeats = torch.tensor(self._tiles, device=device)
-        real = torch.tensor([size for x in members for size in x.real])
+        real = [size for x in members for size in x.real]
         #: (tiles, n): 1 on the diagonal where a tile is smaller; None where all are of this size.
-        self.padding = None if bool((real == n).all()) else (i >= real[:, None]).to(device, torch.float32)
+        self.padding = None
+        if min(real) < n:
+            self.padding = (i >= torch.tensor(real)[:, None]).to(device, torch.float32)
 
     def gathered(self) -> Tensor:
         """Return the averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""

@@ -10,11 +10,14 @@ from secant.optim.natural_gradient import NaturalGradient
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.shampoo import Shampoo
+from secant.optim.soap import SOAP
 from secant.optim.trust_region import TrustRegion
 
 __all__ = [
     "BFGS",
     "LBFGS",
+    "SOAP",
     "BlockAdam",
     "CubicNewton",
     "LevenbergMarquardt",
@@ -23,5 +26,6 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "SaddleFreeNewton",
+    "Shampoo",
     "TrustRegion",
 ]

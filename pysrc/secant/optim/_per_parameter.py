@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     """Parameters of one group that have a gradient, of one kind, dtype and device: lists for `torch._foreach_*`.
 
     group: their options. kind: what `_kind` says of all of them. params, states: as they are.
-    grads: of what is minimized, in the dtype of the state; not to be written. lr: a number, or a tensor of one element
+    grads: of what is minimized, in the dtype of the state (unless they are not `READY`); not to be written. lr: a number, or a tensor of one element
     that must not be read. counts: the number of this step, from 1, of each parameter, likewise.
     """
 
@@ -116,6 +116,8 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         "maximize": _checks.flag(),
         "capturable": _checks.flag(),
     }
+    #: Whether gradients are handed over in the dtype of the state, and negated where the function is maximized.
+    READY: ClassVar[bool] = True
     #: Whether the shards of a parameter that is spread over processes (a DTensor) may be updated where they are.
     SHARDS: ClassVar[bool] = True
 
@@ -199,9 +201,9 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
                     state.update(self._new_state(p, group))
                 states.append(state)
             grads: list[Any] = [p.grad for p in members]
-            if dtype in _checks.HALF:
+            if dtype in _checks.HALF and self.READY:
                 grads = [g.to(wide(dtype)) for g in grads]
-            if group["maximize"]:
+            if group["maximize"] and self.READY:
                 grads = list(torch._foreach_neg(grads))
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
@@ -430,6 +432,11 @@ def _fitted(op: str, name: str, state: object, like: Mapping[str, Tensor]) -> di
             raise _checks.fail(op, f"{name}[{key!r}]", _checks.describe(x), _checks.describe(got))
         fitted[key] = got.detach().to(dtype=x.dtype, device=x.device, copy=True)
     return fitted
+
+
+def is_due(t: Any, every: int) -> bool:
+    """Tell whether the t-th step refreshes what is refreshed every so often, and at 1, 2, 4, 8, ... before."""
+    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
 
 
 # Adam, which many a method falls back to, or borrows the length of its steps from -------------------------------------
