@@ -45,8 +45,9 @@ class Batch(NamedTuple):
     """Parameters of one group that have a gradient, of one kind, dtype and device: lists for `torch._foreach_*`.
 
     group: their options. kind: what `_kind` says of all of them. params, states: as they are.
-    grads: of what is minimized, in the dtype of the state (unless they are not `READY`); not to be written. lr: a number, or a tensor of one element
-    that must not be read. counts: the number of this step, from 1, of each parameter, likewise.
+    grads: of what is minimized, in the dtype of the state (unless they are not `READY`); not to be written.
+    lr: a number, or a tensor of one element that must not be read. counts: the number of this step, from 1, of each
+    parameter, likewise.
     """
 
     group: dict[str, Any]

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from secant import _checks, ops
 from secant._checks import Option
-from secant.ops.precond import Rule
+from secant.ops.precond import ADAM, NONE, Rule
 from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due
 
 
 class TiledOptimizer(PerParameterOptimizer, abc.ABC):
     """Base of the optimizers that precondition both sides of tiles by averages of their Gram matrices.
 
-    A subclass says what the numbers of a step are, and what is made of the averages when they are refreshed.
+    A subclass says what is made of the averages when they are refreshed, and how a step uses it.
     """
+
+    #: Whether steps are those of Adam in another basis, and not products with roots.
+    ROTATE: ClassVar[bool]
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         **PerParameterOptimizer.OPTIONS,
@@ -40,16 +43,22 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
     _skipped: dict[torch.device, Tensor]
 
     @abc.abstractmethod
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        """Return the numbers of a step."""
-
-    @abc.abstractmethod
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
         """Make of the Gram averages what a step multiplies by."""
 
+    def _graft(self, group: dict[str, Any]) -> int:
+        """Return whose length a step takes, a place in `GRAFTS`."""
+        return NONE
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """Return the numbers of a step."""
+        beta1, beta2 = group["betas"]
+        numbers = group["beta_gram"], group["eps"], group["weight_decay"]
+        return Rule(beta1, beta2, *numbers, self._graft(group), self.ROTATE, group["maximize"])
+
     def _needs_squares(self, group: dict[str, Any]) -> bool:
         """Tell whether matrices need an average of squares."""
-        return True
+        return self.ROTATE or self._graft(group) == ADAM
 
     @property
     def skipped(self) -> Tensor:
@@ -94,7 +103,8 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
     def _update(self, batch: Batch) -> None:
         counts = self._counts(batch)
         every = batch.group["precondition_frequency"]
-        due, others = [], []
+        due: list[int] = []
+        others: list[int] = []
         for i, (p, t) in enumerate(zip(batch.params, counts, strict=True)):
             if p.numel():
                 (due if is_due(t, every) else others).append(i)

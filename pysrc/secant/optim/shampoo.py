@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secant import _checks, ops
 from secant._checks import Option
-from secant.ops.precond import ADAM, GRAFTS, NONE, Rule
+from secant.ops.precond import GRAFTS, NONE
 from secant.optim._tiled import TiledOptimizer
 
 
@@ -85,6 +85,8 @@ class Shampoo(TiledOptimizer):
         "graft": _checks.one_of(*GRAFTS),
     }
 
+    ROTATE = False
+
     def __init__(
         self,
         params: Any,
@@ -121,20 +123,9 @@ class Shampoo(TiledOptimizer):
         }
         super().__init__(params, own, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
 
-    def _needs_squares(self, group: dict[str, Any]) -> bool:
-        return GRAFTS.index(group["graft"]) == ADAM
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        return Rule(
-            *group["betas"],
-            beta_gram=group["beta_gram"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            graft=GRAFTS.index(group["graft"]),
-            rotate=False,
-            maximize=group["maximize"],
-        )
+    def _graft(self, group: dict[str, Any]) -> int:
+        return GRAFTS.index(group["graft"])
 
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
-        corrected = group["beta_gram"] if GRAFTS.index(group["graft"]) == NONE else None  # a graft undoes it
+        corrected = group["beta_gram"] if self._graft(group) == NONE else None  # a graft undoes it
         tiles.refresh(root=round(1 / group["exponent"]), damping=group["damping"], beta_gram=corrected)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from secant import ops
-from secant.ops.precond import NONE, Rule
 from secant.optim._tiled import TiledOptimizer
 
 
@@ -66,6 +65,8 @@ class SOAP(TiledOptimizer):
         tensor([0.1414, 0.1414])
     """
 
+    ROTATE = True
+
     def __init__(
         self,
         params: Any,
@@ -95,17 +96,6 @@ class SOAP(TiledOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(params, own, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        return Rule(
-            *group["betas"],
-            beta_gram=group["beta_gram"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            graft=NONE,
-            rotate=True,
-            maximize=group["maximize"],
-        )
 
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
         tiles.refresh_basis()
