@@ -141,7 +141,11 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
             sides = {"block_size": group["block_size"], "max_side": group["max_side"]}
-            found = ops.Tiles(params, states, **sides, skipped=self._skipped[device]), states
+            try:
+                found = ops.Tiles(params, states, **sides, skipped=self._skipped[device]), states
+            except ValueError as error:
+                expected = "what they were when the state of its parameters was built"
+                raise _checks.fail(self._name, "block_size, max_side", expected, sides) from error
             self._tiles[key] = found
         return found[0]
 
