@@ -1,5 +1,6 @@
 """torch.optim.Optimizer classes, one file each."""
 
+from secant.optim.adahessian import AdaHessian
 from secant.optim.bfgs import BFGS
 from secant.optim.block_adam import BlockAdam
 from secant.optim.cubic_newton import CubicNewton
@@ -10,11 +11,13 @@ from secant.optim.natural_gradient import NaturalGradient
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.sophia import Sophia
 from secant.optim.trust_region import TrustRegion
 
 __all__ = [
     "BFGS",
     "LBFGS",
+    "AdaHessian",
     "BlockAdam",
     "CubicNewton",
     "LevenbergMarquardt",
@@ -23,5 +26,6 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "SaddleFreeNewton",
+    "Sophia",
     "TrustRegion",
 ]
