@@ -66,7 +66,7 @@ def test_adahessian_is_the_formula(power, clip, every):
                 v, samples = beta2 * v + (1 - beta2) * diagonal**2, samples + 1
             step = m / (1 - beta1**t) / ((v / (1 - beta2**samples)).sqrt() ** power + eps)
             step = step if clip is None else step.clamp(-clip, clip)
-            p = p - lr * decay * p - lr * step  # noqa: PLW2901
+            p = p - lr * decay * p - lr * step
         assert (x - p).abs().max() <= ROUNDING
 
 
@@ -82,8 +82,8 @@ def test_sophia_is_the_formula(every):
             m = beta1 * m + (1 - beta1) * g
             if t % every == 1 % every:
                 h = beta2 * h + (1 - beta2) * diagonal
-            p = p - lr * decay * p  # noqa: PLW2901
-            p = p - lr * (m / (rho * h).clamp(min=1e-12)).clamp(-1, 1)  # noqa: PLW2901
+            p = p - lr * decay * p
+            p = p - lr * (m / (rho * h).clamp(min=1e-12)).clamp(-1, 1)
         assert (x - p).abs().max() <= ROUNDING
 
 
@@ -124,7 +124,7 @@ def exact_hessian():
 @pytest.mark.parametrize("make", [AdaHessian, Sophia])
 @pytest.mark.parametrize("through", ["graph", "closure"])
 def test_samples_are_unbiased(make, through):
-    """Var z_i (H z)_i = sum_(j != i) H_ij^2; of 57 means of 300 samples one in 3e4 is beyond five of their deviations."""
+    """Var z_i (H z)_i = sum_(j != i) H_ij^2; five deviations are exceeded by one of 57 means in 3e4 cases."""
     loss, start = PROBLEMS["mlp"]
     params = [x.clone().requires_grad_() for x in start]
     closure = None if through == "graph" else (lambda: loss(params))

@@ -12,6 +12,7 @@ from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
 from secant.optim.sophia import Sophia
+from secant.optim.stochastic_lbfgs import StochasticLBFGS
 from secant.optim.trust_region import TrustRegion
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "NewtonCG",
     "SaddleFreeNewton",
     "Sophia",
+    "StochasticLBFGS",
     "TrustRegion",
 ]

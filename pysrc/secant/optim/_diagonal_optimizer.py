@@ -23,8 +23,8 @@ class DiagonalOptimizer(PerParameterOptimizer):
     `hessian_closure`, which is another computation, of a smaller batch perhaps. The graphs are freed by the step.
 
     The probes of a parameter come from `seed`, its number in the order in which parameters got their state, and its
-    number of steps: a run continues with those that it would have had. Where steps are counted on the device they come from the device's default generator. Several processes average
-    their samples, and draw equal probes.
+    number of steps: a run continues with those that it would have had. Where steps are counted on the device they come
+    from the device's default generator. Several processes average their samples, and draw equal probes.
 
     A subclass reads `_samples`, which has those of this step by the parameters' ids, in the dtype of the state.
 
@@ -89,8 +89,7 @@ class DiagonalOptimizer(PerParameterOptimizer):
         """Tell whether the next step of a parameter that has a state takes a sample."""
         return self._is_due(self.state[p]["step"].item() + 1, group)
 
-    def _check_changes(self) -> None:
-        super()._check_changes()
+    def _check_gradients(self) -> None:
         if not self.needs_graph:
             return
         due = [
@@ -150,6 +149,7 @@ class DiagonalOptimizer(PerParameterOptimizer):
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor | None] | None:
         """Find gradients with their graphs; None where none has one."""
+        gradients: list[Tensor | None] = [p.grad for p in params]
         if self.hessian_closure is not None:
             with torch.enable_grad():
                 loss = self.hessian_closure()
@@ -157,8 +157,6 @@ class DiagonalOptimizer(PerParameterOptimizer):
                     expected = "it to return a loss with its graph, and not to call backward"
                     raise TypeError(f"{self._name}: hessian_closure: expected {expected}, got {_checks.describe(loss)}")
                 gradients = list(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
-        else:
-            gradients = [p.grad for p in params]
         return gradients if any(g is not None and g.requires_grad for g in gradients) else None
 
     def _probes(self, batch: Batch, params: list[Tensor]) -> list[Tensor]:

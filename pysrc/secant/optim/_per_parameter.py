@@ -148,6 +148,9 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         """Say what parameters have to have in common, dtype and device aside, to be in one batch."""
         return None
 
+    def _check_gradients(self) -> None:
+        """Raise unless the gradients are such as the method needs; nothing has changed by then."""
+
     def _begin(self, batches: list[Batch]) -> None:
         """Compute what needs all parameters at once, before the first is updated."""
 
@@ -174,11 +177,12 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
             ValueError: a gradient is sparse, or an option was changed to something invalid. Then nothing has changed.
         """
         loss = None
+        self._check_changes()
         if closure is not None:
             _closure.check(self._name, closure)
             with torch.enable_grad():
                 loss = closure()
-        self._check_changes()
+        self._check_gradients()
         batches = self._gather()
         self._begin(batches)
         for batch in batches:

@@ -154,7 +154,7 @@ class Sophia(DiagonalOptimizer):
         if self._estimator != "gnb":
             raise _checks.fail(f"{self._name}.update_hessian", "estimator", "'gnb'", repr(self._estimator))
         size = _checks.integer(f"{self._name}.update_hessian", "batch_size", batch_size, 1)
-        super()._check_changes()
+        self._check_changes()
         for group in self.param_groups:
             for _, members in self._members(group):
                 for p in members:
@@ -163,8 +163,8 @@ class Sophia(DiagonalOptimizer):
                     learn(state["hessian"], sample, group["betas"][1])
                     state["hessian_step"] += 1
 
-    def _check_changes(self) -> None:
-        super()._check_changes()
+    def _check_gradients(self) -> None:
+        super()._check_gradients()
         if self._estimator == "hutchinson" or self.hessian_closure is not None:
             return
         for group in self.param_groups:
