@@ -1,5 +1,6 @@
 """torch.optim.Optimizer classes, one file each."""
 
+from secant.optim.adahessian import AdaHessian
 from secant.optim.bfgs import BFGS
 from secant.optim.block_adam import BlockAdam
 from secant.optim.cubic_newton import CubicNewton
@@ -12,12 +13,15 @@ from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
 from secant.optim.shampoo import Shampoo
 from secant.optim.soap import SOAP
+from secant.optim.sophia import Sophia
+from secant.optim.stochastic_lbfgs import StochasticLBFGS
 from secant.optim.trust_region import TrustRegion
 
 __all__ = [
     "BFGS",
     "LBFGS",
     "SOAP",
+    "AdaHessian",
     "BlockAdam",
     "CubicNewton",
     "LevenbergMarquardt",
@@ -27,5 +31,7 @@ __all__ = [
     "NewtonCG",
     "SaddleFreeNewton",
     "Shampoo",
+    "Sophia",
+    "StochasticLBFGS",
     "TrustRegion",
 ]
