@@ -7,7 +7,7 @@ the kernels is in `kernels/precond/reference.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -286,7 +286,9 @@ class Tiles:
         """
         self._launch(grads, lr, rule, GRAMS | APPLY)
 
-    def refresh(self, *, root: int = 2, damping: float = 1e-4, beta_gram: float | None = None) -> None:
+    def refresh(
+        self, *, root: int = 2, damping: float = 1e-4, beta_gram: float | None = None, process_group: Any = None
+    ) -> None:
         """Compute (A / (1 - beta_gram^t) + damping lambda_max I)^(-1/root) of all Gram averages A.
 
         Negative eigenvalues count as zero, and lambda_max is the largest. Where an average is zero or not finite the
@@ -296,26 +298,52 @@ class Tiles:
             root: 1, 2 or 4.
             damping: relative to the largest eigenvalue.
             beta_gram: None: without the correction by 1 - beta_gram^t, which a graft undoes.
+            process_group: None, or one whose processes all call this with equal averages: each finds the roots of every
+                so many matrices, the largest first, and all of them get all.
         """
-        for group in self._groups:
-            a = group.gathered()
+
+        def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
             new, good = _root(a, root, damping)
             if beta_gram is not None:
-                t = torch.stack([x.to(a) for x in group.steps]).repeat_interleave(group.repeats)
+                t = torch.stack([x.to(a) for x in group.steps]).repeat_interleave(group.repeats)[mine]
                 new = new * (1 - beta_gram**t).pow(1 / root)[:, None, None]
-            group.scatter(new, good)
+            return new, good
 
-    def refresh_basis(self) -> None:
+        self._refresh(of, process_group)
+
+    def refresh_basis(self, *, process_group: Any = None) -> None:
         """Compute the eigenvectors of all Gram averages, in the order of ascending eigenvalues.
 
         One whose average is not finite is left as it was.
+
+        Args:
+            process_group: as for `refresh`.
         """
-        for group in self._groups:
-            a = group.gathered()
+
+        def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
             if group.padding is not None:  # larger than all others, so that what is not there comes last
-                a.diagonal(dim1=1, dim2=2).add_(group.padding * (_diagonal(a).sum(1, keepdim=True) + 1))
+                _diagonal(a).add_(group.padding[mine] * (_diagonal(a).sum(1, keepdim=True) + 1))
             _, vectors, good = _eigh(a)
-            group.scatter(vectors, good)
+            return vectors, good
+
+        self._refresh(of, process_group)
+
+    def _refresh(self, of: Callable[[_Side, Tensor, slice], tuple[Tensor, Tensor]], process_group: Any) -> None:
+        """Replace the roots by what a function makes of averages; those that are not good stay."""
+        size = 1 if process_group is None else process_group.size()
+        first = 0  # rank that has the first matrix of a group: one after the other has one more
+        for group in reversed(self._groups):
+            count = group.count
+            rank = 0 if process_group is None else (process_group.rank() - first) % size
+            mine = slice(rank, None, size)
+            old = group.roots_of(mine)
+            if len(old):
+                new, good = of(group, group.averages_of(mine), mine)
+                old = torch.where(good[:, None, None], new.to(old.dtype), old)
+            if size > 1:
+                old = _interleaved(old, count, first, process_group)
+            first = (first + count) % size
+            group.scatter(old)
 
     def _launch(self, grads: Sequence[Tensor], lr: float | Tensor, rule: Rule, phases: int) -> None:
         if phases & APPLY and not self.second_moment and (rule.rotate or rule.graft == ADAM):
@@ -401,6 +429,7 @@ class _Side:
         low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
         self._entries = (high * (high + 1) // 2 + low).flatten().to(device)
         self._tiles = [len(x) for x in self.packed]
+        self.count = sum(self._tiles)
         self.repeats = torch.tensor(self._tiles, device=device)
         real = [size for x in members for size in x.real]
         #: (tiles, n): 1 on the diagonal where a tile is smaller; None where all are of this size.
@@ -408,15 +437,30 @@ class _Side:
         if min(real) < n:
             self.padding = (i >= torch.tensor(real)[:, None]).to(device, torch.float32)
 
-    def gathered(self) -> Tensor:
-        """Return the averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
-        packed = self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed)
+    def averages_of(self, mine: slice) -> Tensor:
+        """Return averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
+        packed = (self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed))[mine]
         return packed.index_select(1, self._entries).view(-1, self.n, self.n).to(_arithmetic(packed.dtype))
 
-    def scatter(self, new: Tensor, good: Tensor) -> None:
-        """Write what was made of the averages where it belongs; what is not good stays as it was."""
-        old = self.roots[0] if len(self.roots) == 1 else torch.cat(self.roots)
-        torch._foreach_copy_(self.roots, torch.where(good[:, None, None], new, old).split(self._tiles))
+    def roots_of(self, mine: slice) -> Tensor:
+        """Return what was made of them, (tiles, n, n)."""
+        return (self.roots[0] if len(self.roots) == 1 else torch.cat(self.roots))[mine]
+
+    def scatter(self, new: Tensor) -> None:
+        """Write what was made of all averages where it belongs."""
+        torch._foreach_copy_(self.roots, new.split(self._tiles))
+
+
+def _interleaved(mine: Tensor, count: int, first: int, process_group: Any) -> Tensor:
+    """Gather from all processes the matrices that they have in turn, `first` the rank of the first one."""
+    size = process_group.size()
+    most = -(-count // size)
+    padded = mine.new_zeros(most, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    found = [torch.empty_like(padded) for _ in range(size)]
+    torch.distributed.all_gather(found, padded, group=process_group)
+    in_turn = torch.stack([found[(first + k) % size] for k in range(size)], 1)  # (most, ranks, n, n)
+    return in_turn.flatten(0, 1)[:count]
 
 
 def _pieces(size: int, pieces: int) -> list[int]:
@@ -490,8 +534,8 @@ def newton_schulz(
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
         >>> secant.ops.newton_schulz(x, 12, coefficients=(15 / 8, -10 / 8, 3 / 8))
-        tensor([[ 1.0000,  0.0000],
-                [ 0.0000, -1.0000]])
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
     """
     op = "newton_schulz"
     _checks.tensor(op, "x", x, _DTYPES)

@@ -33,6 +33,7 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         "max_side": _checks.integer_from(1),
         "one_sided": _checks.flag(),
         "precondition_frequency": _checks.integer_from(1),
+        "distribute": _checks.flag(),
         "state_dtype": _checks.one_of(None, torch.float32, torch.float64, torch.bfloat16),
     }
     READY = False
@@ -59,9 +60,15 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         """Tell whether matrices need an average of squares."""
         return self.ROTATE or self._graft(group) == ADAM
 
+    @staticmethod
+    def _process_group(group: dict[str, Any]) -> Any:
+        """Return the processes that share a refresh, None for this one alone."""
+        there = group["distribute"] and torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.group.WORLD if there else None
+
     @property
     def skipped(self) -> Tensor:
-        """How many tiles were left as they were since this optimizer was made: a scalar tensor of int64.
+        """Count the tiles that were left as they were since this optimizer was made, in a scalar tensor of int64.
 
         A tile whose gradient or step is not finite is not stepped; nothing else hears of it.
         """
