@@ -212,7 +212,6 @@ class Tiles:
             for name, x in zip(_STATES, given[2:], strict=False):
                 if not x.is_contiguous():
                     raise _checks.fail(op, f"states[{k}][{name!r}]", "contiguous", f"strides {x.stride()}")
-        self._written = [x for members in self._states[:4] for x in members if x.numel()]
         #: Whether every tensor has an average of squares, as Adam's steps and lengths need.
         self.second_moment = all(x.numel() for x in self._states[1])
         self._groups = self._by_size()
@@ -360,7 +359,8 @@ class Tiles:
             for p, x in zip(self._params, copies, strict=True):
                 if x is not p:
                     p.copy_(x)
-        _gate.written(*self._written, *(self._params if phases & APPLY else ()))
+        if phases & APPLY:
+            _gate.written(*self._params)  # no graph has the states in it
 
     def _laid(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Check the gradients, and return them with the strides of the parameters."""
@@ -370,15 +370,16 @@ class Tiles:
         for i, (g, p) in enumerate(zip(grads, self._params, strict=True)):
             if g.dtype is not p.dtype or g.shape != p.shape or g.device != p.device or g.layout is not torch.strided:
                 _checks.shaped("Tiles", f"grads[{i}]", g, tuple(p.shape), p.dtype, p.device)
-            if not _gate.is_plain(g):
+            if type(g) is not Tensor and type(g) is not torch.nn.Parameter:
                 raise _checks.fail("Tiles", f"grads[{i}]", "a plain tensor with memory of its own", type(g).__name__)
-            if p.stride() != self._strides[i]:  # someone gave the parameter other memory
+            strides = p.stride()
+            if strides != self._strides[i]:  # someone gave the parameter other memory
                 self._lay_out()
                 return self._laid(grads)
-            if (self._scattered and not g.is_contiguous()) or g.is_neg():
+            if self._scattered:
                 laid[i] = g.resolve_neg().contiguous()
-            if not self._scattered and laid[i].stride() != p.stride():
-                laid[i] = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device).copy_(g)
+            elif g.stride() != strides or g.is_neg():
+                laid[i] = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device).copy_(g)
         return laid
 
     def _lay_out(self) -> None:
