@@ -11,6 +11,7 @@
 #include "cpu_columns.h"
 #include "cpu_ops.h"
 #include "cpu_tile.h"
+#include "cpu_tridiagonal.h"
 
 namespace SECANT_ISA {
 namespace blocks {
@@ -18,9 +19,6 @@ namespace {
 
 // As EISPACK and LAPACK allow QL iterations per eigenvalue. Convergence is quadratic: 6 to 10 sweeps are usual.
 constexpr int kSweeps = 30;
-
-// `info` of a clamped root that reached the cap: positive codes count eigenvalues there.
-constexpr int kNotConverged = -3;
 
 template <class T>
 struct Rotation {

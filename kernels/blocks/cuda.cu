@@ -21,9 +21,9 @@ struct Blocks {
   u64 a, b, out, values, info, damping;  // pointers, 0 where absent; damping (B,) of C, or the floor
   i64 batch, a_stride, b_stride;         // strides between matrices, in elements
   double shift;                          // damping or floor where it is no tensor
-  int n, k, type, mode;                  // k: right-hand sides; type: kSame, kBf16, kF16; mode: kNone, kAdd, kScale, kMax
-  int function, p;                       // kEigh, kAbsInv, kInvRoot
-  int sweeps, team_bytes;                // cap on sweeps; shared memory of a team
+  int n, k, type, mode;    // k: right-hand sides; type: kSame, kBf16, kF16; mode: kNone, kAdd, kScale, kMax
+  int function, p;         // kEigh, kAbsInv, kInvRoot
+  int sweeps, team_bytes;  // cap on sweeps; shared memory of a team
 };
 
 namespace secant_blocks {
