@@ -16,15 +16,13 @@ from torch import Tensor
 from secant import _checks
 from secant.kernels.precond.contract import ADAM, APPLY, GRAFTS, GRAMS, NONE, Rule, Tensors
 from secant.ops import _gate, _register
-from secant.ops.blocks import block_eigh, block_inv_root
+from secant.ops.blocks import MAX_N, block_eigh, block_inv_root
 
 #: Coefficients of the quintic that Muon iterates (Jordan et al., 2024).
 MUON = (3.4445, -4.7750, 2.0315)
 _DTYPES = _checks.REAL + _checks.HALF
 #: Entries of a tile that Adam steps: as many as share a core's first-level cache with their states.
 _ADAM_ENTRIES = 2048
-#: Largest matrices of the functions for small blocks; those of torch take over.
-_BLOCK = 64
 _STATES = ("exp_avg", "exp_avg_sq", "left", "right", "left_root", "right_root")
 _CPU = torch.device("cpu")
 
@@ -475,7 +473,7 @@ def _diagonal(a: Tensor) -> Tensor:
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, which came out) of symmetric matrices."""
-    if a.shape[-1] <= _BLOCK:
+    if a.shape[-1] <= MAX_N:
         w, v, info = block_eigh(a)
         return w, v, info == 0
     good = a.isfinite().all(-1).all(-1)
@@ -485,7 +483,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _root(a: Tensor, root: int, damping: float) -> tuple[Tensor, Tensor]:
     """(roots, which came out) of symmetric matrices, damped relative to their largest eigenvalues."""
-    if a.shape[-1] <= _BLOCK:
+    if a.shape[-1] <= MAX_N:
         x, info = block_inv_root(a, root, damping=("max", damping))
         return x, (info >= 0) & (_diagonal(a).amax(1) > 0)
     w, v, good = _eigh(a)
