@@ -302,8 +302,7 @@ class Tiles:
         def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
             new, good = _root(a, root, damping)
             if beta_gram is not None:
-                t = torch.stack([x.to(a) for x in group.steps]).repeat_interleave(group.repeats)[mine]
-                new = new * (1 - beta_gram**t).pow(1 / root)[:, None, None]
+                new = new * group.corrections(beta_gram, 1 / root, a)[mine, None, None]
             return new, good
 
         self._refresh(of, process_group)
@@ -429,7 +428,6 @@ class _Side:
         self._entries = (high * (high + 1) // 2 + low).flatten().to(device)
         self._tiles = [len(x) for x in self.packed]
         self.count = sum(self._tiles)
-        self.repeats = torch.tensor(self._tiles, device=device)
         real = [size for x in members for size in x.real]
         #: (tiles, n): 1 on the diagonal where a tile is smaller; None where all are of this size.
         self.padding = None
@@ -440,6 +438,16 @@ class _Side:
         """Return averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
         packed = (self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed))[mine]
         return packed.index_select(1, self._entries).view(-1, self.n, self.n).to(_arithmetic(packed.dtype))
+
+    def corrections(self, beta: float, power: float, like: Tensor) -> Tensor:
+        """Compute (1 - beta^t)^power for each tile, without waiting for the device."""
+        parts = []
+        for t, tiles in zip(self.steps, self._tiles, strict=True):
+            if t.device == like.device and t.device.type != "cpu":
+                parts.append((1 - beta ** t.to(like.dtype)).pow(power).expand(tiles))
+            else:
+                parts.append(like.new_full((tiles,), (1 - beta ** t.item()) ** power))
+        return torch.cat(parts)
 
     def roots_of(self, mine: slice) -> Tensor:
         """Return what was made of them, (tiles, n, n)."""

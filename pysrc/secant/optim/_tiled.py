@@ -15,6 +15,10 @@ from secant.ops.precond import ADAM, NONE, Rule
 from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due
 
 
+#: Lists of parameters whose tiles are kept.
+_KEPT = 64
+
+
 class TiledOptimizer(PerParameterOptimizer, abc.ABC):
     """Base of the optimizers that precondition both sides of tiles by averages of their Gram matrices.
 
@@ -146,6 +150,8 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         key = (group["block_size"], group["max_side"], *map(id, states))
         found = self._tiles.get(key)
         if found is None:
+            if len(self._tiles) >= _KEPT:  # parameters whose gradients come and go make ever new lists
+                del self._tiles[next(iter(self._tiles))]
             device = params[0].device
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
