@@ -14,7 +14,6 @@ from secant._checks import Option
 from secant.ops.precond import ADAM, NONE, Rule
 from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due
 
-
 #: Lists of parameters whose tiles are kept.
 _KEPT = 64
 
