@@ -1129,11 +1129,14 @@ def test_a_parameter_of_many_processes(case, tmp_path):
                 continue
             q = torch.nn.Parameter(whole.detach().clone())
             for x in (p, q):
-                optimizer = case.make([x], **case.fixed)
+                own = torch.nn.Parameter(torch.ones(2))  # of this process alone
+                optimizer = case.make([x, own], **case.fixed)
                 for _ in range(3):
                     optimizer.zero_grad()
-                    ((x - 1.0) ** 4).sum().backward(create_graph=optimizer.is_second_order)
+                    ((x - 1.0) ** 4).sum().backward()
+                    own.sum().backward()
                     optimizer.step()
+                assert (own < 1.0).all()
                 if x is p:
                     assert all(isinstance(t, DTensor) for t in optimizer.state[p].values() if t.dim())
             torch.testing.assert_close(p.full_tensor(), q.detach())
