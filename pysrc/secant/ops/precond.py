@@ -529,10 +529,11 @@ def newton_schulz(
 
     Returns:
         as `x`. A matrix of zeros stays one; one that is not finite becomes NaN, and the others are as without it.
+        Differentiable, forward and reverse mode, any number of times, through products of torch.
 
     Raises:
         TypeError: `x` is no tensor, or of another dtype.
-        ValueError: shapes, `steps`, `coefficients` or `eps` do not fit, or `x` requires grad.
+        ValueError: shapes, `steps`, `coefficients`, `eps` or `out` do not fit.
 
     References:
         Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024. Higham, Functions of Matrices,
@@ -553,12 +554,33 @@ def newton_schulz(
         raise _checks.fail(op, "coefficients", "three numbers", _checks.show(coefficients))
     a, b, c = (_checks.number(op, "coefficients", v) for v in coefficients)
     eps = _checks.positive(op, "eps", eps)
-    if _gate.is_transformed(x):
-        raise _checks.fail(op, "x", "a tensor that does not require grad (detach it)", "a watched one")
     if out is not None:
         _gate.output(op, out, tuple(x.shape), x.dtype, x.device, {"x": x}, same="x")
-    result = x.new_empty(x.shape)
+    if _gate.is_transformed(x):
+        if out is not None:
+            raise _checks.fail(op, "out", "None where x is differentiated or batched", "a tensor")
+        return _iterated(x, steps, a, b, c, eps)
+    # A registered op may not write to an input, so that a compiled call copies.
+    direct = out is not None and out.is_contiguous() and not out.is_neg() and _gate.is_plain(x, out)
+    result = out if out is not None and direct else x.new_empty(x.shape)
     if x.numel():
         flat = x.resolve_neg().reshape(-1, *x.shape[-2:]).contiguous()
         _newton_schulz(flat, steps, a, b, c, eps, result.view(-1, *x.shape[-2:]))
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    if not direct:
+        return out.copy_(result)
+    _gate.written(out)
+    return out
+
+
+def _iterated(x: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
+    """Iterate by differentiable functions of torch."""
+    y = x.to(_arithmetic(x.dtype))
+    tall = y.shape[-2] > y.shape[-1]
+    y = y.mT if tall else y
+    y = y / (y * y).sum((-2, -1), keepdim=True).clamp(min=eps * eps).sqrt()
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return (y.mT if tall else y).to(x.dtype)
