@@ -204,12 +204,17 @@ def _trace(a: Tensor) -> Tensor:
     return a.sum(1) if a.dim() == 2 else a.diagonal(0, 1, 2).sum(1)
 
 
-def shares(products: Sequence[Kronecker], damping: float | Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def shares(
+    products: Sequence[Kronecker], damping: float | Tensor, *, relative: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     r"""Divide a damping lambda among the factors of each Kronecker product, (groups,) of A and of S.
 
         pi sqrt(lambda) of A and sqrt(lambda) / pi of S,    pi^2 = the ratio of the mean eigenvalues of A and S
 
     The lambda of a block is no less than what rounding needs.
+
+    Args:
+        relative: whether lambda is relative to the product of both mean eigenvalues.
 
     References:
         Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML (2015),
@@ -220,6 +225,8 @@ def shares(products: Sequence[Kronecker], damping: float | Tensor) -> tuple[list
     tiny = torch.finfo(mean_a.dtype).tiny ** 0.5
     mean_a, mean_s = mean_a.clamp_min_(tiny), mean_s.clamp_min_(tiny)
     least = mean_a * mean_s * (_LEAST * torch.finfo(mean_a.dtype).eps)
+    if relative:
+        damping = mean_a * mean_s * damping
     share = torch.maximum(least, damping.to(least)) if isinstance(damping, Tensor) else least.clamp_min_(damping)
     share, pi = share.sqrt_(), (mean_a / mean_s).sqrt_()
     groups = [len(p.outputs) for p in products]
@@ -254,11 +261,13 @@ def invert(matrices: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Tensor]
     return found
 
 
-def factored_inverses(products: Sequence[Kronecker], damping: float | Tensor) -> list[Kronecker]:
+def factored_inverses(
+    products: Sequence[Kronecker], damping: float | Tensor, *, relative: bool = False
+) -> list[Kronecker]:
     """Return ((A + pi sqrt(lambda) I)^-1, (S + sqrt(lambda) / pi I)^-1) of each; see `shares`."""
     matrices = [p.inputs for p in products] + [p.outputs for p in products]
     if not products:
         return []
-    of_inputs, of_outputs = shares(products, damping)
+    of_inputs, of_outputs = shares(products, damping, relative=relative)
     found = invert(matrices, of_inputs + of_outputs)
     return [Kronecker(a, s) for a, s in zip(found[: len(products)], found[len(products) :], strict=True)]
