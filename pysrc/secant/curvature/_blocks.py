@@ -52,6 +52,16 @@ class Place(NamedTuple):
             columns.append(parts[self.bias].reshape(-1, *self.shape[:2], 1))
         return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
+    def parts(self, found: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """Take (1, groups, O, I), the bias as a last column, apart into the shapes of the weight and of the bias."""
+        parts, count = [], self.shape[2]
+        if self.weight is not None:
+            weight = found[0, ..., :count]
+            parts.append((weight.mT if self.flipped else weight).reshape(like[0].shape))
+        if self.bias is not None:
+            parts.append(found[..., -1].reshape(like[-1].shape))
+        return parts
+
     def write(self, found: Tensor, parts: Sequence[Tensor]) -> None:
         """Write what `read` would return into tensors in the shapes of the parameters."""
         if self.weight is not None:

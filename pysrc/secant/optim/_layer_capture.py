@@ -16,9 +16,7 @@ from secant.curvature._blocks import Place
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Modules whose forward passes a subclass may have changed are not taken for what they derive from.
-_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
-}
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.Embedding, *_CONVOLUTIONS)}
 
 
 class ModuleLayer(NamedTuple):
@@ -78,7 +76,7 @@ def layers_of(model: nn.Module, params: Mapping[int, Tensor], largest: int) -> l
         elif isinstance(module, nn.Linear):
             place = Place(0, None if bias is None else 1, (1, weight.shape[0], weight.shape[1]))
         else:
-            groups = int(module.groups)  # type: ignore[arg-type]
+            groups = int(module.groups)
             shape = (groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
             place = Place(0, None if bias is None else 1, shape)
         layer = ModuleLayer(name, module, weight, bias, place)
@@ -90,25 +88,30 @@ def layers_of(model: nn.Module, params: Mapping[int, Tensor], largest: int) -> l
 
 def inputs_of(layer: ModuleLayer, x: Tensor) -> Tensor:
     """Return what goes into the layer: (groups, N, P, I), with ones for the bias, or indices (N, P)."""
-    module = layer.module
+    module: Any = layer.module
     if layer.table:
         return x.reshape(len(x) if x.dim() else 1, -1)
     if isinstance(module, nn.Linear):
         x = x.reshape(1, len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
     else:
-        x = x if x.dim() > len(module.kernel_size) + 1 else x.unsqueeze(0)  # type: ignore[arg-type]
+        x = x if x.dim() > len(module.kernel_size) + 1 else x.unsqueeze(0)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
-        zeros = [0] * len(module.kernel_size)  # type: ignore[arg-type]
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        zeros = [0] * len(module.kernel_size)
         x = _layer_uses.patches(
-            x, module.kernel_size, module.stride, zeros, module.dilation, layer.place.shape[0]  # type: ignore[arg-type]
+            x,
+            module.kernel_size,
+            module.stride,
+            zeros,
+            module.dilation,
+            layer.place.shape[0],
         )
     return x if layer.bias is None else torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
 
 def outputs_of(layer: ModuleLayer, x: Tensor, g: Tensor) -> Tensor:
     """Return the gradients of what comes out, (groups, N, P, O), for inputs x."""
-    module = layer.module
+    module: Any = layer.module
     if isinstance(module, nn.Embedding):
         g = g.reshape(1, len(x) if x.dim() else 1, -1, g.shape[-1])
         if module.padding_idx is not None:
@@ -116,7 +119,7 @@ def outputs_of(layer: ModuleLayer, x: Tensor, g: Tensor) -> Tensor:
         return g
     if isinstance(module, nn.Linear):
         return g.reshape(1, len(x) if x.dim() > 1 else 1, -1, g.shape[-1])
-    g = g if g.dim() > len(module.kernel_size) + 1 else g.unsqueeze(0)  # type: ignore[arg-type]
+    g = g if g.dim() > len(module.kernel_size) + 1 else g.unsqueeze(0)
     return _layer_uses.by_group(g, layer.place.shape[0])
 
 
@@ -202,9 +205,7 @@ class Capture:
         self.forwards = 0
         for module in model.modules():
             _bury(module)
-        self.handles = [
-            layer.module.register_forward_hook(Hook(self, i)) for i, layer in enumerate(layers)
-        ]
+        self.handles = [layer.module.register_forward_hook(Hook(self, i)) for i, layer in enumerate(layers)]
         self.handles.append(model.register_forward_pre_hook(Hook(self)))
         self._finalizer = weakref.finalize(self, _remove, self.handles)
 
@@ -219,9 +220,7 @@ class Capture:
         layer, dtype = self.layers[index], self._dtypes[index]
         with _evaluate.plain(gradient.device):
             inputs = inputs_of(layer, x)
-            a, count = _layer_uses.second_moment(
-                inputs, dtype, layer.place.shape[2], layer.table, reduce=self._reduce
-            )
+            a, count = _layer_uses.second_moment(inputs, dtype, layer.place.shape[2], layer.table, reduce=self._reduce)
             g = outputs_of(layer, x, gradient).to(dtype)
             if self._scale is not None:
                 g = g / self._scale(torch.ones((), dtype=torch.float32, device=g.device)).to(dtype)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from secant.optim import _per_parameter
 from secant.optim._layer_capture import Capture, ModuleLayer, layers_of
 from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due, wide
 
-_SHARED = ("curvature", "sharing", "max_size", "likelihood")
+_Item = TypeVar("_Item")
 
 
 class _Entry(NamedTuple):
     """What a step has of one parameter: its group and its rate, its number, the average gradient and Adam's step."""
 
     batch: Batch
-    index: int
+    place: int
     average: Tensor
     adam: Tensor
 
@@ -165,9 +165,7 @@ class KFAC(PerParameterOptimizer):
         self._capture: Capture | None = None
         self._layers: list[ModuleLayer] = []
         own = {name: given[name] for name in self.OPTIONS if name not in PerParameterOptimizer.OPTIONS}
-        super().__init__(
-            params, {"lr": lr, **own}, weight_decay=weight_decay, maximize=maximize, capturable=capturable
-        )
+        super().__init__(params, {"lr": lr, **own}, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
         self._watch()
 
     def _check_options(self, op: str, options: Mapping[str, Any]) -> None:
@@ -245,7 +243,7 @@ class KFAC(PerParameterOptimizer):
     # A step -----------------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
-    def step(  # type: ignore[override]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, outputs_closure: Callable[[], Any] | None = None
     ) -> Any:
         """Run one step from the gradients as they are; see `torch.optim.Optimizer.step`.
@@ -302,13 +300,13 @@ class KFAC(PerParameterOptimizer):
         layer = self._places.get(id(p))
         if layer is None:
             return state
-        (a, s), groups, like = layer.sides, layer.place.shape[0], {"dtype": wide(p.dtype), "device": p.device}
+        (a, s), groups = layer.sides, layer.place.shape[0]
+        like = torch.empty(0, dtype=wide(p.dtype), device=p.device)
         shape = (groups, a) if layer.table else (groups, a, a)
-        state["inputs"] = torch.zeros(shape, **like)
-        state["outputs"] = torch.zeros(groups, s, s, **like)
+        state["inputs"], state["outputs"] = like.new_zeros(shape), like.new_zeros(groups, s, s)
         state["inputs_inverse"] = _identity(shape, like)
         state["outputs_inverse"] = _identity((groups, s, s), like)
-        state["gathered"] = torch.zeros((), **like)  # 1 - c^k after k factors
+        state["gathered"] = like.new_zeros(())  # 1 - c^k after k factors
         return state
 
     def _kind(self, p: Tensor, group: dict[str, Any]) -> str:
@@ -336,14 +334,17 @@ class KFAC(PerParameterOptimizer):
 
     def _learn(self, live: list[tuple[int, ModuleLayer]], entries: Mapping[int, _Entry]) -> None:
         """Update the averages of factors by those that were seen, where they are finite."""
-        for i, a, s in self._seen_factors(live):
-            layer = self._layers[i]
-            state, decay = self.state[layer.weight], entries[id(layer.weight)].batch.group["factor_decay"]
-            fine = torch.isfinite(a.sum() + s.sum())
-            for average, new in ((state["inputs"], a), (state["outputs"], s)):
-                average.lerp_(torch.where(fine, new, average), 1.0 - decay)
-            gathered = state["gathered"]
-            gathered.lerp_(torch.where(fine, torch.ones_like(gathered), gathered), 1.0 - decay)
+        for found in _alike(self._seen_factors(live), lambda each: each[1]):
+            states = [self.state[self._layers[i].weight] for i, _, _ in found]
+            news = [x for _, a, s in found for x in (a, s)]
+            fine = torch.isfinite(torch.stack(torch._foreach_norm(news)).view(-1, 2).sum(1))
+            flags = fine.to(news[0].dtype).unbind()
+            for state, (i, a, s), flag, is_fine in zip(states, found, flags, fine.unbind(), strict=True):
+                rest = 1.0 - entries[id(self._layers[i].weight)].batch.group["factor_decay"]
+                for average, new in ((state["inputs"], a), (state["outputs"], s)):
+                    average.lerp_(torch.where(is_fine, new, average), rest)
+                gathered = state["gathered"]
+                gathered.addcmul_(1.0 - gathered, flag, value=rest)
 
     def _seen_factors(self, live: list[tuple[int, ModuleLayer]]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the new factors of layers, by their indices."""
@@ -389,7 +390,7 @@ class KFAC(PerParameterOptimizer):
         for _, layer in live:
             entry = entries[id(layer.weight)]
             group = entry.batch.group
-            if is_due(entry.batch.counts[entry.index], group["update_every"]):
+            if is_due(entry.batch.counts[entry.place], group["update_every"]):
                 key = (group["damping"], group["relative_damping"], layer.weight.device, wide(layer.weight.dtype))
                 due.setdefault(key, []).append(self.state[layer.weight])
         for (damping, relative, *_), states in due.items():
@@ -404,56 +405,75 @@ class KFAC(PerParameterOptimizer):
 
     def _precondition(self, layers: list[ModuleLayer], entries: Mapping[int, _Entry]) -> None:
         """Replace Adam's steps of layers by theirs."""
-        clipped: list[tuple[Tensor, list[int]]] = []
         total: Tensor | float = 0.0
-        for layer in layers:
-            entry, state, place = entries[id(layer.weight)], self.state[layer.weight], layer.place
-            other = None if layer.bias is None else entries.get(id(layer.bias))
-            parts = [entry.average.unsqueeze(0)]
-            if layer.bias is not None:
-                parts.append((layer.bias.new_zeros(1, *layer.bias.shape, dtype=wide(layer.bias.dtype))
-                              if other is None else other.average.unsqueeze(0)))  # fmt: skip
-            inverse = Kronecker(state["inputs_inverse"], state["outputs_inverse"])
-            found = inverse.apply(place.read(parts))
-            if other is None and layer.bias is not None:
-                found[..., -1] = 0.0
-            both = [entry] if other is None else [entry, other]
-            if entry.batch.group["graft"] == "adam":
-                norm = torch.linalg.vector_norm(found)
-                length = torch.stack([torch.linalg.vector_norm(x.adam) for x in both]).square_().sum().sqrt_()
-                found *= torch.where(norm > 0.0, length / norm, 0.0)
-            directions = [torch.empty_like(p, dtype=x.dtype)[None] for p, x in zip(_tensors(layer), parts, strict=True)]
-            place.write(found, directions)
-            keys = [id(p) for p in _tensors(layer)]
-            for key, direction in zip(keys, directions, strict=True):
-                if key in entries:
-                    self._directions[key] = direction[0]
-            if self._whole["kl_clip"] is not None and entry.batch.group["graft"] == "none":
-                for key in keys:
-                    if key in entries:
-                        e = entries[key]
-                        total = total + (self._directions[key] * e.batch.grads[e.index]).sum() * e.batch.lr**2
-                clipped.append((found, [key for key in keys if key in entries]))
+        clipped: list[int] = []
+        for those in _alike(layers, lambda layer: layer.weight):
+            founds = [self._direction(layer, entries) for layer in those]
+            grafted = [k for k, x in enumerate(those) if entries[id(x.weight)].batch.group["graft"] == "adam"]
+            if grafted:
+                self._graft([those[k] for k in grafted], [founds[k] for k in grafted], entries)
+            for k, (layer, found) in enumerate(zip(those, founds, strict=True)):
+                parts = zip(_tensors(layer), layer.place.parts(found, _tensors(layer)), strict=True)
+                for p, direction in parts:
+                    if id(p) not in entries:
+                        continue
+                    self._directions[id(p)] = direction
+                    if self._whole["kl_clip"] is not None and k not in grafted:
+                        entry = entries[id(p)]
+                        total = total + (direction * entry.batch.grads[entry.place]).sum() * entry.batch.lr**2
+                        clipped.append(id(p))
         if isinstance(total, Tensor):
             # What does not descend is not a step to shorten.
             factor = torch.where(total > 0.0, self._whole["kl_clip"] / total, 1.0).sqrt().clamp_max(1.0)
-            for _, keys in clipped:
-                for key in keys:
-                    self._directions[key] *= factor.to(self._directions[key].dtype)
+            for key in clipped:
+                self._directions[key] = self._directions[key] * factor.to(self._directions[key].dtype)
+
+    def _direction(self, layer: ModuleLayer, entries: Mapping[int, _Entry]) -> Tensor:
+        """Compute D of a layer, (1, groups, O, I), with a zero for a bias that has no gradient."""
+        entry, state = entries[id(layer.weight)], self.state[layer.weight]
+        parts, other = [entry.average.unsqueeze(0)], None
+        if layer.bias is not None:
+            other = entries.get(id(layer.bias))
+            zeros = torch.zeros_like(layer.bias, dtype=wide(layer.bias.dtype))
+            parts.append((zeros if other is None else other.average).unsqueeze(0))
+        found = Kronecker(state["inputs_inverse"], state["outputs_inverse"]).apply(layer.place.read(parts))
+        if layer.bias is not None and other is None:
+            found[..., -1] = 0.0
+        return found
+
+    def _graft(self, layers: list[ModuleLayer], founds: list[Tensor], entries: Mapping[int, _Entry]) -> None:
+        """Give each direction the length of Adam's."""
+        weights = [entries[id(layer.weight)].adam for layer in layers]
+        biases = [entries[id(x.bias)].adam if x.bias is not None and id(x.bias) in entries else None for x in layers]
+        norms = torch._foreach_norm(founds + weights + [x for x in biases if x is not None])
+        zero, of_biases = torch.zeros_like(norms[0]), iter(norms[2 * len(layers) :])
+        second = torch.stack([zero if x is None else next(of_biases) for x in biases])
+        own, first = torch.stack(norms[: 2 * len(layers)]).view(2, -1).unbind()
+        factors = torch.where(own > 0.0, torch.hypot(first, second) / own, 0.0)
+        torch._foreach_mul_(founds, list(factors.unbind()))
 
     def _update(self, batch: Batch) -> None:
         self._move(batch, [self._directions.pop(id(p)) for p in batch.params])
+
+
+def _alike(items: Iterable[_Item], tensor: Callable[[_Item], Tensor]) -> list[list[_Item]]:
+    """Divide items by the device and the dtype of a tensor of each."""
+    found: dict[tuple[torch.device, torch.dtype], list[_Item]] = {}
+    for item in items:
+        x = tensor(item)
+        found.setdefault((x.device, x.dtype), []).append(item)
+    return list(found.values())
 
 
 def _tensors(layer: ModuleLayer) -> list[Tensor]:
     return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 
-def _identity(shape: tuple[int, ...], like: dict[str, Any]) -> Tensor:
+def _identity(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Make the identity of each group, a matrix or a diagonal."""
     if len(shape) == 2:
-        return torch.ones(shape, **like)
-    return torch.eye(shape[-1], **like).expand(shape).contiguous()
+        return like.new_ones(shape)
+    return torch.eye(shape[-1], dtype=like.dtype, device=like.device).expand(shape).contiguous()
 
 
 def _processes(group: Any) -> int:
