@@ -520,16 +520,33 @@ def test_a_layer_that_is_not_used_waits():
     assert optimizer.state[model.left.weight]["step"].item() == 3
 
 
-def test_without_factors_the_step_has_adams_length_along_the_gradient():
-    model = nn.Linear(4, 3).double()
-    optimizer = KFAC(model, lr=0.1)
-    start = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
+def test_layers_without_an_inverse_take_adams_steps():
+    """Gradients set by hand; a layer whose weight attention uses without calling it."""
+
+    class Attentive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(0))
+
+    model = Attentive().double()
+    other = copy.deepcopy(model)
+    optimizer = KFAC(model, lr=0.1, update_every=1)
+    adam = torch.optim.Adam(other.parameters(), lr=0.1, betas=(0.9, 0.95))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
         p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
     optimizer.step()
-    g = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-    moved = torch.cat([(p - s).detach().reshape(-1) for p, s in zip(model.parameters(), start, strict=True)])
-    assert error(moved, -0.1 * math.sqrt(15.0) * g / g.norm()) < 1e-6  # Adam's first step has ones, less eps
+    adam.step()
+    assert error(weights(model), weights(other)) < 1e-12
+    x, y = randn(5, 6, 4), torch.randint(3, (6,))
+    for net, it in ((model, optimizer), (other, adam)):
+        backward(net, it, x, y)
+        it.step()
+    assert error(weights(model.attention), weights(other.attention)) < 1e-9
+    assert error(weights(model.head), weights(other.head)) > 1e-3
 
 
 def test_what_is_in_no_layer_takes_adams_steps():
