@@ -53,8 +53,11 @@ class KFAC(PerParameterOptimizer):
 
     **What is not there.** A parameter without a gradient waits. A layer whose passes were not seen (unused, or its
     gradient set by hand) keeps its factors, and so do all whose x or g is not finite; a layer that has no inverse yet
-    takes Adam's steps, and so does for good one that is never called itself, as the last one in `nn.MultiheadAttention`.
-    An inverse that cannot be found is not used.
+    takes Adam's steps, as the last one of `nn.MultiheadAttention` always does, which is never called itself. An inverse
+    that cannot be found is not used.
+
+    **What it costs.** Factors take (I^2 + O^2) / (3 I O) of the time of a layer's own passes, where they are found; more
+    for convolutions, whose patches are formed. `factor_every=5` takes a fifth of that.
 
     The state is, in float32 for bfloat16 and float16 parameters: 2 times the memory of the parameters, and for each
     layer twice A and S: 2 (I + 1)^2 + 2 O^2 numbers with a bias, I^2 being a group's of a convolution (I = channels of
