@@ -25,8 +25,8 @@ from secant.optim import (
     TrustRegion,
 )
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
-from secant.optim._robust import Robust
 from secant.result import Iteration, Status
+from secant.solvers._robust import Robust
 
 
 def example():
