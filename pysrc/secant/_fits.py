@@ -117,8 +117,12 @@ def by_place(
         if len(index) == len(x0):
             return fun(x, *args, **kwargs)
         # What has stopped is evaluated where it began, and thrown away.
-        r = fun(x0.index_copy(0, index, x), *args, **kwargs)
-        return r.index_select(0, index) if isinstance(r, Tensor) and len(r) == len(x0) else r
+        found = fun(x0.index_copy(0, index, x), *args, **kwargs)
+        return tuple(map(some, found, [index] * len(found))) if isinstance(found, tuple) else some(found, index)
+
+    def some(rows: Any, index: Tensor) -> Any:
+        fits = isinstance(rows, Tensor) and rows.dim() > 0 and len(rows) == len(x0)
+        return rows.index_select(0, index) if fits else rows
 
     return evaluated, False
 
@@ -147,13 +151,10 @@ def fit_in_chunks(
     with _bar(op, b, progress) as advance:
         for begin in range(0, b, chunk):
             end = min(begin + chunk, b)
-            limits = {
-                name: side if side is None or side.dim() == 1 else side[begin:end]
-                for name, side in (("lower", lower), ("upper", upper))
-            }
+            low, high = (None if side is None else side[begin:end] for side in (lower, upper))
             rows = UserRows(op, _moved(fun, begin), None if jac is None else _moved(jac, begin), x0)
             tell = functools.partial(_add, advance, begin)
-            parts.append(batched_least_squares(rows, x0[begin:end], tell=tell, **limits, **options))
+            parts.append(batched_least_squares(rows, x0[begin:end], tell=tell, lower=low, upper=high, **options))
     return parts[0] if len(parts) == 1 else BatchedFit(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
@@ -178,7 +179,7 @@ def _bar(op: str, total: int, wanted: bool) -> Iterator[Callable[[int], object]]
         yield lambda done: progress.update(task, completed=done)
 
 
-def _summary(status: Tensor) -> tuple[Tensor, str]:
+def summary(status: Tensor) -> tuple[Tensor, str]:
     """Return which problems have converged, and a sentence about all."""
     counts = torch.bincount(status.long(), minlength=len(Status)).tolist()
     good = (status == Status.CONVERGED) | (status == Status.SMALL_CHANGE)
@@ -229,7 +230,7 @@ def batched_fit(
         f_scale=_checks.positive(op, "f_scale", f_scale), x_scale=scale, geodesic=geodesic,
         tolerances=_tolerances(op, ftol, xtol, gtol), max_nfev=_limit(op, max_nfev, x.shape[1]),
     )  # fmt: skip
-    good, message = _summary(found.status)
+    good, message = summary(found.status)
     mask, optimality = torch.zeros_like(x, dtype=torch.int64), found.grad
     if box is not None:
         lower, upper = box

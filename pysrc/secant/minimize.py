@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks, optim
+from secant._batches import batched_minimize
 from secant._checks import Option
 from secant._fits import LOSS, batched_fit
 from secant._functions import Form, Objective, Residuals, forgiven, start
@@ -95,6 +96,7 @@ def minimize(
     tol: float | None = None,
     callback: Callable[..., Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    batch: bool = False,
 ) -> OptimizeResult:
     """Minimize a function of one tensor or array, in the shape of `scipy.optimize.minimize`.
 
@@ -130,7 +132,14 @@ def minimize(
             maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b"); maxls: evaluations of one search (20, "l-bfgs-b");
             initial_trust_radius (|x0|, 1 where that is 0), max_trust_radius (1000), eta (0.01) ("trust-...").
 
+        batch: whether x0, (B, n), holds many problems that have nothing to do with each other: `fun` then maps (B, n)
+            to (B,), row for row, and is written in torch. Method "l-bfgs" (the default there): each problem has its own
+            pairs, strong Wolfe search, end and failure, and all that go on are evaluated together. A `fun` with a
+            parameter `index`, which it gets by name, is called for those alone that go on: x (b, n) and their places
+            (b,). maxiter and maxfun are of each problem.
+
     Returns:
+        With batch the same fields but nhev, for each problem, and a message that counts the statuses. Else
         `secant.result.OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev (calls of `hess` or `hessp`), status (a
         `secant.Status`), message and success. A trial where `fun` raises a RuntimeError, ValueError or ArithmeticError
         or is NaN counts as infinite, and the step is shortened. NaN at x0 ends as NOT_FINITE; an error there passes.
@@ -155,6 +164,18 @@ def minimize(
     op = "minimize"
     name, chosen = _method(op, method, bounds)
     settings = _settings(op, name, chosen, tol, options)
+    if batch:
+        if name != "l-bfgs":
+            raise _checks.fail(
+                op,
+                "method" if bounds is None else "bounds",
+                "None or 'l-bfgs' with batch=True, and no bounds",
+                repr(name),
+            )
+        for which, given in (("hess", hess), ("hessp", hessp), ("callback", callback)):
+            if given is not None:
+                raise _checks.fail(op, which, "None with batch=True", _checks.describe(given))
+        return batched_minimize(op, fun, x0, args if isinstance(args, tuple) else (args,), jac, settings)
     x, form = start(op, x0)
     if chosen.closure == "gradient":
         for which, given in (("hess", hess), ("hessp", hessp)):

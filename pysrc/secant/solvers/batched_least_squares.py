@@ -69,9 +69,9 @@ class BatchedFit(NamedTuple):
 
 
 class _Active(NamedTuple):
-    """The problems that go on: places among all, and what is known where they are."""
+    """The problems that go on, and what is known where they are."""
 
-    index: Tensor
+    problem: Tensor  # its place among all
     x: Tensor
     r: Tensor
     cost: Tensor
@@ -196,7 +196,7 @@ def batched_least_squares(
 
     def settle(now: _Active, stopped: Tensor) -> None:
         """Write what has stopped to its place."""
-        which = now.index[stopped]
+        which = now.problem[stopped]
         parts = (now.x, now.r, now.cost, now.g, now.a, now.status, now.nit, now.nfev, now.njev)
         for target, part in zip(whole, parts, strict=True):
             target[which] = part[stopped]
@@ -213,11 +213,11 @@ def batched_least_squares(
             tell(stopped_before)
         if len(places) == 0:
             return whole
-        mask = movable(now.x, now.g, now.index)
+        mask = movable(now.x, now.g, now.problem)
         s = solve(now, -now.g, mask)
         step, nfev = s, now.nfev
         if geodesic:
-            probe = rows.residuals(projected(now.x + _PROBE * s, now.index), now.index)
+            probe = rows.residuals(projected(now.x + _PROBE * s, now.problem), now.problem)
             bend = (probe - now.r) / _PROBE
             if loss != "linear":
                 weights = robust.linearized(now.r)[1]
@@ -228,11 +228,11 @@ def batched_least_squares(
             lengths = [(now.d2 * x.square()).sum(-1) for x in (acceleration, s)]
             step = torch.where((lengths[0] <= _BENT**2 * lengths[1])[:, None], s + 0.5 * acceleration, s)
             nfev = nfev + 1
-        x = projected(now.x + step, now.index)
-        r = rows.residuals(x, now.index)
+        x = projected(now.x + step, now.problem)
+        r = rows.residuals(x, now.problem)
         nfev, moved = nfev + 1, x - now.x
         if boxed:
-            s = projected(now.x + s, now.index) - now.x  # what the model speaks of
+            s = projected(now.x + s, now.problem) - now.x  # what the model speaks of
         predicted = -((now.g + 0.5 * (now.a @ s[..., None])[..., 0]) * s).sum(-1)
         decrease = robust.decrease(now.r, r)
         gain = torch.where(predicted > 0.0, decrease / predicted, -math.inf)
@@ -259,7 +259,7 @@ def batched_least_squares(
         j, g, a, d2 = now.j, now.g, now.a, now.d2
         njev = now.njev
         if len(at):
-            fresh = modelled(x.index_select(0, at), r.index_select(0, at), now.index.index_select(0, at))
+            fresh = modelled(x.index_select(0, at), r.index_select(0, at), now.problem.index_select(0, at))
             if len(at) == len(accepted):
                 j, g, a, scale = fresh
             else:
@@ -270,10 +270,10 @@ def batched_least_squares(
             d2 = torch.where(usable[:, None], torch.maximum(d2, scale), d2)
             status = torch.where(accepted & ~usable, int(Status.NOT_FINITE), status)
             new_x = torch.where(kept, x, now.x)
-            done = accepted & (optimality(new_x, g, now.index) <= tolerances.gtol)
+            done = accepted & (optimality(new_x, g, now.problem) <= tolerances.gtol)
             status = torch.where(done, int(Status.CONVERGED), status).to(torch.int32)
         now = _Active(
-            now.index, torch.where(kept, x, now.x), torch.where(kept, r, now.r),
+            now.problem, torch.where(kept, x, now.x), torch.where(kept, r, now.r),
             torch.where(accepted, robust.value(r), now.cost), j, g, a, d2, lam, status,
             now.nit + accepted, nfev, njev,
         )  # fmt: skip
