@@ -1,23 +1,33 @@
 """torch.optim.Optimizer classes, one file each."""
 
+from secant.optim.adahessian import AdaHessian
 from secant.optim.bfgs import BFGS
+from secant.optim.block_adam import BlockAdam
 from secant.optim.cubic_newton import CubicNewton
 from secant.optim.lbfgs import LBFGS
 from secant.optim.levenberg_marquardt import LevenbergMarquardt
+from secant.optim.muon import Muon
 from secant.optim.natural_gradient import NaturalGradient
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.sophia import Sophia
+from secant.optim.stochastic_lbfgs import StochasticLBFGS
 from secant.optim.trust_region import TrustRegion
 
 __all__ = [
     "BFGS",
     "LBFGS",
+    "AdaHessian",
+    "BlockAdam",
     "CubicNewton",
     "LevenbergMarquardt",
+    "Muon",
     "NaturalGradient",
     "Newton",
     "NewtonCG",
     "SaddleFreeNewton",
+    "Sophia",
+    "StochasticLBFGS",
     "TrustRegion",
 ]
