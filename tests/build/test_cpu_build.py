@@ -64,7 +64,7 @@ def test_sanitizers_on_blocks(tmp_path, isa):
     flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSECANT_BLOCKS_SMALL=3"]
     sources = [
         "tests/build/sanitize_blocks.cpp",
-        *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd")),
+        *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd", "_tridiagonal")),
     ]
     compile_cpp(isa, sources, program, *flags)
     done = subprocess.run([program], capture_output=True, text=True)
