@@ -11,6 +11,8 @@ from secant.optim.natural_gradient import NaturalGradient
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.shampoo import Shampoo
+from secant.optim.soap import SOAP
 from secant.optim.sophia import Sophia
 from secant.optim.stochastic_lbfgs import StochasticLBFGS
 from secant.optim.trust_region import TrustRegion
@@ -18,6 +20,7 @@ from secant.optim.trust_region import TrustRegion
 __all__ = [
     "BFGS",
     "LBFGS",
+    "SOAP",
     "AdaHessian",
     "BlockAdam",
     "CubicNewton",
@@ -27,6 +30,7 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "SaddleFreeNewton",
+    "Shampoo",
     "Sophia",
     "StochasticLBFGS",
     "TrustRegion",

@@ -45,8 +45,9 @@ class Batch(NamedTuple):
     """Parameters of one group that have a gradient, of one kind, dtype and device: lists for `torch._foreach_*`.
 
     group: their options. kind: what `_kind` says of all of them. params, states: as they are.
-    grads: of what is minimized, in the dtype of the state; not to be written. lr: a number, or a tensor of one element
-    that must not be read. counts: the number of this step, from 1, of each parameter, likewise.
+    grads: of what is minimized, in the dtype of the state (unless they are not `READY`); not to be written.
+    lr: a number, or a tensor of one element that must not be read. counts: the number of this step, from 1, of each
+    parameter, likewise.
     """
 
     group: dict[str, Any]
@@ -116,6 +117,11 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         "maximize": _checks.flag(),
         "capturable": _checks.flag(),
     }
+    #: Whether gradients are handed over in the dtype of the state, and negated where the function is maximized.
+    READY: ClassVar[bool] = True
+    #: Whether the shards of a parameter that is spread over processes (a DTensor) may be updated where they are.
+    SHARDS: ClassVar[bool] = True
+
     #: Whether gradients need a graph: `loss.backward(create_graph=True)`. Trainers ask for it by this name.
     is_second_order: bool = False
 
@@ -198,9 +204,9 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
                 raise _checks.fail(self._name, "capturable", "True inside of a CUDA graph", "False")
             states = [self._state_of(p, group) for p in members]
             grads: list[Any] = [p.grad for p in members]
-            if dtype in _checks.HALF:
+            if dtype in _checks.HALF and self.READY:
                 grads = [g.to(wide(dtype)) for g in grads]
-            if group["maximize"]:
+            if group["maximize"] and self.READY:
                 grads = list(torch._foreach_neg(grads))
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
@@ -436,6 +442,11 @@ def _fitted(op: str, name: str, state: object, like: Mapping[str, Tensor]) -> di
             raise _checks.fail(op, f"{name}[{key!r}]", _checks.describe(x), _checks.describe(got))
         fitted[key] = got.detach().to(dtype=x.dtype, device=x.device, copy=True)
     return fitted
+
+
+def is_due(t: Any, every: int) -> bool:
+    """Tell whether the t-th step refreshes what is refreshed every so often, and at 1, 2, 4, 8, ... before."""
+    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
 
 
 # Adam, which many a method falls back to, or borrows the length of its steps from -------------------------------------

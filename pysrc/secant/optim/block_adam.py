@@ -124,7 +124,7 @@ class BlockAdam(PerParameterOptimizer):
         traces = [outer.diagonal(dim1=-2, dim2=-1).sum(-1) for outer in outers]
 
         roots = batch.state("root")
-        due = [i for i, t in enumerate(batch.counts) if _is_due(t, group["update_every"])]
+        due = [i for i, t in enumerate(batch.counts) if _per_parameter.is_due(t, group["update_every"])]
         if due:
             found = _roots(torch.cat([outers[i] for i in due]), torch.cat([traces[i] for i in due]), group["damping"])
             torch._foreach_copy_([roots[i] for i in due], list(found.split([len(traces[i]) for i in due])))
@@ -136,11 +136,6 @@ class BlockAdam(PerParameterOptimizer):
             blocks = torch.bmm(root, _cut(m, root.shape[-1]).unsqueeze(2)).squeeze(2).div_(size.unsqueeze(1))
             directions.append(blocks.reshape(-1)[: m.numel()].reshape(m.shape))
         self._move(batch, directions)
-
-
-def _is_due(t: Any, every: int) -> bool:
-    """Tell whether the t-th step finds roots anew."""
-    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
 
 
 def _size(p: Tensor, group: dict[str, Any]) -> int:
