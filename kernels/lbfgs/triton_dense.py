@@ -20,8 +20,8 @@ from torch import Tensor
 
 #: Rows and columns of a tile, warps; elements of a vector that a program of the other launches takes.
 _TILE, _TILE_WARPS, _BLOCK = 64, 8, 256
-#: What `_reduce` leaves for `_finish`: accepted, spoilt, scale of H g (gamma of g if spoilt), along s, along H y, and the
-#: powers of two over which s and H y are kept.
+#: What `_reduce` leaves for `_finish`: accepted, spoilt, scale of H g (gamma of g if spoilt), along s, along H y, and
+#: the powers of two over which s and H y are kept.
 _DECISION = 7
 _SUMS = tl.constexpr(11)  # sy ss yy yw ww s.y_prev sg wg pg gg max|g|
 _SMALL = tl.constexpr(torch.finfo(torch.float64).eps)
