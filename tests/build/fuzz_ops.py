@@ -175,6 +175,8 @@ def blocks(name: str) -> Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, 
             args["p"] = f.pick((1, 2, 4, 3)) if f.spoil(0.1) else f.pick((1, 2, 4))
         if name in ("block_inv", "block_solve", "block_inv_root", "block_function"):
             lam = f.pick((None, f.number(0.1), ("scale", f.number(0.1)), f.tensor(torch.full(batch, 0.1, dtype=dtype))))
+            if name == "block_inv_root" and f.chance(0.3):
+                lam = ("max", f.number(0.1))
             args["damping"] = lam
         return OPS[name], args
 

@@ -13,10 +13,12 @@ from secant.ops.hvp import (
 )
 from secant.ops.inverse_hessian import InverseHessian
 from secant.ops.lbfgs import two_loop
+from secant.ops.precond import Tiles, newton_schulz
 
 __all__ = [
     "InverseHessian",
     "LBFGSHistory",
+    "Tiles",
     "block_abs_inv",
     "block_eigh",
     "block_function",
@@ -27,6 +29,7 @@ __all__ = [
     "glm_hvp",
     "glm_value_grad",
     "gram",
+    "newton_schulz",
     "paired_matmul",
     "softmax_hvp",
     "softmax_value_grad",

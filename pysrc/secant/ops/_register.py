@@ -26,6 +26,18 @@ _lib = torch.library.Library("secant", "FRAGMENT")
 _KNOWN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
 
 
+def _are_known(args: tuple[Any, ...]) -> bool:
+    """Tell whether nothing hides behind these arguments, or behind the members of those that are lists."""
+    return _KNOWN.issuperset(map(type, args)) or all(
+        _KNOWN.issuperset(map(type, x)) if type(x) is list else type(x) in _KNOWN for x in args
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return a tensor itself, or a contiguous copy of what it stands for."""
+    return x.resolve_neg().contiguous() if x.is_neg() or not x.is_contiguous() else x
+
+
 def at_trace_time(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a function that a compiler calls while it traces, and takes the result of for a constant."""
     # What torch.compiler.assume_constant_result does, which imports the compiler (1.5 s).
@@ -82,7 +94,8 @@ class Kernel:
         settle: for who calls the registered op itself, and compilers, which may hand over other strides than they
             traced: from its arguments to those of the contract's layout. It may raise.
         contract: from the arguments of the op to those of the method.
-        vector: places of the argument whose device and dtype choose the backend, and of what does where that is None.
+        vector: places of the argument whose device and dtype choose the backend, and of what does where that is None;
+            of a list the first member does.
     """
 
     def __init__(
@@ -110,11 +123,17 @@ class Kernel:
     def _op(self, *args: Any) -> None:
         laid = list(args if self._settle is None else self._settle(*args))
         for place in self._written:  # a kernel writes one entry behind the other
-            if (x := args[place]) is not None and (x.is_neg() or not x.is_contiguous()):
-                laid[place] = x.resolve_neg().contiguous()
+            if isinstance(x := args[place], list):
+                laid[place] = [_dense(y) for y in x]
+            elif x is not None and (x.is_neg() or not x.is_contiguous()):
+                laid[place] = _dense(x)
         self.launch(*laid)
         for place in self._written:
-            if laid[place] is not args[place]:
+            if isinstance(args[place], list):
+                for to, x in zip(args[place], laid[place], strict=True):
+                    if x is not to:
+                        to.copy_(x)
+            elif laid[place] is not args[place]:
                 args[place].copy_(laid[place])
 
     def launch(self, *args: Any) -> None:
@@ -122,12 +141,14 @@ class Kernel:
         vector = args[self._vector]
         if vector is None:
             vector = args[self._other]
+        elif type(vector) is list:
+            vector = vector[0]
         backend = backends.resolve(self.family, vector.device, vector.dtype)
         getattr(backend, self.method)(*(args if self._contract is None else self._contract(*args)))
 
     def __call__(self, *args: Any) -> None:
         """Launch; through the registered op where a compiler or a tensor subclass has to see the call."""
-        if torch.compiler.is_dynamo_compiling() or not _KNOWN.issuperset(map(type, args)):
+        if torch.compiler.is_dynamo_compiling() or not _are_known(args):
             self.registered(*args)
         else:
             self.launch(*args)
