@@ -41,6 +41,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _checks.HALF else dtype
 
 
+def is_due(t: Any, every: int) -> bool:
+    """Tell whether the t-th step finds anew what is found every so many steps, and at 1, 2, 4, 8, ... before."""
+    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
+
+
 class Batch(NamedTuple):
     """Parameters of one group that have a gradient, of one kind, dtype and device: lists for `torch._foreach_*`.
 
