@@ -224,7 +224,7 @@ COLORS = {
     "torch LBFGS": (TORCH, "torch LBFGS"),
     "Adam": ("#B22222", "Adam"),
     "AdamW": ("#B22222", "AdamW"),
-    "torch Muon": (TORCH, "torch Muon"),
+    "torch Muon": ("#E69F00", "torch Muon"),
     "Shampoo, default rate": (SECANT, "secant Shampoo, default rate"),
     "Shampoo": (STEP, "secant Shampoo, tuned"),
     "SOAP": (BF16, "secant SOAP"),
@@ -327,7 +327,7 @@ def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
 
 
 #: Colours of names that `COLORS` has not.
-_SPARE = ("#CC79A7", "#E69F00", "#009E73", "#56B4E9", "#6a51a3", "#8a5a00", "#004d3a", "#b35900", "#7a7a00", GREY)
+_SPARE = ("#CC79A7", "#7fd1b3", "#004c6d", "#b9b9b9", "#6a51a3", "#8a5a00", "#004d3a", "#b35900", "#7a7a00", GREY)
 
 
 def _colored(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -343,7 +343,8 @@ def _training_panel(
     """Draw (label, colour, whether ours, points) each."""
     drawn = [line for line in lines if line[3]]
     for _, color, ours, points in drawn:
-        ax.plot([x for x, _ in points], [y for _, y in points], color=color, linewidth=2.4 if ours else 1.5)
+        width, marker = (2.4 if ours else 1.5), ("." if len(points) < 10 else "")
+        ax.plot([x for x, _ in points], [y for _, y in points], color=color, linewidth=width, marker=marker)
         ax.plot(*points[-1], "o", color=color, markersize=5 if ours else 4)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

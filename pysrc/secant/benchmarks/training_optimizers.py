@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import secant
 from secant.benchmarks.training_tasks import TASKS, Task
@@ -106,24 +106,14 @@ def _torch(name: str, **options: Any) -> Making:
     return make
 
 
-#: AdamW's rate for what is no hidden matrix, over that of Muon for hidden matrices.
+#: AdamW's rate for what is no matrix, over that of Muon for matrices.
 REST = 0.15
 
 
-def hidden(model: nn.Module) -> list[nn.Parameter]:
-    """List the matrices that Muon is made for: all but those of embeddings and of the last layer."""
-    ends: set[int] = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if len(layers) > 1:
-        ends |= {id(p) for p in layers[-1].parameters()}
-    return [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
-
-
 def _muon(task: Task, rate: float | None) -> Optimizer:
-    """Make torch's Muon for the hidden matrices, AdamW for the rest."""
-    matrices = hidden(task.model)
-    taken = {id(p) for p in matrices}
-    rest = [p for p in task.model.parameters() if id(p) not in taken]
+    """Make torch's Muon for the matrices, AdamW for the rest."""
+    matrices = [p for p in task.model.parameters() if p.ndim == 2]
+    rest = [p for p in task.model.parameters() if p.ndim != 2]
     found: list[torch.optim.Optimizer] = []
     if matrices:
         found.append(torch.optim.Muon(matrices, **_given(rate), weight_decay=0.0))
@@ -193,7 +183,7 @@ _PEERS = (
     Entry(ADAMW, "peer", _torch("AdamW", weight_decay=0.0), _FINE),
     Entry(MUON, "peer", _muon, (6e-3, 2e-2, 6e-2, 2e-1, 6e-1)),
     Entry("SGD, momentum", "peer", _torch("SGD", momentum=0.9), _COARSE),
-    Entry("RMSprop", "peer", _torch("RMSprop"), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    Entry("RMSprop", "peer", _torch("RMSprop"), _FINE),
     Entry("Adagrad", "peer", _torch("Adagrad"), _COARSE),
     Entry("Adadelta", "peer", _torch("Adadelta"), (1e-1, 3e-1, 1.0, 3.0, 10.0)),
     Entry(RAW, "peer", _torch("LBFGS", **_LBFGS), _COARSE),

@@ -256,7 +256,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply."""
         length = x.shape[1]
-        h = self.characters(x) + self.places(torch.arange(length, device=x.device))
+        h = self.characters(x) + self.places(torch.arange(length, device=x.device).expand_as(x))
         for layer in self.layers:
             h = layer(h, self.mask[:length, :length])
         logits: Tensor = self.head(self.norm(h))
@@ -457,12 +457,12 @@ class _Point(nn.Module):
 class Quadratic(Task):
     """f(x) = x.A x / 2 of a matrix x of 16 x 16, A rotated with eigenvalues from 1 to 1e-6, under noise.
 
-    The loss of a step is f(x) + sigma xi.x with xi of mean 0 and covariance A, as that of least squares has; the
-    error is f(x) / f(start).
+    The loss of a step is that of least squares on a batch: half the mean of (a.x - e)^2 over rows a of mean 0 and
+    covariance A and errors e of deviation `noise`; its mean gradient is that of f. The error is f(x) / f(start).
     """
 
     title, measure, steps, layered = "noisy quadratic of condition 1e6", "f / f(start)", 600, False
-    side, smallest, noise = 16, 1e-6, 0.1
+    side, smallest, noise, batch = 16, 1e-6, 0.3, 8
 
     def make(self) -> nn.Module:
         """Draw the start."""
@@ -481,14 +481,16 @@ class Quadratic(Task):
         v = x.flatten()
         return 0.5 * v.dot(self.curvature @ v)
 
-    def draw(self) -> Tensor:
-        """Draw the noise of a gradient."""
-        return self.noise * self.root @ torch.randn(self.side**2, generator=self.generator).to(self.device)
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Draw rows and errors."""
+        drawn = torch.randn(self.batch, self.side**2 + 1, generator=self.generator).to(self.device)
+        return drawn[:, :-1] @ self.root.T, self.noise * drawn[:, -1]
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return x and its loss."""
-        x = self.model()
-        return x, self._value(x) + batch.dot(x.flatten())
+        """Return what is left of the errors, and half their mean square."""
+        a, e = batch
+        left = a @ self.model().flatten() - e
+        return left, 0.5 * left.square().mean()
 
     @torch.no_grad()
     def error(self) -> float:

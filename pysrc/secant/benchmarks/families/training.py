@@ -201,6 +201,7 @@ class Runs:
     def __init__(self, total: int, choice: Choice, ledger: Ledger, device: torch.device) -> None:
         self.total, self.choice, self.ledger, self.device, self.done = total, choice, ledger, device, 0
         self.warm: set[str] = set()
+        self.refused: set[str] = set()
 
     def get(self, case: Trained, entry: Entry, rate: float | None, seed: int, *, always: bool = False) -> Run | None:
         """Return a run, made now if it must be; None where time is over, unless `always`."""
@@ -208,7 +209,8 @@ class Runs:
         key = Key(case.op, entry.kept, rate, seed, case.steps)
         label = f"{case.op}: {entry.name}" + ("" if rate is None else f", rate {rate:g}") + f", start {seed}"
         if key not in self.ledger:
-            if not always and not self.choice.allows(label):
+            if entry.name in self.refused or not (always or self.choice.allows(f"{case.op}: {entry.name}")):
+                self.refused.add(entry.name)
                 return None
             if entry.name not in self.warm:  # first calls import, choose and allocate
                 self.warm.add(entry.name)
