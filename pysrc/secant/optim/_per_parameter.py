@@ -449,11 +449,6 @@ def _fitted(op: str, name: str, state: object, like: Mapping[str, Tensor]) -> di
     return fitted
 
 
-def is_due(t: Any, every: int) -> bool:
-    """Tell whether the t-th step refreshes what is refreshed every so often, and at 1, 2, 4, 8, ... before."""
-    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
-
-
 # Adam, which many a method falls back to, or borrows the length of its steps from -------------------------------------
 
 
