@@ -19,6 +19,8 @@ from secant.optim import (
     BFGS,
     KFAC,
     LBFGS,
+    SOAP,
+    AdaHessian,
     BlockAdam,
     CubicNewton,
     LevenbergMarquardt,
@@ -27,12 +29,15 @@ from secant.optim import (
     Newton,
     NewtonCG,
     SaddleFreeNewton,
+    Shampoo,
+    Sophia,
+    StochasticLBFGS,
     TrustRegion,
 )
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
 from secant.optim._per_parameter import PerParameterOptimizer
-from secant.optim._robust import Robust
 from secant.result import Iteration, Status
+from secant.solvers._robust import Robust
 
 
 def example(base, name, end):
@@ -49,7 +54,8 @@ def example(base, name, end):
 class Case(NamedTuple):
     """An optimizer: what makes it, the kind of its closure, options that its groups may differ in, one that may change.
 
-    Of kind "none" are those whose step takes the gradients as they are, with a state per parameter.
+    Of kind "none" are those whose step takes the gradients as they are, with a state per parameter, and of kind "twice"
+    those that evaluate the closure again after it.
     Options: by name, a valid value other than the default, and an invalid one. memory: of the state of such an
     optimizer, as a multiple of that of the parameters.
     """
@@ -103,10 +109,30 @@ OPTIMIZERS = [
     Case("muon", Muon, {"lr": 0.02, "adam_scale": 1.0}, "none",
          {"lr": (0.01, -1.0), "momentum": (0.5, 1.0), "ns_steps": (3, 0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {},
          memory=1.0),
+    Case("shampoo", Shampoo, {"lr": 0.01, "precondition_frequency": 5}, "none",
+         {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0)), "damping": (0.5, 0.0), "graft": ("rms", "lion"),
+          "beta_gram": (0.5, 1.0), "eps": (1e-3, 0.0), "exponent": (0.25, 0.3)}, {}, memory=5.015625),
+    Case("soap", SOAP, {"lr": 0.01, "precondition_frequency": 5}, "none",
+         {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0)), "precondition_frequency": (1, 0)}, {},
+         memory=5.015625),
     Case("block-adam", BlockAdam, {"lr": 0.01, "update_every": 1}, "none",
          {"lr": (0.02, -1.0), "damping": (0.5, 1.0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {}, memory=33.0),
     Case("block-adam-refresh", BlockAdam, {"lr": 0.01, "update_every": 3}, "none", {"update_every": (5, 0)}, {},
          memory=33.0),
+    Case("adahessian", AdaHessian, {}, "none",
+         {"lr": (0.02, -1.0), "clip": (1e-3, 0.0), "hessian_power": (0.5, 1.1), "betas": ((0.8, 0.9), (0.9, 1.0))}, {},
+         memory=2.0),
+    Case("adahessian-seldom", AdaHessian, {"update_every": 3}, "none", {"update_every": (2, 0), "seed": (5, -1)}, {},
+         memory=2.0),
+    Case("sophia-h", Sophia, {"lr": 0.01, "update_every": 2}, "none",
+         {"lr": (0.02, -1.0), "rho": (1.0, 0.0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {}, memory=2.0),
+    Case("sophia-g", Sophia, {"lr": 0.01, "estimator": "gnb", "rho": 1.0, "update_every": 1}, "none",
+         {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0))}, {}, memory=2.0),
+    Case("stochastic-lbfgs", StochasticLBFGS, {"lr": 0.01, "average": 0.5, "update_every": 1}, "none",
+         {"lr": (0.02, -1.0), "weight_decay": (0.1, -0.1)}, {"betas": ((0.8, 0.9), (0.9, 1.0)), "average": (0.9, 1.0),
+         "graft": (False, 1), "curvature_tol": (0.9, 1.0)}, memory=26.0),
+    Case("stochastic-lbfgs-same", StochasticLBFGS, {"lr": 0.01, "pairs": "same-batch", "history_size": 4}, "twice",
+         {"lr": (0.02, -1.0)}, {"update_every": (2, 0), "curvature_tol": (0.9, 1.0)}),
     # Of parameters in no layer; where there is a model it is given that, see `fixed`.
     Case("kfac", KFAC, {"lr": 0.01, "model": torch.nn.Identity(), "update_every": 1}, "none",
          {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0)), "weight_decay": (0.1, -0.1)}, {}, memory=2.0),
@@ -125,12 +151,15 @@ def having(accept):
     return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
 
+CLOSURES = ("gradient", "residuals", "loss", "outputs")
+
+
 def of_kind(*kinds):
     return having(lambda case: case.kind in kinds)
 
 
 everyone = having(lambda case: True)
-optimizers = having(lambda case: case.kind != "none")  # that evaluate a closure
+optimizers = having(lambda case: case.kind in CLOSURES)  # that evaluate a closure, and all parameters as one vector
 
 
 problems = pytest.mark.parametrize("problem", ["quadratic-1e1", "mlp"])
@@ -169,7 +198,7 @@ class Run:
     def closure(self):
         k, self.count = self.count, self.count + 1
         self.points.append(self.x)
-        if self.case.kind == "gradient":
+        if self.case.kind in ("gradient", "twice"):
             if self.zero_in_place:
                 for p in self.params:
                     if p.grad is not None and p.requires_grad:
@@ -199,6 +228,8 @@ class Run:
         loss = self.loss(self.params)
         self.losses.append(loss.item())
         loss.backward(create_graph=self.optimizer.is_second_order)
+        if self.case.fixed.get("estimator") == "gnb" and len(self.losses) % 5 == 1:
+            self.optimizer.update_hessian(1)
 
     def attempt(self):
         """One step, from the gradients as they are where there is no closure."""
@@ -348,7 +379,7 @@ def test_options_may_change_in_mid_run(case):
         assert run.optimizer.param_groups[0][name] == value
         assert torch.isfinite(run.x).all()
         assert name == "tolerance_grad" or not torch.equal(run.x, other.x), name
-        for given in (invalid, None if name != "max_eval" else 0, "x"):
+        for given in (invalid, 0 if case.make.OPTIONS[name].accept(None) else None, "x"):
             with pytest.raises(ValueError, match=f"{case.make.__name__}: {name}: expected "):
                 Run(case, "mlp", **{name: given})
             old = run.optimizer.param_groups[0][name]
@@ -424,11 +455,12 @@ def test_a_start_that_is_nan_is_left_alone(case):
 @dtypes
 def test_a_gradient_of_zero_at_the_start_moves_nothing(case, dtype):
     run = Run(case, "mlp", dtype)
-    run.loss = lambda params: sum((p * 0.0).sum() for p in params)
+    power = 2 if case.kind == "none" and run.optimizer.is_second_order else 1  # there a constant has no graph
+    run.loss = lambda params: sum((p**power * 0.0).sum() for p in params)
     start = run.x
     run.step(2)
     assert torch.equal(run.x, start)
-    if case.kind != "none":
+    if case.kind in CLOSURES:
         assert run.optimizer.status in (Status.CONVERGED, Status.SMALL_CHANGE, Status.MAX_ITER)
 
 
@@ -734,9 +766,7 @@ def flat(model):
 
 
 def state_bytes(optimizer):
-    return sum(
-        x.numel() * x.element_size() for state in optimizer.state.values() for k, x in state.items() if k != "step"
-    )
+    return sum(x.numel() * x.element_size() for state in optimizer.state.values() for x in state.values() if x.dim())
 
 
 @closure_free
@@ -761,7 +791,8 @@ def test_the_memory_is_what_the_documentation_says(case):
     optimizer = case.make([p], **case.fixed)
     ((p @ torch.randn(128)).square().sum()).backward(create_graph=optimizer.is_second_order)
     optimizer.step()
-    assert state_bytes(optimizer) == case.memory * p.numel() * p.element_size()
+    ratio = state_bytes(optimizer) / (p.numel() * p.element_size())
+    assert ratio == pytest.approx(case.memory, rel=1e-3)  # but for what does not grow with the parameters
     documented = " ".join(inspect.getdoc(case.make).split())
     assert f"{case.memory:g} times the memory of the parameters" in documented or case.name == "sign"
 
@@ -814,7 +845,7 @@ def test_half_parameters_have_a_float32_state_and_are_rounded_once(case, dtype):
             assert torch.equal(p.to(dtype), q)
     run.step(3)
     tensors = [x for state in run.optimizer.state.values() for x in state.values()]
-    assert all(x.dtype in (torch.float32, torch.int32, torch.float64) for x in tensors)
+    assert all(x.dtype in (torch.float32, torch.float64) for x in tensors if x.is_floating_point())
     file = io.BytesIO()
     torch.save(run.optimizer.state_dict(), file)
     file.seek(0)
@@ -848,7 +879,9 @@ def test_a_learning_rate_may_be_a_tensor(case):
 @closure_free
 def test_a_capturable_step_reads_nothing_and_does_the_same(case, monkeypatch):
     rate = Run(case, "mlp").optimizer.param_groups[0]["lr"]
-    if case.fixed.get("update_every", 1) > 1:  # which step is due is known to the host alone
+    if (
+        Run(case, "mlp").optimizer.param_groups[0].get("update_every", 1) > 1
+    ):  # which step is due is known to the host alone
         with pytest.raises(ValueError, match=f"{case.make.__name__}: update_every: expected 1"):
             Run(case, "mlp", capturable=True)
         return
@@ -858,9 +891,9 @@ def test_a_capturable_step_reads_nothing_and_does_the_same(case, monkeypatch):
         with Reads(monkeypatch) as reads:
             run.attempt()
         assert reads.count == 0
-    # beta^t is rounded to float32 there, a relative 6e-8 t of a direction.
+    # beta^t is rounded to float32 there, a relative 6e-8 t of a direction. Signs come from other generators.
     apart, _ = spread(run, Run(case, "mlp").step(10))
-    assert apart < 1e-4
+    assert apart < (1.0 if run.optimizer.is_second_order else 1e-4)
 
 
 @closure_free
@@ -888,14 +921,18 @@ def test_clipping_and_scaling_of_gradients(case):
     run.attempt()
     assert torch.isfinite(run.x).all()
     run = Run(case, "mlp", torch.float32)
+    if expected.optimizer.is_second_order:  # the graph of a scaled loss has scaled products
+        run.optimizer.hessian_closure = lambda: run.loss(run.params)
+        assert not run.optimizer.is_second_order
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     for spoilt in (False, True, False, False):
         run.optimizer.zero_grad()
         loss = scaler.scale(run.loss(run.params)) * (math.inf if spoilt else 1.0)
-        loss.backward(create_graph=run.optimizer.is_second_order)
+        loss.backward()
         before = run.x
-        if run.optimizer.is_second_order:  # the graph is of the scaled loss: its products are divided, too
-            scaler.unscale_(run.optimizer)
+        scaler.unscale_(run.optimizer)
+        if case.fixed.get("estimator") == "gnb" and len(expected.losses) == 0:
+            run.optimizer.update_hessian(1)
         scaler.step(run.optimizer)
         scaler.update()
         if spoilt:
@@ -903,7 +940,7 @@ def test_clipping_and_scaling_of_gradients(case):
         else:
             expected.step()
     apart, bound = spread(run, expected)
-    assert apart <= bound if run.optimizer.is_second_order else torch.equal(run.x, expected.x)
+    assert apart <= bound if expected.optimizer.is_second_order else torch.equal(run.x, expected.x)
 
 
 @closure_free
@@ -935,10 +972,12 @@ def test_a_closure_is_called_first_and_its_loss_returned(case):
 def test_an_added_group_leaves_the_others_their_state(case):
     run = Run(case, "mlp", groups=lambda params: params[:2]).step(3)
     run.optimizer.add_param_group({"params": run.params[2:]})
-    before = run.params[2].detach().clone()
+    start = run.params[2].detach().clone()
     run.step(2)
-    assert [run.optimizer.state[p]["step"].item() for p in run.params] == [5, 5, 2, 2]
-    assert not torch.equal(run.params[2], before)
+    # Where all parameters are one vector, what was learned of a shorter one is forgotten.
+    before = [2, 2] if isinstance(run.optimizer, StochasticLBFGS) else [5, 5]
+    assert [run.optimizer.state[p]["step"].item() for p in run.params] == [*before, 2, 2]
+    assert not torch.equal(run.params[2], start)
 
 
 @closure_free
@@ -949,7 +988,7 @@ def test_a_parameter_without_a_gradient_waits(case):
     run.loss = lambda params: loss([params[0], start, *params[2:]])
     run.step(2)
     assert torch.equal(frozen_, start)
-    assert frozen_ not in run.optimizer.state
+    assert frozen_ not in run.optimizer.state or run.optimizer.state[frozen_]["step"] == 0
     run.loss = loss
     run.step(3)
     assert not torch.equal(frozen_, start)
@@ -1086,6 +1125,10 @@ def test_a_distributed_checkpoint_continues(case, groups, tmp_path):
     assert torch.equal(flat(model), flat(other))
 
 
+#: Those whose steps of a shard need nothing of the others, or bring together what they need.
+SHARDED = ("sign", "muon", "sophia-g")
+
+
 @closure_free
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_a_parameter_of_many_processes(case, tmp_path):
@@ -1099,8 +1142,8 @@ def test_a_parameter_of_many_processes(case, tmp_path):
         whole = torch.randn(4, 3, generator=gen).requires_grad_()
         for placement in (Shard(0), Replicate()):
             p = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [placement]))
-            if not case.make.SHARDS:
-                with pytest.raises(ValueError, match=rf"{case.make.__name__}: params\[0\]: .*got a DTensor"):
+            if case.name not in SHARDED:
+                with pytest.raises(ValueError, match=rf"{case.make.__name__}: params\[0\]: expected .*, got a DTensor"):
                     case.make([p], **case.fixed)
                 continue
             q = torch.nn.Parameter(whole.detach().clone())
@@ -1111,7 +1154,7 @@ def test_a_parameter_of_many_processes(case, tmp_path):
                     ((x - 1.0) ** 4).sum().backward(create_graph=optimizer.is_second_order)
                     optimizer.step()
                 if x is p:
-                    assert all(isinstance(t, DTensor) for k, t in optimizer.state[p].items() if k != "step")
+                    assert all(isinstance(t, DTensor) for t in optimizer.state[p].values() if t.dim())
             torch.testing.assert_close(p.full_tensor(), q.detach())
     finally:
         torch.distributed.destroy_process_group()
@@ -1128,6 +1171,8 @@ def _train_a_half(rank, folder, names):
             parallel = torch.nn.parallel.DistributedDataParallel(model)
             optimizer = case.make(model.parameters(), **fixed(case, model))
             x = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(1))[rank]
+            if optimizer.is_second_order:  # the diagonal of this share; steps average it
+                optimizer.hessian_closure = lambda model=model, x=x: model(x).square().mean()
             for _ in range(5):
                 optimizer.zero_grad()
                 parallel(x).square().mean().backward()
@@ -1139,7 +1184,7 @@ def _train_a_half(rank, folder, names):
 
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_ranks_stay_equal_bit_for_bit(tmp_path):
-    names = [case.name for case in OPTIMIZERS if case.kind == "none" and not case.make.is_second_order]
+    names = [case.name for case in OPTIMIZERS if case.kind == "none"]
     torch.multiprocessing.spawn(_train_a_half, (str(tmp_path), names), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert sorted(one) == sorted(names)

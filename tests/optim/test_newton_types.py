@@ -593,3 +593,17 @@ def test_a_maximum_of_a_pair():
     optimizer = TrustRegion([x], curvature="ggn", maximize=True, max_iter=20, tolerance_grad=1e-9)
     assert float(optimizer.step(closure)) == pytest.approx(-2.25 - 6.25)
     assert torch.allclose(x.detach(), torch.full((2,), 2.0, dtype=F64))
+
+
+@every
+def test_a_loss_is_brought_to_the_host_once(name, monkeypatch):
+    """On a GPU each time is a wait; the one more is the loss that a step returns, which stays where it is."""
+    calls = []
+    kind = ALL[name][0]
+    original = kind._loss
+    monkeypatch.setattr(kind, "_loss", lambda self, point: (calls.append(point), original(self, point))[1])
+    x = parameter([-1.2, 1.0])
+    optimizer = make(name, [x], max_iter=30)
+    optimizer.step(lambda: rosenbrock([x]))
+    evaluations = optimizer.state[x]["func_evals"]
+    assert 2 < len(calls) <= evaluations + 1

@@ -1,5 +1,6 @@
 """torch.optim.Optimizer classes, one file each."""
 
+from secant.optim.adahessian import AdaHessian
 from secant.optim.bfgs import BFGS
 from secant.optim.block_adam import BlockAdam
 from secant.optim.cubic_newton import CubicNewton
@@ -11,12 +12,18 @@ from secant.optim.natural_gradient import NaturalGradient
 from secant.optim.newton import Newton
 from secant.optim.newton_cg import NewtonCG
 from secant.optim.saddle_free import SaddleFreeNewton
+from secant.optim.shampoo import Shampoo
+from secant.optim.soap import SOAP
+from secant.optim.sophia import Sophia
+from secant.optim.stochastic_lbfgs import StochasticLBFGS
 from secant.optim.trust_region import TrustRegion
 
 __all__ = [
     "BFGS",
     "KFAC",
     "LBFGS",
+    "SOAP",
+    "AdaHessian",
     "BlockAdam",
     "CubicNewton",
     "LevenbergMarquardt",
@@ -25,5 +32,8 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "SaddleFreeNewton",
+    "Shampoo",
+    "Sophia",
+    "StochasticLBFGS",
     "TrustRegion",
 ]

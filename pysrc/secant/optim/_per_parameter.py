@@ -50,8 +50,9 @@ class Batch(NamedTuple):
     """Parameters of one group that have a gradient, of one kind, dtype and device: lists for `torch._foreach_*`.
 
     group: their options. kind: what `_kind` says of all of them. params, states: as they are.
-    grads: of what is minimized, in the dtype of the state; not to be written. lr: a number, or a tensor of one element
-    that must not be read. counts: the number of this step, from 1, of each parameter, likewise.
+    grads: of what is minimized, in the dtype of the state (unless they are not `READY`); not to be written.
+    lr: a number, or a tensor of one element that must not be read. counts: the number of this step, from 1, of each
+    parameter, likewise.
     """
 
     group: dict[str, Any]
@@ -121,6 +122,8 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         "maximize": _checks.flag(),
         "capturable": _checks.flag(),
     }
+    #: Whether gradients are handed over in the dtype of the state, and negated where the function is maximized.
+    READY: ClassVar[bool] = True
     #: Whether the shards of a parameter that is spread over processes (a DTensor) may be updated where they are.
     SHARDS: ClassVar[bool] = True
 
@@ -148,9 +151,16 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
     def _update(self, batch: Batch) -> None:
         """Learn from the gradients, and move the parameters."""
 
+    def _takes_shards(self, group: dict[str, Any]) -> bool:
+        """Tell whether the shards of a parameter that is spread over processes may be updated where they are."""
+        return True
+
     def _kind(self, p: Tensor, group: dict[str, Any]) -> Hashable:
         """Say what parameters have to have in common, dtype and device aside, to be in one batch."""
         return None
+
+    def _check_gradients(self) -> None:
+        """Raise unless the gradients are such as the method needs; nothing has changed by then."""
 
     def _begin(self, batches: list[Batch]) -> None:
         """Compute what needs all parameters at once, before the first is updated."""
@@ -178,11 +188,12 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
             ValueError: a gradient is sparse, or an option was changed to something invalid. Then nothing has changed.
         """
         loss = None
+        self._check_changes()
         if closure is not None:
             _closure.check(self._name, closure)
             with torch.enable_grad():
                 loss = closure()
-        self._check_changes()
+        self._check_gradients()
         batches = self._gather()
         self._begin(batches)
         for batch in batches:
@@ -196,23 +207,24 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         for group, (kind, dtype, device), members in found:
             if not group["capturable"] and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise _checks.fail(self._name, "capturable", "True inside of a CUDA graph", "False")
-            states = []
-            for p in members:
-                state = self.state[p]
-                if not state:
-                    state["step"] = self._zero_step(p, group)
-                    state.update(self._new_state(p, group))
-                states.append(state)
+            states = [self._state_of(p, group) for p in members]
             grads: list[Any] = [p.grad for p in members]
-            if dtype in _checks.HALF:
+            if dtype in _checks.HALF and self.READY:
                 grads = [g.to(wide(dtype)) for g in grads]
-            if group["maximize"]:
+            if group["maximize"] and self.READY:
                 grads = list(torch._foreach_neg(grads))
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             counts = steps if group["capturable"] else [step.item() for step in steps]
             batches.append(Batch(group, kind, members, grads, states, self._rate(group), counts))
         return batches
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter, which is built if it is not there yet."""
+        state = self.state.get(p)
+        if not state:
+            state = self.state[p] = {"step": self._zero_step(p, group), **self._new_state(p, group)}
+        return state
 
     def _members(self, group: dict[str, Any]) -> list[tuple[tuple[Any, torch.dtype, torch.device], list[Tensor]]]:
         """List the parameters of a group that have a gradient, by kind, dtype and device."""
@@ -310,7 +322,7 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
     def _check_parameter(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         """Raise unless a parameter is of a kind that this optimizer takes."""
         _checks.tensor(self._name, name, p, DTYPES)
-        if not self.SHARDS and is_dtensor(p):
+        if is_dtensor(p) and not self._takes_shards(group):
             raise _checks.fail(
                 self._name, name, "a tensor of one process (its step needs whole parameters)", "a DTensor"
             )
