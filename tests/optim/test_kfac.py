@@ -195,6 +195,56 @@ def test_digits_train_at_the_defaults():
         assert sum(losses[-20:]) / 20 < 0.1  # where AdamW at its best rate has .2 to .4
 
 
+def noisy_digits(seed):
+    """A network with ReLU; batches of 32."""
+    x, y = digits()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    return model, x, y, F.cross_entropy
+
+
+def noisy_labels(seed):
+    """Labels of a linear model, a tenth of them wrong, features of scales from .1 to 10; batches of 32."""
+    torch.manual_seed(seed)
+    x = torch.randn(1000, 20) * torch.logspace(-1, 1, 20)
+    y = ((x @ torch.randn(20) > 0.0) ^ (torch.rand(1000) < 0.1)).float().unsqueeze(1)
+    model = nn.Linear(20, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    return model, x, y, F.binary_cross_entropy_with_logits
+
+
+def descend(problem, seed, steps):
+    """The loss over all data before and after, and the largest that a batch had."""
+    model, x, y, loss = problem(seed)
+    optimizer, largest = KFAC(model), 0.0
+    begun = loss(model(x), y).item()
+    for _ in range(steps):
+        batch = torch.randint(len(x), (32,))
+        largest = max(largest, backward(model, optimizer, x[batch], y[batch], loss).item())
+        optimizer.step()
+        assert torch.isfinite(weights(model)).all()
+    return begun, loss(model(x), y).item(), largest
+
+
+@pytest.mark.parametrize("problem", [noisy_digits, noisy_labels])
+def test_no_divergence_at_the_defaults(problem):
+    for seed in range(2):
+        begun, ended, largest = descend(problem, seed, 150)
+        assert ended < 0.9 * begun
+        assert largest < 10.0 * begun + 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("problem", "share"), [(noisy_digits, 0.1), (noisy_labels, 0.75)])
+def test_no_divergence_over_twenty_seeds(problem, share):
+    """Of log 2 at the start the labels leave at least .33, the entropy of a tenth, and .45 where most overlap."""
+    for seed in range(20):
+        begun, ended, largest = descend(problem, seed, 300)
+        assert ended < share * begun
+        assert largest < 10.0 * begun + 1.0
+
+
 # What the hooks see ---------------------------------------------------------------------------------------------------
 
 

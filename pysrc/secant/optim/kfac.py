@@ -56,7 +56,7 @@ class KFAC(PerParameterOptimizer):
     takes Adam's steps, as the last one of `nn.MultiheadAttention` always does, which is never called itself. An inverse
     that cannot be found is not used.
 
-    **What it costs.** Factors take (I^2 + O^2) / (3 I O) of the time of a layer's own passes, where they are found; more
+    **What it costs.** Factors take (I^2 + O^2) / (3 I O) of the time of a layer's own passes where they are found; more
     for convolutions, whose patches are formed. `factor_every=5` takes a fifth of that.
 
     The state is, in float32 for bfloat16 and float16 parameters: 2 times the memory of the parameters, and for each
