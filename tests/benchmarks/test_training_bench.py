@@ -232,9 +232,9 @@ def test_every_ladder_has_as_many_rates_and_the_default_in_its_middle():
 class Halving(torch.optim.SGD):
     """Stands for one of ours."""
 
-    def __init__(self, params, lr=0.5, *, every=20):
+    def __init__(self, params, lr=0.5, *, update_every=20):
         super().__init__(params, lr)
-        self.every = every
+        self.update_every = update_every
 
 
 def test_ours_are_those_of_this_version(monkeypatch):
@@ -249,7 +249,7 @@ def test_ours_are_those_of_this_version(monkeypatch):
     assert found[FLAGSHIP + AT_DEFAULT].rates == (0.5,)
     assert found[FLAGSHIP + AT_DEFAULT].kept == found[FLAGSHIP].kept  # a run of both is made once
     task = tasks.Quadratic(0, CPU)
-    assert found[OFTEN].make(task, 0.1).every == opts.EVERY
+    assert found[OFTEN].make(task, 0.1).update_every == opts.EVERY
     assert found[FLAGSHIP].make(task, 0.1).param_groups[0]["lr"] == 0.1
     assert found[FLAGSHIP].make(task, None).param_groups[0]["lr"] == 0.5
     assert OFTEN not in opts.entries("mlp")
@@ -286,7 +286,9 @@ def test_state_counts_the_tensors_of_a_checkpoint():
     model(torch.ones(1, 10)).sum().backward()
     optimizer.step()
     assert opts.state_bytes(optimizer) == 2 * 4 * 110 + 2 * 4  # two moments, and a count for each tensor
-    assert opts.state_bytes(opts.Together([optimizer, optimizer])) == 2 * opts.state_bytes(optimizer)
+    other = torch.optim.SGD([torch.zeros(3)], 0.1)
+    other.state[other.param_groups[0]["params"][0]] = {"object": SimpleNamespace(parts=[torch.zeros(5), (1, None)])}
+    assert opts.state_bytes(opts.Together([optimizer, other])) == opts.state_bytes(optimizer) + 4 * 5
 
 
 # --- runs
