@@ -680,6 +680,8 @@ def test_bars_without_the_flagship_say_so(monkeypatch):
     assert all(bar.measured is None for bar in found)
     assert {bar.verdict for bar in found} == {f"{FLAGSHIP} is not in this version"}
     short = [row._replace(case=dataclasses.replace(row.case, steps=4)) for row in rows]
+    short.append(fabricated(Noise("mlp", 20, 1), RAW, "peer", (1.0,), diverged=0))
+    short.append(fabricated(Solving("cartpole", 3, 1, 1), ADAMW, "peer", None, steps_to=[None]))
     assert family.bars(short, CPU) == []  # of a quick run nothing is claimed
 
 
@@ -716,6 +718,9 @@ def test_tables_have_a_line_an_optimizer(small):
     assert line["diverged"] == "0 of 4"
     assert line["state"] == "0x"
     assert dict(zip(table.columns, table.rows[1], strict=True))[f"steps to {MUON}"] == "-"
+    rows[5] = rows[5]._replace(figures=rows[5].figures | {"steps_to": [None, 20]})
+    again = family.tables("title", rows, None)[0]
+    assert dict(zip(again.columns, again.rows[1], strict=True))[f"steps to {MUON}"] == "1 of 2"
     assert table.notes[-1].startswith("Not here: ") or not opts.absent()
 
 
