@@ -232,9 +232,9 @@ def test_every_ladder_has_as_many_rates_and_the_default_in_its_middle():
 class Halving(torch.optim.SGD):
     """Stands for one of ours."""
 
-    def __init__(self, params, lr=0.5, *, every=20):
+    def __init__(self, params, lr=0.5, *, update_every=20):
         super().__init__(params, lr)
-        self.every = every
+        self.update_every = update_every
 
 
 def test_ours_are_those_of_this_version(monkeypatch):
@@ -249,7 +249,7 @@ def test_ours_are_those_of_this_version(monkeypatch):
     assert found[FLAGSHIP + AT_DEFAULT].rates == (0.5,)
     assert found[FLAGSHIP + AT_DEFAULT].kept == found[FLAGSHIP].kept  # a run of both is made once
     task = tasks.Quadratic(0, CPU)
-    assert found[OFTEN].make(task, 0.1).every == opts.EVERY
+    assert found[OFTEN].make(task, 0.1).update_every == opts.EVERY
     assert found[FLAGSHIP].make(task, 0.1).param_groups[0]["lr"] == 0.1
     assert found[FLAGSHIP].make(task, None).param_groups[0]["lr"] == 0.5
     assert OFTEN not in opts.entries("mlp")
@@ -286,7 +286,9 @@ def test_state_counts_the_tensors_of_a_checkpoint():
     model(torch.ones(1, 10)).sum().backward()
     optimizer.step()
     assert opts.state_bytes(optimizer) == 2 * 4 * 110 + 2 * 4  # two moments, and a count for each tensor
-    assert opts.state_bytes(opts.Together([optimizer, optimizer])) == 2 * opts.state_bytes(optimizer)
+    other = torch.optim.SGD([torch.zeros(3)], 0.1)
+    other.state[other.param_groups[0]["params"][0]] = {"object": SimpleNamespace(parts=[torch.zeros(5), (1, None)])}
+    assert opts.state_bytes(opts.Together([optimizer, other])) == opts.state_bytes(optimizer) + 4 * 5
 
 
 # --- runs
@@ -678,6 +680,8 @@ def test_bars_without_the_flagship_say_so(monkeypatch):
     assert all(bar.measured is None for bar in found)
     assert {bar.verdict for bar in found} == {f"{FLAGSHIP} is not in this version"}
     short = [row._replace(case=dataclasses.replace(row.case, steps=4)) for row in rows]
+    short.append(fabricated(Noise("mlp", 20, 1), RAW, "peer", (1.0,), diverged=0))
+    short.append(fabricated(Solving("cartpole", 3, 1, 1), ADAMW, "peer", None, steps_to=[None]))
     assert family.bars(short, CPU) == []  # of a quick run nothing is claimed
 
 
@@ -714,6 +718,9 @@ def test_tables_have_a_line_an_optimizer(small):
     assert line["diverged"] == "0 of 4"
     assert line["state"] == "0x"
     assert dict(zip(table.columns, table.rows[1], strict=True))[f"steps to {MUON}"] == "-"
+    rows[5] = rows[5]._replace(figures=rows[5].figures | {"steps_to": [None, 20]})
+    again = family.tables("title", rows, None)[0]
+    assert dict(zip(again.columns, again.rows[1], strict=True))[f"steps to {MUON}"] == "1 of 2"
     assert table.notes[-1].startswith("Not here: ") or not opts.absent()
 
 

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ OURS = ("Shampoo", "SOAP", "KFAC", "BlockAdam", "StochasticLBFGS", "AdaHessian",
 LADDER = (0.1, 0.3, 1.0, 3.0, 10.0)
 RATES = len(LADDER)
 #: Those of ours whose default, as published, is no middle: relatives of Adam, tried where AdamW is.
-LIKE_ADAM = ("BlockAdam", "Sophia")
+LIKE_ADAM = ("BlockAdam", "StochasticLBFGS", "Sophia")
 #: The one whose default rate has rows of its own, and the suffix of their name.
 FLAGSHIP, AT_DEFAULT = "Shampoo", ", default rate"
 #: The flagship with its roots refreshed more often.
@@ -229,7 +229,7 @@ def _of_ours(task: str) -> Iterator[Entry]:
 def _refresh() -> str | None:
     """Find what the flagship calls the steps between two refreshes of its roots."""
     names = inspect.signature(_class(FLAGSHIP).__init__).parameters
-    return next((name for name in ("refresh_every", "every", "refresh", "update_every") if name in names), None)
+    return next((name for name in ("precondition_frequency", "update_every") if name in names), None)
 
 
 def entries(task: str) -> dict[str, Entry]:
@@ -279,15 +279,20 @@ def factor(step: int, steps: int) -> float:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of the tensors in the state that a checkpoint would hold."""
-    return sum(x.numel() * x.element_size() for x in _tensors(optimizer.state_dict()["state"]))
+    found = {id(x): x.numel() * x.element_size() for x in _tensors(optimizer.state_dict()["state"])}
+    return sum(found.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """Find the tensors in what a state may hold: some libraries keep objects of their own there."""
+    inside: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for x in value.values():
-            yield from _tensors(x)
+        inside = value.values()
     elif isinstance(value, (list, tuple)):
-        for x in value:
-            yield from _tensors(x)
+        inside = value
+    elif hasattr(value, "__dict__") and not callable(value):
+        inside = vars(value).values()
+    for x in inside:
+        yield from _tensors(x)

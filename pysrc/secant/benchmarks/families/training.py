@@ -495,7 +495,8 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> l
     cases = {(row.case.op, row.case.goal): row.case for row in rows if isinstance(row.case, Training)}
     full = {key: case for key, case in cases.items() if case.steps == TASKS[case.op].steps}
     found = [bar for task in ("characters", "autoencoder") for bar in _flagship_bars(rows, task, full)]
-    for noise in dict.fromkeys(row.case for row in rows if isinstance(row.case, Noise)):
+    noisy = [row.case for row in rows if isinstance(row.case, Noise) and row.case.starts == NOISE_STARTS]
+    for noise in dict.fromkeys(noisy):
         own = [row for row in rows if row.case == noise]
         ours = [row for row in own if row.kind == "backend" and row.name in OURS]
         diverged = float(sum(row.figures["diverged"] for row in ours)) if ours else None
@@ -504,7 +505,8 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> l
         if (raw := find(own, noise, RAW)) is not None:
             measure = f"{noise.title}: divergences of {RAW}, pairs from changing batches"
             found.append(Bar(measure, 1.0, True, float(raw.figures["diverged"]), case=noise))
-    for pole in dict.fromkeys(row.case for row in rows if isinstance(row.case, Solving)):
+    poles = [row.case for row in rows if isinstance(row.case, Solving) and row.case.steps == TASKS[POLE].steps]
+    for pole in dict.fromkeys(poles):
         value = _episodes(find(rows, pole, NATURAL), find(rows, pole, ADAMW))
         measure = f"{TASKS[pole.op].title}: episodes of {NATURAL} over tuned {ADAMW}'s, median of {pole.starts} starts"
         found.append(Bar(measure, 0.60, False, value, f"{ADAMW} does not solve it", pole))
@@ -548,9 +550,9 @@ def _task_table(title: str, cases: Sequence[Any], rows: Sequence[Row]) -> Table:
     task = TASKS[first.op]
     goals = [getattr(case, "goal", "solved") for case in cases]
     columns = (
-        "by", "rate", f"last {task.measure}", "validation", f"in {ADAMW}'s time",
+        "by", "rate", f"last {task.measure}", "other data", f"in {ADAMW}'s time",
         *(f"{what} to {goal}" for goal in goals for what in ("steps", "time")),
-        "model ms", "optimizer ms", "state", "diverged", "",
+        "model ms", "own ms", "state", "diverged", "",
     )  # fmt: skip
     lines = []
     for row in (row for row in rows if row.case == first):
@@ -558,7 +560,10 @@ def _task_table(title: str, cases: Sequence[Any], rows: Sequence[Row]) -> Table:
         reached = []
         for case in cases:
             own = find(rows, case, row.name)
-            reached += [_number(_of(own, "steps")), duration(None if own is None else own.seconds)]
+            steps = _of(own, "steps")
+            got = [x for x in _of(own, "steps_to") or () if x is not None]
+            partly = f"{len(got)} of {case.starts}" if got else "-"
+            reached += [partly if steps is None else _number(steps), duration(None if own is None else own.seconds)]
         equal = figures["at_equal_seconds"]
         lines.append(
             (
@@ -572,13 +577,13 @@ def _task_table(title: str, cases: Sequence[Any], rows: Sequence[Row]) -> Table:
                 _number(figures["optimizer_ms"]),
                 times(figures["state"]),
                 f"{figures['diverged']} of {figures['runs']}",
-                row.note,
+                "; ".join(note for note in row.note.split("; ") if not note.endswith(" starts")),
             )
         )
     notes = (
         f"Medians of {first.starts} starts, lowest and highest in brackets; each tuned over {first.rates} rates"
         f"{'; no default was tuned on this task' if first.op == HELD_OUT else ''}.",
-        "state: bytes of the optimizer over those of the parameters.",
+        "own ms: of a step, outside the model. state: its bytes over those of the parameters.",
     )
     return Table(f"{title}: {task.title}, {first.steps} steps", columns, lines, notes)
 
