@@ -126,7 +126,6 @@ class KFAC(PerParameterOptimizer):
         "sharing": _checks.one_of("expand", "reduce"),
         "max_size": _checks.integer_from(1),
     }
-    SHARDS = False
 
     def __init__(
         self,
@@ -298,6 +297,9 @@ class KFAC(PerParameterOptimizer):
             if f is not None and (len(f.slots) == 2) == (layer.bias is not None):
                 factors[i] = f.inputs, f.outputs
         return factors
+
+    def _takes_shards(self, group: dict[str, Any]) -> bool:
+        return False  # a layer's gradient is multiplied from both sides
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = {"exp_avg": self._zeros(p), "exp_avg_sq": self._zeros(p)}
