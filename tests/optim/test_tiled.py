@@ -194,8 +194,8 @@ def test_fifty_steps_of_soap_are_those_of_the_paper(every):
 
 def test_soap_does_not_step_in_the_basis_of_the_gradient_at_hand():
     """Of a gradient of rank one all entries but one are rounding there, and a step would be mostly noise."""
-    u, v = (torch.linspace(1.0, 2.0, 8, dtype=F64)[:, None].roll(k, 0) for k in (0, 3))
-    w = torch.nn.Parameter(torch.zeros(8, 8, dtype=F64))
+    u, v = (torch.linspace(1.0, 2.0, 8, dtype=torch.float32)[:, None].roll(k, 0) for k in (0, 3))
+    w = torch.nn.Parameter(torch.zeros(8, 8))
     optimizer = SOAP([w], lr=0.1)
     for _ in range(5):
         w.grad = u @ v.T
