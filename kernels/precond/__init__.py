@@ -6,6 +6,7 @@ implementation is one file and one line here.
 """
 
 BACKENDS = {
+    "triton": "secant.kernels.precond.triton",
     "cpu": "secant.kernels.precond.cpu",
     "reference": "secant.kernels.precond.reference",
 }
