@@ -279,6 +279,15 @@ def test_the_sampled_fisher_is_unbiased(likelihood):
         assert error(f.outputs, target.outputs) < 0.25
 
 
+def test_factors_of_many_samples_and_wide_layers():
+    """Where one triangle of a Gram matrix is computed, and mirrored."""
+    model, x, y = nn.Linear(200, 3).double(), randn(1000, 200), randn(1000, 3)
+    (f,) = KFAC.of(model, nn.MSELoss(), x, y).factors()
+    rows = torch.cat([x, torch.ones(1000, 1, dtype=F64)], 1)
+    assert error(f.inputs[0], rows.T @ rows / 1000) < ROUNDING
+    assert torch.equal(f.inputs[0], f.inputs[0].T)
+
+
 CONVOLUTIONS = {
     "stride": (nn.Conv2d(2, 3, 3, stride=2), (7, 8)),
     "padding": (nn.Conv2d(2, 3, (3, 2), padding=(2, 1)), (5, 6)),
