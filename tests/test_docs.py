@@ -32,6 +32,9 @@ def run(page: Path) -> dict[str, object]:
     for number, block in enumerate(blocks(page), 1):
         if "sklearn" in block:
             pytest.importorskip("sklearn", minversion="1.6")
+        for trainer in ("lightning", "transformers"):
+            if f"import {trainer}" in block:
+                pytest.importorskip(trainer)
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
     return names
 

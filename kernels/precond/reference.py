@@ -79,7 +79,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def places(size: int, pieces: int, device: torch.device) -> Tensor:
-    """Where each entry of a side lies once its pieces are padded to the length of the first."""
+    """Find where each entry of a side lies once its pieces are padded to the length of the first."""
     least, more = divmod(size, pieces)
     longest = least + (more > 0)
     i = torch.arange(size, device=device)
@@ -121,7 +121,7 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 def _real(size: int, pieces: int, device: torch.device) -> Tensor:
-    """Which rows and columns a Gram matrix of each piece has, (pieces, n, n): all but the padding of the smaller."""
+    """Mark the entries of the Gram matrix of each piece, (pieces, n, n): all but the padding of the smaller."""
     i = torch.arange(-(-size // pieces), device=device)
     length = size // pieces + (torch.arange(pieces, device=device) < size % pieces)
     real = i < length[:, None]

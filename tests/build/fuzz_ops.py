@@ -338,8 +338,7 @@ def precond_step(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     dtype, block = f.pick((F32, F64, BF16, F16)), f.pick((2, 5, 64))
     storage = f.pick((F64 if dtype is F64 else F32, BF16))
     shapes = [f.pick(((), (f.size(),), (f.size(), f.size()), (3, 2, f.size()))) for _ in range(f.pick((1, 2, 4)))]
-    made = [f.normal(*shape, dtype=dtype) for shape in shapes]
-    grads = [f.normal(*shape, dtype=dtype) for shape in shapes]
+    made, grads = ([f.normal(*shape, 1, dtype=dtype)[..., 0] for shape in shapes] for _ in range(2))
     states = [OPS["Tiles"].new_state(x, block_size=block, dtype=storage, one_sided=f.chance(0.2)) for x in made]
     names = ("exp_avg", "exp_avg_sq", "left", "right", "left_root", "right_root", "step")
     lists = [[s.get(name, torch.empty(0, dtype=storage)) for s in states] for name in names]

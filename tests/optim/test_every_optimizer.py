@@ -1148,16 +1148,38 @@ def test_a_parameter_of_many_processes(case, tmp_path):
                 continue
             q = torch.nn.Parameter(whole.detach().clone())
             for x in (p, q):
-                optimizer = case.make([x], **case.fixed)
+                own = torch.nn.Parameter(torch.ones(2))  # of this process alone
+                optimizer = case.make([x, own], **case.fixed)
                 for _ in range(3):
                     optimizer.zero_grad()
-                    ((x - 1.0) ** 4).sum().backward(create_graph=optimizer.is_second_order)
+                    ((x - 1.0) ** 4).sum().backward()
+                    own.sum().backward()
                     optimizer.step()
+                assert (own < 1.0).all()
                 if x is p:
                     assert all(isinstance(t, DTensor) for t in optimizer.state[p].values() if t.dim())
             torch.testing.assert_close(p.full_tensor(), q.detach())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _train_a_shard(case):
+    """Steps of a parameter whose rows are shared out, 3 and 2; whole at the end."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    _approach_one(case, p)
+    return p.full_tensor()
+
+
+def _approach_one(case, p):
+    optimizer = case.make([p], **case.fixed)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ((p - 1.0) ** 4).sum().backward()
+        optimizer.step()
 
 
 def _train_a_half(rank, folder, names):
@@ -1178,6 +1200,8 @@ def _train_a_half(rank, folder, names):
                 parallel(x).square().mean().backward()
                 optimizer.step()
             found[case.name] = flat(model)
+            if case.name in SHARDED:
+                found[f"{case.name}, shared out"] = _train_a_shard(case)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -1187,5 +1211,9 @@ def test_ranks_stay_equal_bit_for_bit(tmp_path):
     names = [case.name for case in OPTIMIZERS if case.kind == "none"]
     torch.multiprocessing.spawn(_train_a_half, (str(tmp_path), names), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert sorted(one) == sorted(names)
-    assert all(torch.equal(one[name], other[name]) for name in names)
+    assert sorted(one) == sorted([*names, *(f"{name}, shared out" for name in SHARDED)])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for case in (case for case in OPTIMIZERS if case.name in SHARDED):
+        p = torch.nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+        _approach_one(case, p)
+        torch.testing.assert_close(one[f"{case.name}, shared out"], p.detach())

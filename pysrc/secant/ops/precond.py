@@ -7,7 +7,7 @@ the kernels is in `kernels/precond/reference.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,13 @@ from torch import Tensor
 from secant import _checks
 from secant.kernels.precond.contract import ADAM, APPLY, GRAFTS, GRAMS, NONE, Rule, Tensors
 from secant.ops import _gate, _register
-from secant.ops.blocks import block_eigh, block_inv_root
+from secant.ops.blocks import MAX_N, block_eigh, block_inv_root
 
 #: Coefficients of the quintic that Muon iterates (Jordan et al., 2024).
 MUON = (3.4445, -4.7750, 2.0315)
 _DTYPES = _checks.REAL + _checks.HALF
 #: Entries of a tile that Adam steps: as many as share a core's first-level cache with their states.
 _ADAM_ENTRIES = 2048
-#: Largest matrices of the functions for small blocks; those of torch take over.
-_BLOCK = 64
 _STATES = ("exp_avg", "exp_avg_sq", "left", "right", "left_root", "right_root")
 _CPU = torch.device("cpu")
 
@@ -212,7 +210,6 @@ class Tiles:
             for name, x in zip(_STATES, given[2:], strict=False):
                 if not x.is_contiguous():
                     raise _checks.fail(op, f"states[{k}][{name!r}]", "contiguous", f"strides {x.stride()}")
-        self._written = [x for members in self._states[:4] for x in members if x.numel()]
         #: Whether every tensor has an average of squares, as Adam's steps and lengths need.
         self.second_moment = all(x.numel() for x in self._states[1])
         self._groups = self._by_size()
@@ -286,7 +283,9 @@ class Tiles:
         """
         self._launch(grads, lr, rule, GRAMS | APPLY)
 
-    def refresh(self, *, root: int = 2, damping: float = 1e-4, beta_gram: float | None = None) -> None:
+    def refresh(
+        self, *, root: int = 2, damping: float = 1e-4, beta_gram: float | None = None, process_group: Any = None
+    ) -> None:
         """Compute (A / (1 - beta_gram^t) + damping lambda_max I)^(-1/root) of all Gram averages A.
 
         Negative eigenvalues count as zero, and lambda_max is the largest. Where an average is zero or not finite the
@@ -296,26 +295,51 @@ class Tiles:
             root: 1, 2 or 4.
             damping: relative to the largest eigenvalue.
             beta_gram: None: without the correction by 1 - beta_gram^t, which a graft undoes.
+            process_group: None, or one whose processes all call this with equal averages: each finds the roots of every
+                so many matrices, the largest first, and all of them get all.
         """
-        for group in self._groups:
-            a = group.gathered()
+
+        def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
             new, good = _root(a, root, damping)
             if beta_gram is not None:
-                t = torch.stack([x.to(a) for x in group.steps]).repeat_interleave(group.repeats)
-                new = new * (1 - beta_gram**t).pow(1 / root)[:, None, None]
-            group.scatter(new, good)
+                new = new * group.corrections(beta_gram, 1 / root, a)[mine, None, None]
+            return new, good
 
-    def refresh_basis(self) -> None:
+        self._refresh(of, process_group)
+
+    def refresh_basis(self, *, process_group: Any = None) -> None:
         """Compute the eigenvectors of all Gram averages, in the order of ascending eigenvalues.
 
         One whose average is not finite is left as it was.
+
+        Args:
+            process_group: as for `refresh`.
         """
-        for group in self._groups:
-            a = group.gathered()
+
+        def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
             if group.padding is not None:  # larger than all others, so that what is not there comes last
-                a.diagonal(dim1=1, dim2=2).add_(group.padding * (_diagonal(a).sum(1, keepdim=True) + 1))
+                _diagonal(a).add_(group.padding[mine] * (_diagonal(a).sum(1, keepdim=True) + 1))
             _, vectors, good = _eigh(a)
-            group.scatter(vectors, good)
+            return vectors, good
+
+        self._refresh(of, process_group)
+
+    def _refresh(self, of: Callable[[_Side, Tensor, slice], tuple[Tensor, Tensor]], process_group: Any) -> None:
+        """Replace the roots by what a function makes of averages; those that are not good stay."""
+        size = 1 if process_group is None else process_group.size()
+        first = 0  # rank that has the first matrix of a group: one after the other has one more
+        for group in reversed(self._groups):
+            count = group.count
+            rank = 0 if process_group is None else (process_group.rank() - first) % size
+            mine = slice(rank, None, size)
+            old = group.roots_of(mine)
+            if len(old):
+                new, good = of(group, group.averages_of(mine), mine)
+                old = torch.where(good[:, None, None], new.to(old.dtype), old)
+            if size > 1:
+                old = _interleaved(old, count, first, process_group)
+            first = (first + count) % size
+            group.scatter(old)
 
     def _launch(self, grads: Sequence[Tensor], lr: float | Tensor, rule: Rule, phases: int) -> None:
         if phases & APPLY and not self.second_moment and (rule.rotate or rule.graft == ADAM):
@@ -332,7 +356,8 @@ class Tiles:
             for p, x in zip(self._params, copies, strict=True):
                 if x is not p:
                     p.copy_(x)
-        _gate.written(*self._written, *(self._params if phases & APPLY else ()))
+        if phases & APPLY:
+            _gate.written(*self._params)  # no graph has the states in it
 
     def _laid(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Check the gradients, and return them with the strides of the parameters."""
@@ -342,15 +367,16 @@ class Tiles:
         for i, (g, p) in enumerate(zip(grads, self._params, strict=True)):
             if g.dtype is not p.dtype or g.shape != p.shape or g.device != p.device or g.layout is not torch.strided:
                 _checks.shaped("Tiles", f"grads[{i}]", g, tuple(p.shape), p.dtype, p.device)
-            if not _gate.is_plain(g):
+            if type(g) is not Tensor and type(g) is not torch.nn.Parameter:
                 raise _checks.fail("Tiles", f"grads[{i}]", "a plain tensor with memory of its own", type(g).__name__)
-            if p.stride() != self._strides[i]:  # someone gave the parameter other memory
+            strides = p.stride()
+            if strides != self._strides[i]:  # someone gave the parameter other memory
                 self._lay_out()
                 return self._laid(grads)
-            if (self._scattered and not g.is_contiguous()) or g.is_neg():
+            if self._scattered:
                 laid[i] = g.resolve_neg().contiguous()
-            if not self._scattered and laid[i].stride() != p.stride():
-                laid[i] = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device).copy_(g)
+            elif g.stride() != strides or g.is_neg():
+                laid[i] = torch.empty_strided(p.shape, strides, dtype=p.dtype, device=p.device).copy_(g)
         return laid
 
     def _lay_out(self) -> None:
@@ -401,22 +427,47 @@ class _Side:
         low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
         self._entries = (high * (high + 1) // 2 + low).flatten().to(device)
         self._tiles = [len(x) for x in self.packed]
-        self.repeats = torch.tensor(self._tiles, device=device)
+        self.count = sum(self._tiles)
         real = [size for x in members for size in x.real]
         #: (tiles, n): 1 on the diagonal where a tile is smaller; None where all are of this size.
         self.padding = None
         if min(real) < n:
             self.padding = (i >= torch.tensor(real)[:, None]).to(device, torch.float32)
 
-    def gathered(self) -> Tensor:
-        """Return the averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
-        packed = self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed)
+    def averages_of(self, mine: slice) -> Tensor:
+        """Return averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
+        packed = (self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed))[mine]
         return packed.index_select(1, self._entries).view(-1, self.n, self.n).to(_arithmetic(packed.dtype))
 
-    def scatter(self, new: Tensor, good: Tensor) -> None:
-        """Write what was made of the averages where it belongs; what is not good stays as it was."""
-        old = self.roots[0] if len(self.roots) == 1 else torch.cat(self.roots)
-        torch._foreach_copy_(self.roots, torch.where(good[:, None, None], new, old).split(self._tiles))
+    def corrections(self, beta: float, power: float, like: Tensor) -> Tensor:
+        """Compute (1 - beta^t)^power for each tile, without waiting for the device."""
+        parts = []
+        for t, tiles in zip(self.steps, self._tiles, strict=True):
+            if t.device == like.device and t.device.type != "cpu":
+                parts.append((1 - beta ** t.to(like.dtype)).pow(power).expand(tiles))
+            else:
+                parts.append(like.new_full((tiles,), (1 - beta ** t.item()) ** power))
+        return torch.cat(parts)
+
+    def roots_of(self, mine: slice) -> Tensor:
+        """Return what was made of them, (tiles, n, n)."""
+        return (self.roots[0] if len(self.roots) == 1 else torch.cat(self.roots))[mine]
+
+    def scatter(self, new: Tensor) -> None:
+        """Write what was made of all averages where it belongs."""
+        torch._foreach_copy_(self.roots, new.split(self._tiles))
+
+
+def _interleaved(mine: Tensor, count: int, first: int, process_group: Any) -> Tensor:
+    """Gather from all processes the matrices that they have in turn, `first` the rank of the first one."""
+    size = process_group.size()
+    most = -(-count // size)
+    padded = mine.new_zeros(most, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    found = [torch.empty_like(padded) for _ in range(size)]
+    torch.distributed.all_gather(found, padded, group=process_group)
+    in_turn = torch.stack([found[(first + k) % size] for k in range(size)], 1)  # (most, ranks, n, n)
+    return in_turn.flatten(0, 1)[:count]
 
 
 def _pieces(size: int, pieces: int) -> list[int]:
@@ -430,7 +481,7 @@ def _diagonal(a: Tensor) -> Tensor:
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, which came out) of symmetric matrices."""
-    if a.shape[-1] <= _BLOCK:
+    if a.shape[-1] <= MAX_N:
         w, v, info = block_eigh(a)
         return w, v, info == 0
     good = a.isfinite().all(-1).all(-1)
@@ -440,7 +491,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _root(a: Tensor, root: int, damping: float) -> tuple[Tensor, Tensor]:
     """(roots, which came out) of symmetric matrices, damped relative to their largest eigenvalues."""
-    if a.shape[-1] <= _BLOCK:
+    if a.shape[-1] <= MAX_N:
         x, info = block_inv_root(a, root, damping=("max", damping))
         return x, (info >= 0) & (_diagonal(a).amax(1) > 0)
     w, v, good = _eigh(a)
@@ -490,8 +541,8 @@ def newton_schulz(
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
         >>> secant.ops.newton_schulz(x, 12, coefficients=(15 / 8, -10 / 8, 3 / 8))
-        tensor([[ 1.0000,  0.0000],
-                [ 0.0000, -1.0000]])
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
     """
     op = "newton_schulz"
     _checks.tensor(op, "x", x, _DTYPES)

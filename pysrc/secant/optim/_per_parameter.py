@@ -41,6 +41,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _checks.HALF else dtype
 
 
+_Key = tuple[Hashable, torch.dtype, torch.device, Any]
+
+
 def is_due(t: Any, every: int) -> bool:
     """Tell whether the t-th step finds anew what is found every so many steps, and at 1, 2, 4, 8, ... before."""
     return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
@@ -124,8 +127,6 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
     }
     #: Whether gradients are handed over in the dtype of the state, and negated where the function is maximized.
     READY: ClassVar[bool] = True
-    #: Whether the shards of a parameter that is spread over processes (a DTensor) may be updated where they are.
-    SHARDS: ClassVar[bool] = True
 
     #: Whether gradients need a graph: `loss.backward(create_graph=True)`. Trainers ask for it by this name.
     is_second_order: bool = False
@@ -204,7 +205,7 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         """Collect the parameters that have a gradient, and count their step; build the state that is not there yet."""
         found = [(group, kind, members) for group in self.param_groups for kind, members in self._members(group)]
         batches = []
-        for group, (kind, dtype, device), members in found:
+        for group, (kind, dtype, device, _), members in found:
             if not group["capturable"] and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise _checks.fail(self._name, "capturable", "True inside of a CUDA graph", "False")
             states = [self._state_of(p, group) for p in members]
@@ -226,9 +227,9 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
             state = self.state[p] = {"step": self._zero_step(p, group), **self._new_state(p, group)}
         return state
 
-    def _members(self, group: dict[str, Any]) -> list[tuple[tuple[Any, torch.dtype, torch.device], list[Tensor]]]:
-        """List the parameters of a group that have a gradient, by kind, dtype and device."""
-        members: dict[tuple[Any, torch.dtype, torch.device], list[Tensor]] = {}
+    def _members(self, group: dict[str, Any]) -> list[tuple[_Key, list[Tensor]]]:
+        """List the parameters of a group that have a gradient, by kind, dtype, device and processes."""
+        members: dict[_Key, list[Tensor]] = {}
         for i, p in enumerate(group["params"]):
             if p.requires_grad:
                 self._learning.add(id(p))
@@ -241,7 +242,8 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
             if g.layout is not torch.strided:
                 expected = "a dense gradient (for an embedding: sparse=False)"
                 raise _checks.fail(self._name, f"{self._called(group, i)}.grad", expected, g.layout)
-            members.setdefault((self._kind(p, group), p.dtype, p.device), []).append(p)
+            mesh = p.device_mesh if is_dtensor(p) else None
+            members.setdefault((self._kind(p, group), p.dtype, p.device, mesh), []).append(p)
         return list(members.items())
 
     def _called(self, group: dict[str, Any], i: int) -> str:

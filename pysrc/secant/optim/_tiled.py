@@ -14,6 +14,9 @@ from secant._checks import Option
 from secant.ops.precond import ADAM, NONE, Rule
 from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due
 
+#: Lists of parameters whose tiles are kept.
+_KEPT = 64
+
 
 class TiledOptimizer(PerParameterOptimizer, abc.ABC):
     """Base of the optimizers that precondition both sides of tiles by averages of their Gram matrices.
@@ -33,10 +36,10 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         "max_side": _checks.integer_from(1),
         "one_sided": _checks.flag(),
         "precondition_frequency": _checks.integer_from(1),
+        "distribute": _checks.flag(),
         "state_dtype": _checks.one_of(None, torch.float32, torch.float64, torch.bfloat16),
     }
     READY = False
-    SHARDS = False
 
     _tiles: dict[Any, tuple[ops.Tiles, list[Any]]]  # with the states, so that no other dictionary gets their ids
     _host: dict[int, int]  # step of each parameter, where the tensor that counts must not be read
@@ -60,9 +63,15 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         """Tell whether matrices need an average of squares."""
         return self.ROTATE or self._graft(group) == ADAM
 
+    @staticmethod
+    def _process_group(group: dict[str, Any]) -> Any:
+        """Return the processes that share a refresh, None for this one alone."""
+        there = group["distribute"] and torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.group.WORLD if there else None
+
     @property
     def skipped(self) -> Tensor:
-        """How many tiles were left as they were since this optimizer was made: a scalar tensor of int64.
+        """Count the tiles that were left as they were since this optimizer was made, in a scalar tensor of int64.
 
         A tile whose gradient or step is not finite is not stepped; nothing else hears of it.
         """
@@ -79,6 +88,9 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
                     members.setdefault((p.dtype, p.device), []).append(p)
             for params in members.values():
                 self._refresh(self._tiles_of(params, [self.state[p] for p in params], group), group)
+
+    def _takes_shards(self, group: dict[str, Any]) -> bool:
+        return False
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if p.numel() == 0:
@@ -140,6 +152,8 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         key = (group["block_size"], group["max_side"], *map(id, states))
         found = self._tiles.get(key)
         if found is None:
+            if len(self._tiles) >= _KEPT:  # parameters whose gradients come and go make ever new lists
+                del self._tiles[next(iter(self._tiles))]
             device = params[0].device
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)

@@ -55,6 +55,9 @@ class Shampoo(TiledOptimizer):
         precondition_frequency: see above.
         graft: whose length the step of a tile has: "adam", |A|; "sgd", |M^|; "rms", a root mean square of 0.2; "none",
             its own.
+        distribute: share the matrices of a refresh out over the processes of the default group, evenly by size, and
+            gather what each finds: all have to refresh the same parameters at the same steps, with equal gradients, as
+            they do under DistributedDataParallel. Without a process group it changes nothing.
         state_dtype: of the state: None, or torch.bfloat16.
         maximize, capturable: as for torch's Adam. A CUDA graph holds a step without a refresh: call `refresh` between
             replays.
@@ -74,7 +77,7 @@ class Shampoo(TiledOptimizer):
         >>> w.grad = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
         >>> optimizer.step()
         >>> w.detach()                              # L^(-1/2) G R^(-1/2) = G^(-1), as long as Adam's step
-        tensor([[-0.0447,  0.0000],
+        tensor([[-0.0448,  0.0000],
                 [ 0.0000, -0.1342]])
     """
 
@@ -103,6 +106,7 @@ class Shampoo(TiledOptimizer):
         one_sided: bool = False,
         precondition_frequency: int = 20,
         graft: str = "adam",
+        distribute: bool = False,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -119,6 +123,7 @@ class Shampoo(TiledOptimizer):
             "one_sided": one_sided,
             "precondition_frequency": precondition_frequency,
             "graft": graft,
+            "distribute": distribute,
             "state_dtype": state_dtype,
         }
         super().__init__(params, own, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
@@ -128,4 +133,6 @@ class Shampoo(TiledOptimizer):
 
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
         corrected = group["beta_gram"] if self._graft(group) == NONE else None  # a graft undoes it
-        tiles.refresh(root=round(1 / group["exponent"]), damping=group["damping"], beta_gram=corrected)
+        root = round(1 / group["exponent"])
+        ranks = self._process_group(group)
+        tiles.refresh(root=root, damping=group["damping"], beta_gram=corrected, process_group=ranks)

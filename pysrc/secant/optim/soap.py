@@ -47,6 +47,9 @@ class SOAP(TiledOptimizer):
         max_side: sides that are longer are cut even then.
         one_sided: turn only the shorter side of each tile, the right one of squares.
         precondition_frequency: see above.
+        distribute: share the matrices of a refresh out over the processes of the default group, evenly by size, and
+            gather what each finds: all have to refresh the same parameters at the same steps, with equal gradients, as
+            they do under DistributedDataParallel. Without a process group it changes nothing.
         state_dtype: of the state: None, or torch.bfloat16.
         maximize, capturable: as for torch's Adam. A CUDA graph holds a step without a refresh: call `refresh` between
             replays.
@@ -82,6 +85,7 @@ class SOAP(TiledOptimizer):
         max_side: int = 1024,
         one_sided: bool = False,
         precondition_frequency: int = 20,
+        distribute: bool = False,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -95,9 +99,10 @@ class SOAP(TiledOptimizer):
             "max_side": max_side,
             "one_sided": one_sided,
             "precondition_frequency": precondition_frequency,
+            "distribute": distribute,
             "state_dtype": state_dtype,
         }
         super().__init__(params, own, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
 
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
-        tiles.refresh_basis()
+        tiles.refresh_basis(process_group=self._process_group(group))

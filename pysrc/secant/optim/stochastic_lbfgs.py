@@ -16,6 +16,9 @@ from secant.optim import _closure
 from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, wide
 
 PAIRS = ("averages", "same-batch", "overlap")
+_AVERAGES = ("avg_point", "avg_grad", "last_point", "last_grad")
+_SVRG = ("snapshot", "full_grad")
+_SOMETIMES = {*_AVERAGES, *_SVRG}
 #: Tensors of the state that belong to all parameters; every one of them refers to the same.
 _SHARED = ("sy", "yy", "head", "count")
 
@@ -58,6 +61,11 @@ class StochasticLBFGS(PerParameterOptimizer):
         curvature_tol: a pair enters when s.y > curvature_tol |s| |y|.
         graft: False for steps lr H m of their own length, the root mean square of H m held to at most `clip`.
         clip: see there.
+        svrg_every: None, or every how many steps the gradient g~ of all data is computed, at a point p~ that is then
+            kept, so that g - g(p~) + g~ takes the place of g, with g(p~) of the same batch as g: less noise for an
+            evaluation more a step (SVRG). `step` needs a closure then. 2 more times the memory of the parameters.
+        full_closure: computes the loss of all data, calls backward on it and returns it; for `svrg_every`. No part of
+            the state.
         weight_decay: w, decoupled.
         maximize, capturable: as for torch's Adam.
 
@@ -69,7 +77,8 @@ class StochasticLBFGS(PerParameterOptimizer):
         Byrd, Hansen, Nocedal, Singer, A stochastic quasi-Newton method for large-scale optimization, SIAM J. Optim. 26
         (2016), Algorithm 1 (averaged points); Berahas, Nocedal, Takac, A multi-batch L-BFGS method for machine
         learning, NIPS 2016, Algorithm 1 (overlap); Wang, Ma, Goldfarb, Liu, Stochastic quasi-Newton methods for
-        nonconvex stochastic optimization, SIAM J. Optim. 27 (2017), equations 3.2 and 3.3 (damping); Agarwal et al.,
+        nonconvex stochastic optimization, SIAM J. Optim. 27 (2017), equations 3.2 and 3.3 (damping); Moritz, Nishihara,
+        Jordan, A linearly-convergent stochastic L-BFGS algorithm, AISTATS 2016, Algorithm 1 (SVRG); Agarwal et al.,
         Disentangling adaptive gradient methods from learning rates, arXiv 2002.11803 (the length of the step).
 
     Example:
@@ -98,10 +107,13 @@ class StochasticLBFGS(PerParameterOptimizer):
         "curvature_tol": _checks.number_from(0.0, 1.0),
         "graft": _checks.flag(),
         "clip": _checks.positive_number(),
+        "svrg_every": _checks.or_none(_checks.integer_from(1)),
     }
     PER_GROUP = ("lr", "weight_decay")
 
+    full_closure: Callable[[], Any] | None = None
     _flat: _Flat | None = None
+    _closure: Callable[[], Any] | None = None  # of the step that is running
 
     def __init__(
         self,
@@ -118,6 +130,8 @@ class StochasticLBFGS(PerParameterOptimizer):
         curvature_tol: float = 1e-4,
         graft: bool = True,
         clip: float = 1.0,
+        svrg_every: int | None = None,
+        full_closure: Callable[[], Any] | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         capturable: bool = False,
@@ -134,7 +148,9 @@ class StochasticLBFGS(PerParameterOptimizer):
             "curvature_tol": curvature_tol,
             "graft": graft,
             "clip": clip,
+            "svrg_every": svrg_every,
         }
+        self.full_closure = full_closure
         super().__init__(params, own, weight_decay=weight_decay, maximize=maximize, capturable=capturable)
 
     # Options and parameters -------------------------------------------------------------------------------------------
@@ -143,6 +159,8 @@ class StochasticLBFGS(PerParameterOptimizer):
         super()._check_options(op, options)
         if options["capturable"] and _every(options) != 1:
             raise _checks.fail(op, "update_every", "1 where steps are counted on the device", options["update_every"])
+        if options["capturable"] and options["svrg_every"] is not None:
+            raise _checks.fail(op, "svrg_every", "None where steps are counted on the device", options["svrg_every"])
         first = self.param_groups[0] if getattr(self, "param_groups", None) else options
         for name in self.OPTIONS:
             if name not in self.PER_GROUP and options[name] != first[name]:
@@ -178,10 +196,11 @@ class StochasticLBFGS(PerParameterOptimizer):
         super()._check_changes()
         group = self.param_groups[0]
         for state in self.state.values():
-            if len(state["s"]) != group["history_size"] or ("avg_point" in state) != (group["pairs"] == "averages"):
-                expected = "what they were when the state was built"
-                got = f"{group['history_size']}, {group['pairs']!r}"
-                raise _checks.fail(self._name, "history_size, pairs", expected, got)
+            vectors = {"exp_avg", "exp_avg_sq"} | (_SOMETIMES & state.keys())
+            if len(state["s"]) != group["history_size"] or vectors != set(_vectors(group)):
+                expected = "what they were when the state was built, or the first None as then"
+                got = f"{group['svrg_every']}, {group['history_size']}, {group['pairs']!r}"
+                raise _checks.fail(self._name, "svrg_every, history_size, pairs", expected, got)
             break
 
     # State ------------------------------------------------------------------------------------------------------------
@@ -196,7 +215,11 @@ class StochasticLBFGS(PerParameterOptimizer):
         return {**vectors, **rings, **grams, **counts, "place": torch.tensor(len(self.state))}
 
     def _gather(self) -> list[Batch]:
-        # One vector for all, in an order that stays: those without a gradient have a state, too.
+        self._bind()
+        return super()._gather()
+
+    def _bind(self) -> None:
+        """Make one vector of all parameters, in an order that stays; those without a gradient have a state, too."""
         group, groups = self.param_groups[0], self.param_groups
         for each in groups:
             self._members(each)  # of which none must be sparse
@@ -206,7 +229,6 @@ class StochasticLBFGS(PerParameterOptimizer):
             if known:
                 params.sort(key=lambda p: int(states[p]["place"]))
             self._flat = _Flat(self._name, self.state, params, group)
-        return super()._gather()
 
     # A step -----------------------------------------------------------------------------------------------------------
 
@@ -229,16 +251,29 @@ class StochasticLBFGS(PerParameterOptimizer):
         self._check_changes()
         kind = self.param_groups[0]["pairs"]
         again = {"averages": None, "same-batch": closure, "overlap": overlap}[kind]
-        for name, given, wanted in (("closure", closure, "same-batch"), ("overlap", overlap, "overlap")):
+        svrg = self.param_groups[0]["svrg_every"] is not None
+        for name, given, wanted in (
+            ("closure", closure, kind == "same-batch" or svrg),
+            ("overlap", overlap, kind == "overlap"),
+            ("full_closure", self.full_closure, svrg),
+        ):
             if given is not None:
                 _closure.check(self._name, given)
-            elif kind == wanted and any(float(group["lr"]) != 0.0 for group in self.param_groups):
-                raise _checks.fail(f"{self._name}.step", name, f"a function, for pairs={kind!r}", "None")
+            elif wanted and any(float(group["lr"]) != 0.0 for group in self.param_groups):
+                what = "svrg_every" if svrg and name != "overlap" else f"pairs={kind!r}"
+                raise _checks.fail(f"{self._name}.step", name, f"a function, for {what}", "None")
         if overlap is not None and kind != "overlap":
             raise _checks.fail(f"{self._name}.step", "overlap", f"None for pairs={kind!r}", "a function")
 
+        if svrg and closure is None:  # nothing moves, and there is no gradient to keep
+            self._bind()
+            return None
         before = self._gradient_of(overlap) if kind == "overlap" and overlap is not None else None
-        loss = super().step(closure)
+        self._closure = closure
+        try:
+            loss = super().step(closure)
+        finally:
+            self._closure = None
         flat = self._flat
         if again is None or flat is None or not flat.is_due:
             return loss
@@ -269,15 +304,34 @@ class StochasticLBFGS(PerParameterOptimizer):
         flat, group = self._flat, self.param_groups[0]
         if flat is None or not batches:
             return
-        t = max(batch.counts[0] for batch in batches) if not group["capturable"] else batches[0].counts[0]
+        t = batches[0].counts[0] if group["capturable"] else max(max(batch.counts) for batch in batches)
         flat.is_due = group["capturable"] or t % _every(group) == 0
         present = {id(p) for batch in batches for p in batch.params}
         grads = [p.grad if id(p) in present else None for p in flat.params]
-        flat.advance(self._joined(flat.params, grads), t, group)
+        g = self._joined(flat.params, grads)
+        flat.gradient = g
+        if group["svrg_every"] is not None and self._closure is not None and self.full_closure is not None:
+            g = self._less_noisy(flat, g, (t - 1) % group["svrg_every"] == 0)
+        flat.advance(g, t, group)
         if any(g is None for g in grads):
-            for view, g in zip(flat.steps, grads, strict=True):
-                if g is None:
+            for view, given in zip(flat.steps, grads, strict=True):
+                if given is None:
                     view.zero_()
+
+    def _less_noisy(self, flat: _Flat, g: Tensor, anew: bool) -> Tensor:
+        """Compute g - g(p~) + g~, with the point p~ and the gradient g~ of all data there as they are, or new."""
+        assert self._closure is not None
+        assert self.full_closure is not None
+        snapshot, full = flat.vectors["snapshot"], flat.vectors["full_grad"]
+        if anew:
+            snapshot.copy_(flat.point())
+            return full.copy_(self._gradient_of(self.full_closure))
+        here = [p.detach().clone() for p in flat.params]
+        try:
+            torch._foreach_copy_(flat.params, flat.split(snapshot))
+            return g - self._gradient_of(self._closure) + full
+        finally:
+            torch._foreach_copy_(flat.params, here)
 
     def _update(self, batch: Batch) -> None:
         flat = self._flat
@@ -290,8 +344,8 @@ def _every(options: Mapping[str, Any]) -> int:
 
 
 def _vectors(group: Mapping[str, Any]) -> tuple[str, ...]:
-    averages = ("avg_point", "avg_grad", "last_point", "last_grad") if group["pairs"] == "averages" else ()
-    return ("exp_avg", "exp_avg_sq", *averages)
+    averages = _AVERAGES if group["pairs"] == "averages" else ()
+    return ("exp_avg", "exp_avg_sq", *averages, *(_SVRG if group["svrg_every"] is not None else ()))
 
 
 class _Flat:
@@ -313,7 +367,7 @@ class _Flat:
         rings = {"s": self.history.s, "y": self.history.y}
         states = [state[p] for p in params]
         for name, vector in {**self.vectors, **rings}.items():
-            for own, part in zip(states, self._split(vector), strict=True):
+            for own, part in zip(states, self.split(vector), strict=True):
                 part.copy_(own[name])
                 own[name] = part
         own = self.history.state_dict()
@@ -327,7 +381,8 @@ class _Flat:
         self.step_of: dict[int, Tensor] = {}
         self.is_due = False
 
-    def _split(self, x: Tensor) -> list[Tensor]:
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Make views of a vector, or of the rows of a ring, in the shapes of the parameters."""
         pieces = x.split(self.sizes, dim=-1)
         return [piece.view((*x.shape[:-1], *p.shape)) for piece, p in zip(pieces, self.params, strict=True)]
 
@@ -346,7 +401,7 @@ class _Flat:
     def advance(self, g: Tensor, t: Any, group: Mapping[str, Any]) -> None:
         """Learn from a gradient, and compute the step that is to be subtracted."""
         (beta1, beta2), v = group["betas"], self.vectors
-        self.gradient, self.start = g, self.point()
+        self.start = self.point()
         v["exp_avg"].lerp_(g, 1.0 - beta1)
         v["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
         if "avg_point" in v:
@@ -361,7 +416,7 @@ class _Flat:
             scale = (group["clip"] * d.numel() ** 0.5 / length).clamp(max=1.0)
         usable = (self.history.count > 0) & length.isfinite() & (length > 0.0)
         self.step = torch.where(usable, d.mul_(-scale), adam)
-        self.steps = self._split(self.step)
+        self.steps = self.split(self.step)
         self.step_of = {id(p): x for p, x in zip(self.params, self.steps, strict=True)}
 
     def _average(self, g: Tensor, t: Any, beta: float) -> None:
