@@ -298,6 +298,7 @@ def inv_root(
     w, v, code = _eigh(_damped(a, None if clamped else damping, scaled))
     if clamped:
         code = torch.where(code == 0, (w < 0).sum(-1).int(), torch.where(code > 0, -3, code))
+        assert damping is not None
         amount = damping.double()[:, None] if isinstance(damping, Tensor) else damping
         w = w.clamp(min=0)
         w = w + amount * w[:, -1:]
