@@ -55,9 +55,9 @@ void blocks_eigh(int arithmetic, int64_t batch, int n, uintptr_t a, int64_t a_ba
 }
 
 void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a, int64_t a_batch, uintptr_t shift,
-                     double value, bool scaled, uintptr_t out, uintptr_t info, int threads) {
+                     double value, bool scaled, bool clamped, uintptr_t out, uintptr_t info, int threads) {
   secant::Blocks c{};
-  c.root = root, c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
+  c.root = root, c.clamped = clamped, c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
   c.shift = ptr(shift), c.shift_value = value, c.scaled = scaled;
   c.out = ptr(out), c.info = ptr<int32_t>(info), c.threads = threads;
   py::gil_scoped_release release;

@@ -27,6 +27,13 @@ class Backend(Protocol):
         """out = V diag(1 / max(|w|, floor)) V^T; see the module for `info`."""
 
     def inv_root(
-        self, a: Tensor, p: int, damping: float | Tensor | None, scaled: bool, out: Tensor, info: Tensor
+        self,
+        a: Tensor,
+        p: int,
+        damping: float | Tensor | None,
+        scaled: bool,
+        out: Tensor,
+        info: Tensor,
+        clamped: bool = False,
     ) -> None:
         """out = (A + damping)^(-1/p), the symmetric positive definite root; see the module for `info`."""

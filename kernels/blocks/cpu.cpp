@@ -3,6 +3,7 @@
 #include "cpu.h"
 
 #include "cpu_ops.h"
+#include "cpu_tridiagonal.h"
 #include "simd.h"
 
 namespace SECANT_ISA {
@@ -24,12 +25,22 @@ void solve(const secant::Blocks& c) {
   c.spd ? blocks::solve_spd<T>(c) : blocks::solve_general<T>(c);
 }
 
+template <class T>
+void eigh(const secant::Blocks& c) {
+  blocks::tridiagonal<T>(c.n) ? blocks::eigh_tridiagonal<T>(c) : blocks::eigh<T>(c);
+}
+
+template <class T>
+void function(const secant::Blocks& c) {
+  blocks::tridiagonal<T>(c.n) ? blocks::function_tridiagonal<T>(c) : blocks::function<T>(c);
+}
+
 }  // namespace
 
 extern const secant::BlocksCpu blocks_table;
 const secant::BlocksCpu blocks_table = {{inv<float>, inv<double>},
                                         {solve<float>, solve<double>},
-                                        {blocks::eigh<float>, blocks::eigh<double>},
-                                        {blocks::function<float>, blocks::function<double>}};
+                                        {eigh<float>, eigh<double>},
+                                        {function<float>, function<double>}};
 
 }  // namespace SECANT_ISA

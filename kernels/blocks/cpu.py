@@ -99,27 +99,42 @@ def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, *, threads: i
 
 
 def _function(
-    a: Tensor, root: int, shift: float | Tensor | None, scaled: bool, out: Tensor, info: Tensor, threads: int
+    a: Tensor,
+    root: int,
+    shift: float | Tensor | None,
+    scaled: bool,
+    clamped: bool,
+    out: Tensor,
+    info: Tensor,
+    threads: int,
 ) -> None:
     if a.dtype in _HALF:
         wide = torch.empty(a.shape, dtype=torch.float32)
-        _function(_wide(a), root, shift, scaled, wide, info, threads)
+        _function(_wide(a), root, shift, scaled, clamped, wide, info, threads)
         out.copy_(wide)
         return
     address, value = _shift(shift)
     _cpu.blocks_function(
         _ARITHMETIC[a.dtype], root, a.shape[0], a.shape[1], a.data_ptr(), a.stride(0), address, value,
-        scaled and shift is not None, out.data_ptr(), info.data_ptr(), threads,
+        scaled and shift is not None, clamped, out.data_ptr(), info.data_ptr(), threads,
     )  # fmt: skip
 
 
 def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, *, threads: int = 0) -> None:
     """See `reference.abs_inv`."""
-    _function(a, 0, floor, False, out, info, threads)
+    _function(a, 0, floor, False, False, out, info, threads)
 
 
 def inv_root(
-    a: Tensor, p: int, damping: float | Tensor | None, scaled: bool, out: Tensor, info: Tensor, *, threads: int = 0
+    a: Tensor,
+    p: int,
+    damping: float | Tensor | None,
+    scaled: bool,
+    out: Tensor,
+    info: Tensor,
+    clamped: bool = False,
+    *,
+    threads: int = 0,
 ) -> None:
     """See `reference.inv_root`."""
-    _function(a, p, damping, scaled, out, info, threads)
+    _function(a, p, damping, scaled, clamped, out, info, threads)

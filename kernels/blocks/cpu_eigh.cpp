@@ -11,6 +11,7 @@
 #include "cpu_columns.h"
 #include "cpu_ops.h"
 #include "cpu_tile.h"
+#include "cpu_tridiagonal.h"
 
 namespace SECANT_ISA {
 namespace blocks {
@@ -236,22 +237,37 @@ void function(const Blocks& c) {
     group.pointers(static_cast<T*>(c.out), n * n, out);
     const Damping<T> shift(c, group);  // without scaling, `plus` is the floor of |A|^-1
     Jacobi<T> jacobi(n, memory);
-    jacobi.run(plan, in, c.root == 0 ? no_damping(group) : shift);
+    jacobi.run(plan, in, c.root == 0 || c.clamped ? no_damping(group) : shift);
     V* const f = memory + vectors;
-    V fault{};
+    V fault{}, plus{};
+    if (c.clamped) {
+      for (int k = 0; k < n; ++k) plus = select<T>(less<T>(plus, jacobi.value(k)), jacobi.value(k), plus);
+      plus *= shift.plus;
+    }
     for (int k = 0; k < n; ++k) {
-      const V w = jacobi.value(k);
+      V w = jacobi.value(k);
       if (c.root == 0) {
         const V size = absolute<T>(w);
         f[k] = T(1) / select<T>(less<T>(size, shift.plus), shift.plus, size);
       } else {
-        fault += select<T>(less<T>(V{}, w), V{}, splat(T(1)));
+        if (c.clamped) {
+          const mask<T> negative = less<T>(w, V{});
+          fault += select<T>(negative, splat(T(1)), V{});
+          w = select<T>(negative, V{}, w) + plus;
+        } else {
+          fault += select<T>(less<T>(V{}, w), V{}, splat(T(1)));
+        }
         f[k] = T(1) / (c.root == 1 ? w : c.root == 2 ? square_root<T>(w) : square_root<T>(square_root<T>(w)));
+        if (c.clamped) f[k] = select<T>(equal<T>(w, V{}), V{}, f[k]);
       }
     }
-    const V code = select<T>(equal<T>(jacobi.code, V{}), fault, jacobi.code);
+    V code = select<T>(equal<T>(jacobi.code, V{}), fault, jacobi.code);
     V* const x = jacobi.function(f);
-    const mask<T> bad = less<T>(V{}, absolute<T>(code));
+    mask<T> bad = less<T>(V{}, absolute<T>(code));
+    if (c.clamped) {
+      code = select<T>(less<T>(V{}, jacobi.code), splat(T(kNotConverged)), code);
+      bad = less<T>(code, V{});
+    }
     if (any<T>(bad)) {
       for (int i = 0; i < triangle(n); ++i) poison<T>(x[i], bad);
     }

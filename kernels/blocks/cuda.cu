@@ -21,16 +21,16 @@ struct Blocks {
   u64 a, b, out, values, info, damping;  // pointers, 0 where absent; damping (B,) of C, or the floor
   i64 batch, a_stride, b_stride;         // strides between matrices, in elements
   double shift;                          // damping or floor where it is no tensor
-  int n, k, type, mode;                  // k: right-hand sides; type: kSame, kBf16, kF16; mode: kNone, kAdd, kScale
-  int function, p;                       // kEigh, kAbsInv, kInvRoot
-  int sweeps, team_bytes;                // cap on sweeps; shared memory of a team
+  int n, k, type, mode;    // k: right-hand sides; type: kSame, kBf16, kF16; mode: kNone, kAdd, kScale, kMax
+  int function, p;         // kEigh, kAbsInv, kInvRoot
+  int sweeps, team_bytes;  // cap on sweeps; shared memory of a team
 };
 
 namespace secant_blocks {
 
 constexpr u32 kAll = 0xffffffffu;
 constexpr int kSame = 0, kBf16 = 1, kF16 = 2;
-constexpr int kNone = 0, kAdd = 1, kScale = 2;
+constexpr int kNone = 0, kAdd = 1, kScale = 2, kMax = 3;
 constexpr int kEigh = 0, kAbsInv = 1, kInvRoot = 2;
 constexpr int kColumns = 8;  // right-hand sides that a team of rows solves for at a time
 
@@ -118,7 +118,7 @@ SECANT_DEVICE C shift_of(const Blocks& a, i64 b) {
 
 template <class C>
 SECANT_DEVICE C damped(const Blocks& a, C x, C shift) {
-  return a.mode == kNone ? x : (a.mode == kAdd ? x + shift : x * (C(1) + shift));
+  return a.mode == kAdd ? x + shift : (a.mode == kScale ? x * (C(1) + shift) : x);
 }
 
 // ---------------------------------------------------------------------------------------------------- copies
@@ -965,17 +965,31 @@ SECANT_DEVICE C normalise(typename Real<C>::Bits largest, C& back) {
   return power<C>(-kept);
 }
 
-// The function of an eigenvalue that abs_inv or inv_root asks for.
+// The function of an eigenvalue that abs_inv or inv_root asks for; `floor`, of kMax, is what the clamped are damped by.
 template <class C>
 SECANT_DEVICE C function_of(const Blocks& a, C w, C floor) {
   if (a.function == kAbsInv) return C(1) / (fabs(w) > floor ? fabs(w) : floor);
+  if (a.mode == kMax) {
+    w = (w > C(0) ? w : C(0)) + floor;
+    if (w == C(0)) return w;
+  }
   if (a.p == 2) w = sqrt(w);
   if (a.p == 4) w = sqrt(sqrt(w));
   return C(1) / w;
 }
 
 SECANT_DEVICE int eigen_info(const Blocks& a, bool broken, int left, int nonpositive) {
+  if (a.mode == kMax && left != 0 && !broken) return -3;
   return broken ? -1 : (left != 0 ? left : (a.function == kInvRoot ? nonpositive : 0));
+}
+
+// Whether a function has no result.
+SECANT_DEVICE bool fails(const Blocks& a, int info) { return a.mode == kMax ? info < 0 : info != 0; }
+
+// Whether `inv_root` counts this eigenvalue.
+template <class C>
+SECANT_DEVICE bool counts(const Blocks& a, C w) {
+  return a.mode == kMax ? w < C(0) : w <= C(0);
 }
 
 template <class C, int N>
@@ -1042,13 +1056,14 @@ SECANT_DEVICE void thread_eigen(const Blocks& a, unsigned char* memory) {
     }
   }
   int left = 0, nonpositive = 0;
-  C w[N];
+  C w[N], top = C(0);
   SECANT_UNROLL
   for (int i = 0; i < N; ++i) {
     SECANT_UNROLL
     for (int j = 0; j < i; ++j) left += live && above(x[i][i], x[j][j], x[i][j]);
     w[i] = x[i][i] * back;
-    nonpositive += w[i] <= C(0);
+    nonpositive += counts(a, w[i]);
+    top = w[i] > top ? w[i] : top;
   }
   const int info = eigen_info(a, broken, left, nonpositive);
   if (team.rank < count) reinterpret_cast<int*>(a.info)[b] = info;
@@ -1067,8 +1082,9 @@ SECANT_DEVICE void thread_eigen(const Blocks& a, unsigned char* memory) {
     }
   } else {
     C f[N];
+    const C floor = a.mode == kMax ? shift * top : shift;
     SECANT_UNROLL
-    for (int i = 0; i < N; ++i) f[i] = function_of(a, w[i], shift);
+    for (int i = 0; i < N; ++i) f[i] = function_of(a, w[i], floor);
     SECANT_UNROLL
     for (int i = 0; i < N; ++i) {
       SECANT_UNROLL
@@ -1076,7 +1092,7 @@ SECANT_DEVICE void thread_eigen(const Blocks& a, unsigned char* memory) {
         C y = C(0);
         SECANT_UNROLL
         for (int k = 0; k < N; ++k) y += v[i][k] * f[k] * v[j][k];
-        tile[i * N + j] = tile[j * N + i] = info ? nan<C>() : y;
+        tile[i * N + j] = tile[j * N + i] = fails(a, info) ? nan<C>() : y;
       }
     }
   }
@@ -1230,11 +1246,13 @@ SECANT_DEVICE void rows_eigen(const Blocks& a, unsigned char* memory) {
   if (r < W) values[r] = w;
   sync<Warps>();
   int place = 0, nonpositive = 0;
+  C top = C(0);
   SECANT_LOOP
   for (int j = begin; j < begin + n; ++j) {
     const C y = values[j];
     place += y < w || (j < r && y == w);
-    nonpositive += y <= C(0);
+    nonpositive += counts(a, y);
+    top = y > top ? y : top;
   }
   const int info = eigen_info(a, broken, left, nonpositive);
   if (stored && r == 0) reinterpret_cast<int*>(a.info)[b] = info;
@@ -1251,7 +1269,7 @@ SECANT_DEVICE void rows_eigen(const Blocks& a, unsigned char* memory) {
       result[r * ldx + places[j]] = broken ? nan<C>() : x[r * ldv + j];
     }
   } else {
-    if (r < W) results[r] = real ? function_of(a, w, shift) : C(0);
+    if (r < W) results[r] = real ? function_of(a, w, a.mode == kMax ? shift * top : shift) : C(0);
     sync<Warps>();
     SECANT_UNROLL
     for (int j = 0; j < W; j += vec) {
@@ -1273,7 +1291,7 @@ SECANT_DEVICE void rows_eigen(const Blocks& a, unsigned char* memory) {
       C total = sums[0];
       SECANT_UNROLL
       for (int e = 1; e < vec; ++e) total += sums[e];
-      if (j <= r && r < n) result[r * ldx + j] = result[j * ldx + r] = info ? nan<C>() : total;
+      if (j <= r && r < n) result[r * ldx + j] = result[j * ldx + r] = fails(a, info) ? nan<C>() : total;
     }
   }
   sync<Warps>();

@@ -45,7 +45,7 @@ WARP_N = 32
 TEAMS = 4  # warps of a block that share nothing, for "t" and "w"
 COLUMNS = 8  # right-hand sides at a time
 SWEEPS = 30  # cap; Jacobi takes 5 to 10
-NONE, ADD, SCALE = 0, 1, 2
+NONE, ADD, SCALE, MAX = 0, 1, 2, 3
 EIGH, ABS_INV, INV_ROOT = 0, 1, 2
 
 
@@ -183,10 +183,18 @@ class Launcher:
         self._launch("eigen", a, out, info, shift=floor, function=ABS_INV)
 
     def inv_root(
-        self, a: Tensor, p: int, damping: float | Tensor | None, scaled: bool, out: Tensor, info: Tensor
+        self,
+        a: Tensor,
+        p: int,
+        damping: float | Tensor | None,
+        scaled: bool,
+        out: Tensor,
+        info: Tensor,
+        clamped: bool = False,
     ) -> None:
         """out = (A + damping)^(-1/p): see `reference.inv_root`."""
-        self._launch("eigen", a, out, info, shift=damping, mode=_mode(damping, scaled), function=INV_ROOT, p=p)
+        mode = MAX if clamped else _mode(damping, scaled)
+        self._launch("eigen", a, out, info, shift=damping, mode=mode, function=INV_ROOT, p=p)
 
 
 def _mode(damping: float | Tensor | None, scaled: bool) -> int:

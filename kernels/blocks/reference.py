@@ -17,7 +17,7 @@ public functions of `secant.ops.blocks` check and allocate; what arrives here is
   likewise.
 * `spd` True: only the lower triangle of `a` is read. False: a general matrix, partial pivoting. `eigh`, `abs_inv` and
   `inv_root` read the lower triangle only.
-* `p` is 1, 2 or 4.
+* `p` is 1, 2 or 4. `clamped` of `inv_root` comes with a `damping` and without `scaled`.
 * No function reads a value back to the host (on a GPU the sweeps below all run, however early the blocks converge),
   none allocates by values.
 
@@ -40,6 +40,9 @@ What every backend owes:
   cap on sweeps (LAPACK's syev), with NaN outputs in `abs_inv` and `inv_root` and the best effort in `eigh`.
 * `abs_inv`: V diag(1 / max(|w|, floor)) V^T. `inv_root`: V diag(w^(-1/p)) V^T of the damped block; where an eigenvalue
   is <= 0, NaN and info = how many are. Both exactly symmetric.
+* `inv_root`, `clamped`: V diag(r) V^T, r_i = u_i^(-1/p), u_i = max(w_i, 0) + damping max(w_n, 0), and r_i = 0 where
+  u_i = 0, as in a pseudoinverse: a block of zeros has the root 0. info is how many w_i are < 0, which takes no result
+  away; -3 where the cap on sweeps was reached, with NaN.
 
 Each loop below runs over rows or columns and treats the batch element by element, with operations that IEEE 754 rounds
 to the last bit, without a matrix product, a sum or a decomposition of torch's: that is what makes a block's bits
@@ -282,11 +285,27 @@ def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None
     _finish(_function(1.0 / torch.maximum(w.abs(), least), v), code != 0, out)
 
 
-def inv_root(a: Tensor, p: int, damping: float | Tensor | None, scaled: bool, out: Tensor, info: Tensor) -> None:
+def inv_root(
+    a: Tensor,
+    p: int,
+    damping: float | Tensor | None,
+    scaled: bool,
+    out: Tensor,
+    info: Tensor,
+    clamped: bool = False,
+) -> None:
     """out = (A + damping)^(-1/p), the symmetric positive definite root; see the module for `info`."""
-    w, v, code = _eigh(_damped(a, damping, scaled))
-    code = torch.where(code == 0, (w <= 0).sum(-1).int(), code)
+    w, v, code = _eigh(_damped(a, None if clamped else damping, scaled))
+    if clamped:
+        code = torch.where(code == 0, (w < 0).sum(-1).int(), torch.where(code > 0, -3, code))
+        amount = damping.double()[:, None] if isinstance(damping, Tensor) else damping
+        w = w.clamp(min=0)
+        w = w + amount * w[:, -1:]
+    else:
+        code = torch.where(code == 0, (w <= 0).sum(-1).int(), code)
     info.copy_(code)
+    nothing = w == 0
     for _ in range(p.bit_length() - 1):  # square roots, which are rounded alike wherever they stand; pow is not
         w = w.sqrt()
-    _finish(_function(1.0 / w, v), code != 0, out)
+    f = torch.where(nothing, 0.0, 1.0 / w)
+    _finish(_function(f, v), (code < 0) if clamped else (code != 0), out)

@@ -40,7 +40,7 @@ _LANES_COLUMNS = 4
 #: Cap on the sweeps of Jacobi; 6 to 10 are usual.
 _SWEEPS = 30
 
-_NO_DAMPING, _ADDED, _SCALED = 0, 1, 2
+_NO_DAMPING, _ADDED, _SCALED, _RELATIVE = 0, 1, 2, 3
 _EIGH, _ABS_INV, _INV_ROOT = 0, 1, 2
 
 
@@ -171,18 +171,47 @@ def _rotation(low, high, off, first, C: tl.constexpr):
 
 
 @triton.jit
-def _function(w, floor, shift, KIND: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
-    """f of the eigenvalues of A from those of 2^shift A."""
-    scale = _power(shift, C)
-    if KIND == 1:
-        w = tl.abs(w)
-        return tl.where(w > floor * scale, _inverse(w) * scale, _inverse(floor))
-    elif P == 1:
-        return _inverse(w) * scale
+def _inverse_root(w, shift, P: tl.constexpr, C: tl.constexpr):
+    if P == 1:
+        return _inverse(w) * _power(shift, C)
     elif P == 2:
         return _inverse(_root(w)) * _power(shift >> 1, C)
     else:
         return _inverse(_root(_root(w))) * _power(shift >> 2, C)
+
+
+@triton.jit
+def _function(w, floor, shift, KIND: tl.constexpr, P: tl.constexpr, DAMPING: tl.constexpr, C: tl.constexpr):
+    """f of the eigenvalues of A from those of 2^shift A; `floor` is added to clamped ones (DAMPING = 3)."""
+    if KIND == 1:
+        scale = _power(shift, C)
+        w = tl.abs(w)
+        return tl.where(w > floor * scale, _inverse(w) * scale, _inverse(floor))
+    elif DAMPING == 3:
+        w = tl.maximum(w, 0.0) + floor
+        return tl.where(w == 0.0, 0.0, _inverse_root(tl.where(w == 0.0, 1.0, w), shift, P, C))
+    else:
+        return _inverse_root(w, shift, P, C)
+
+
+@triton.jit
+def _counted(w, DAMPING: tl.constexpr):
+    """Tell whether `inv_root` counts this eigenvalue."""
+    if DAMPING == 3:
+        return w < 0
+    else:
+        return w <= 0
+
+
+@triton.jit
+def _root_code(code, below, DAMPING: tl.constexpr):
+    """(the code of a root, with which it has a result it is 0)."""
+    code_of_root = tl.where(code == 0, below, code)
+    if DAMPING == 3:
+        code_of_root = tl.where(code > 0, -3, code_of_root)
+        return code_of_root, tl.minimum(code_of_root, 0)
+    else:
+        return code_of_root, code_of_root
 
 
 # ---------------------------------------------------------------------------------------------------- matrices as lanes
@@ -238,7 +267,7 @@ def _read_lanes(
     """Read the entries of the damped blocks m, row by row."""
     entry = tl.arange(0, 1 << LEVELS)
     x = _unpack(_load(a + m[:, None] * stride + entry[None, :], live[:, None] & (entry < N * N)[None, :], C), LEVELS)
-    if DAMPING != 0:
+    if DAMPING != 0 and DAMPING != 3:
         shift = _per_block(damping, damping_ptr, m, live, C)
         for i in tl.static_range(N):
             x = _put(x, i * (N + 1), _damped(x[i * (N + 1)], shift, DAMPING))
@@ -613,14 +642,19 @@ def _eigh_lanes(
         _write_lanes(out, v, tl.where(bad, -1, 0), m, live, N, LEVELS)
     else:
         level = _per_block(floor, floor_ptr, m, live, C)
+        fails = code
         if KIND == 2:
             below = tl.zeros([BLOCK], tl.int32)
+            top = tl.zeros([BLOCK], C)
             for i in tl.static_range(N):
-                below += (w[i] <= 0).to(tl.int32)
-            code = tl.where(code == 0, below, code)
+                below += _counted(w[i], DAMPING).to(tl.int32)
+                top = tl.maximum(top, w[i])
+            code, fails = _root_code(code, below, DAMPING)
+            if DAMPING == 3:
+                level = _per_block(damping, damping_ptr, m, live, C) * top
         f = ()
         for i in tl.static_range(N):
-            f = f + (_function(w[i], level, shift, KIND, ROOT, C),)
+            f = f + (_function(w[i], level, shift, KIND, ROOT, DAMPING, C),)
         y = ()
         for i in tl.static_range(N):
             for j in tl.static_range(N):
@@ -628,7 +662,7 @@ def _eigh_lanes(
                 for k in tl.static_range(1, N):
                     total += f[k] * (v[i * N + k] * v[j * N + k])
                 y = y + (total,)
-        _write_lanes(out, _mirrored(y, N), code, m, live, N, LEVELS)
+        _write_lanes(out, _mirrored(y, N), fails, m, live, N, LEVELS)
     tl.store(info + m, code, mask=live)
 
 
@@ -647,7 +681,7 @@ def _read_tile(
     x = _load(a + (m * stride)[:, None, None] + (row * n + column), inside, C)
     if SYMMETRIC:
         x = tl.where(column <= row, x, tl.permute(x, (0, 2, 1)))
-    if DAMPING != 0:
+    if DAMPING != 0 and DAMPING != 3:
         shift = _per_block(damping, damping_ptr, m, live, C)[:, None, None]
         x = tl.where((row == column) & (row < n), _damped(x, shift, DAMPING), x)
     return x
@@ -898,17 +932,21 @@ def _eigh_tile(
         _store(out + (m * n * n)[:, None, None] + (row * n + place), v, inside)
     else:
         level = _per_block(floor, floor_ptr, m, live, C)[:, None, None]
+        fails = code
         if KIND == 2:
-            below = tl.sum(((w <= 0) & (index < n)).to(tl.int32), axis=1)[:, None, None]
-            code = tl.where(code == 0, below, code)
-        f = _function(w[:, None, :], level, shift, KIND, ROOT, C)
+            below = tl.sum((_counted(w, DAMPING) & (index < n)).to(tl.int32), axis=1)[:, None, None]
+            code, fails = _root_code(code, below, DAMPING)
+            if DAMPING == 3:
+                top = tl.maximum(tl.max(w, axis=1), 0.0)  # the padding has eigenvalues of 0
+                level = (_per_block(damping, damping_ptr, m, live, C) * top)[:, None, None]
+        f = _function(w[:, None, :], level, shift, KIND, ROOT, DAMPING, C)
         x = tl.zeros_like(x)
         for k in range(n):
             one = _line(v, column == k, 2)
             # As above: the product is common to both triangles.
             x += (one * tl.permute(one, (0, 2, 1))) * _line(f, column == k, 2)
         tl.debug_barrier()  # out may be a, which everyone has read
-        _store(out + (m * n * n)[:, None, None] + (row * n + column), tl.where(code == 0, x, float("nan")), inside)
+        _store(out + (m * n * n)[:, None, None] + (row * n + column), tl.where(fails == 0, x, float("nan")), inside)
     tl.store(info + m[:, None, None], code, mask=live[:, None, None])
 
 
@@ -983,12 +1021,12 @@ def solve(
 
 
 def _eigen(
-    a: Tensor, kind: int, root: int, damping: float | Tensor | None, scaled: bool, floor: float | Tensor,
+    a: Tensor, kind: int, root: int, damping: float | Tensor | None, mode: int, floor: float | Tensor,
     values: Tensor | None, out: Tensor, info: Tensor,
 ) -> None:  # fmt: skip
     batch, n, _ = a.shape
     args = (a, a.stride(0), *_number(damping), *_number(floor), values, out, info, batch)
-    modes = {"KIND": kind, "ROOT": root, "DAMPING": _mode(damping, scaled), "SWEEPS": _SWEEPS, "C": _arithmetic(a)}
+    modes = {"KIND": kind, "ROOT": root, "DAMPING": mode, "SWEEPS": _SWEEPS, "C": _arithmetic(a)}
     with _triton_support.on(a.device):
         if n <= _LANES_EIGH:
             grid, sizes = _lanes(batch, n)
@@ -1000,14 +1038,23 @@ def _eigen(
 
 def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
     """Compute A V = V diag(values), values ascending; see `reference.py`."""
-    _eigen(a, _EIGH, 1, None, False, 0.0, values, vectors, info)
+    _eigen(a, _EIGH, 1, None, _NO_DAMPING, 0.0, values, vectors, info)
 
 
 def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:
     """out = V diag(1 / max(|w|, floor)) V^T; see `reference.py`."""
-    _eigen(a, _ABS_INV, 1, None, False, floor, None, out, info)
+    _eigen(a, _ABS_INV, 1, None, _NO_DAMPING, floor, None, out, info)
 
 
-def inv_root(a: Tensor, p: int, damping: float | Tensor | None, scaled: bool, out: Tensor, info: Tensor) -> None:
+def inv_root(
+    a: Tensor,
+    p: int,
+    damping: float | Tensor | None,
+    scaled: bool,
+    out: Tensor,
+    info: Tensor,
+    clamped: bool = False,
+) -> None:
     """out = (A + damping)^(-1/p), symmetric positive definite; see `reference.py`."""
-    _eigen(a, _INV_ROOT, p, damping, scaled, 0.0, None, out, info)
+    mode = _RELATIVE if clamped else _mode(damping, scaled)
+    _eigen(a, _INV_ROOT, p, damping, mode, 0.0, None, out, info)

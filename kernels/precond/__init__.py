@@ -6,5 +6,6 @@ implementation is one file and one line here.
 """
 
 BACKENDS = {
+    "cpu": "secant.kernels.precond.cpu",
     "reference": "secant.kernels.precond.reference",
 }

@@ -120,6 +120,14 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     return packed[..., high * (high + 1) // 2 + low]
 
 
+def _real(size: int, pieces: int, device: torch.device) -> Tensor:
+    """Which rows and columns a Gram matrix of each piece has, (pieces, n, n): all but the padding of the smaller."""
+    i = torch.arange(-(-size // pieces), device=device)
+    length = size // pieces + (torch.arange(pieces, device=device) < size % pieces)
+    real = i < length[:, None]
+    return real[:, :, None] & real[:, None, :]
+
+
 def _norm(x: Tensor) -> Tensor:
     return x.square().sum((1, 2), keepdim=True).sqrt()
 
@@ -159,33 +167,38 @@ def _step_one(
     g, w, m = (-wide[0] if rule.maximize else wide[0]), wide[1], wide[2]
     good = g.square().sum((1, 2), keepdim=True).to(arithmetic).isfinite()
 
+    of_left = _real(rows, down, param.device).repeat_interleave(across, 0)
+    of_right = _real(columns, across, param.device).repeat(down, 1, 1)
     if phases & GRAMS:
-        for packed, product in ((left, lambda: g @ g.mT), (right, lambda: g.mT @ g)):
+        for packed, real, product in ((left, of_left, lambda: g @ g.mT), (right, of_right, lambda: g.mT @ g)):
             if packed.numel():
                 new = rule.beta_gram * packed.double() + (1 - rule.beta_gram) * pack(product())
-                packed.copy_(torch.where(good[:, 0], new, packed))
+                packed.copy_(torch.where(good[:, 0] & pack(real), new, packed))
     if not phases & APPLY:
         return
 
     t = count.double().to(param.device) if count.device == param.device else count.item()
     corrected1, corrected2 = 1 - rule.beta1**t, 1 - rule.beta2**t
     has_left, has_right = left_root.numel() > 0, right_root.numel() > 0
-    ql, qr = left_root.double(), right_root.double()
+    ql = torch.where(of_left, left_root.double(), 0.0) if has_left else None
+    qr = torch.where(of_right, right_root.double(), 0.0) if has_right else None
     rotate = rule.rotate and (has_left or has_right)
 
-    def multiplied(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        x = a @ x if has_left else x
-        return x @ b if has_right else x
+    def multiplied(x: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        x = x if a is None else a @ x
+        return x if b is None else x @ b
+
+    def turned(x: Tensor, back: bool = False) -> Tensor:
+        a, b = (None if q is None else q.mT for q in (ql, qr))
+        return multiplied(x, ql, b) if back else multiplied(x, a, qr)
 
     m = rule.beta1 * m + (1 - rule.beta1) * g
     if exp_avg_sq.numel():
         v = cut(exp_avg_sq.reshape(rows, columns).double(), down, across)
-        turned = multiplied(g, ql.mT, qr) if rotate else g
-        v = rule.beta2 * v + (1 - rule.beta2) * turned.square()
-        m_turned = multiplied(m, ql.mT, qr) if rotate else m
-        adam = (m_turned / corrected1) / ((v / corrected2).sqrt() + rule.eps)
+        v = rule.beta2 * v + (1 - rule.beta2) * (turned(g) if rotate else g).square()
+        adam = ((turned(m) if rotate else m) / corrected1) / ((v / corrected2).sqrt() + rule.eps)
     if rotate:
-        p = multiplied(adam, ql, qr.mT)
+        p = turned(adam, back=True)
     elif has_left or has_right:
         p = multiplied(m, ql, qr) / corrected1
         if rule.graft == ADAM:

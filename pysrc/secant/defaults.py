@@ -36,7 +36,7 @@ TABLE = (
     Default("cpu", "lbfgs", "cpu", "bench/results/cpu-xeon-2core.json"),
     Default("cpu", "blocks", "cpu", "bench/results/cpu-xeon-2core-blocks.json"),
     Default("cpu", "hvp", "cpu", "bench/results/cpu-xeon-2core-hvp.json"),
-    Default("cpu", "precond", "reference", UNMEASURED),
+    Default("cpu", "precond", "cpu", UNMEASURED),
     Default("cuda", "lbfgs", "cuda", UNMEASURED),
     Default("cuda", "blocks", "cuda", UNMEASURED),
     Default("cuda", "hvp", "cuda", UNMEASURED),

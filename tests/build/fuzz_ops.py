@@ -175,6 +175,8 @@ def blocks(name: str) -> Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, 
             args["p"] = f.pick((1, 2, 4, 3)) if f.spoil(0.1) else f.pick((1, 2, 4))
         if name in ("block_inv", "block_solve", "block_inv_root", "block_function"):
             lam = f.pick((None, f.number(0.1), ("scale", f.number(0.1)), f.tensor(torch.full(batch, 0.1, dtype=dtype))))
+            if name == "block_inv_root" and f.chance(0.3):
+                lam = ("max", f.number(0.1))
             args["damping"] = lam
         return OPS[name], args
 
@@ -282,6 +284,32 @@ def history(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     return run, args | {"value": f.pick((*INDICES, m + 1))}
 
 
+def inverse_hessian(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A dense inverse Hessian that loads a state, possibly a hostile one, and takes steps."""
+    n, dtype, rule = f.size(), f.pick((F32, F64)), f.pick(("bfgs", "ssbfgs", "ssbroyden"))
+    # Of gradients and steps: squares of float32 would be nothing or infinite.
+    scale = f.pick((1.0, 1.0, 2.0**-80, 2.0**80))
+    pairs = [f.normal(n, dtype=dtype) for _ in range(2)]
+
+    def run(grad: Any, direction: Any, t: Any, key: str | None, value: Any, rule: str) -> Tensor:
+        wide = torch.promote_types(grad.dtype, dtype) if isinstance(grad, Tensor) and grad.dtype is F64 else dtype
+        own = secant.InverseHessian(n, rule=rule, dtype=wide)
+        for s in pairs:
+            own.append(s.to(wide), (2 * scale * s).to(wide))
+        if key is not None:
+            state = {name: x.clone() for name, x in own.state_dict().items()}
+            state[key].view(-1)[0] = value
+            own.load_state_dict(state)
+        own.step(grad, 0.5 * grad, direction.clone(), t)
+        return own.direction(grad)
+
+    key = f.pick(("h", "pair", "coefs", "count")) if f.spoil(0.3) else None
+    g = f.normal(n, dtype=dtype)
+    direction = -g / (2 * scale)
+    args = {"grad": f.tensor(scale * g), "direction": direction, "t": f.number(0.5), "key": key, "rule": rule}
+    return run, args | {"value": f.pick(INDICES) if key == "count" else f.pick(ENTRIES)}
+
+
 def paired_matmul(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     m, k, n, dtype = f.size(), f.size(), f.size(), f.pick((F32, F64))
     a, b = f.tensor(f.normal(m, k, dtype=dtype)), f.tensor(f.normal(k, n, dtype=dtype))
@@ -297,14 +325,64 @@ def gram(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     return OPS["gram"], args | ({"accumulate": True} if f.spoil(0.1) else {})
 
 
+def newton_schulz(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    shape = (*f.pick(((), (0,), (1,), (5,), (2, 3))), f.size(), f.size())
+    dtype = f.pick((F32, F64, BF16, F16))
+    x = f.tensor(f.normal(*shape, dtype=dtype))
+    args = {"x": x, "steps": f.number(f.pick((0, 1, 5))), "eps": f.number(1e-7), "out": f.out(shape, dtype, x)}
+    return OPS["newton_schulz"], args
+
+
+def precond_step(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The registered op, which a graph or anybody may call: lists of tensors, with sizes that may lead out of them."""
+    dtype, block = f.pick((F32, F64, BF16, F16)), f.pick((2, 5, 64))
+    storage = f.pick((F64 if dtype is F64 else F32, BF16))
+    shapes = [f.pick(((), (f.size(),), (f.size(), f.size()), (3, 2, f.size()))) for _ in range(f.pick((1, 2, 4)))]
+    made = [f.normal(*shape, dtype=dtype) for shape in shapes]
+    grads = [f.normal(*shape, dtype=dtype) for shape in shapes]
+    states = [OPS["Tiles"].new_state(x, block_size=block, dtype=storage, one_sided=f.chance(0.2)) for x in made]
+    names = ("exp_avg", "exp_avg_sq", "left", "right", "left_root", "right_root", "step")
+    lists = [[s.get(name, torch.empty(0, dtype=storage)) for s in states] for name in names]
+    for step in lists[-1]:
+        step.fill_(3)
+    cuts = [[*secant.ops.precond.matrix(x.shape), *secant.ops.precond.tiling(x.shape, block, 1024)] for x in made]
+    layout = torch.tensor([[*x, x[1], 1] for x in cuts])
+    graft, rotate, phases = f.pick((0, 1, 2, 3)), f.chance(0.3), f.pick((1, 2, 3))
+    if f.spoil(0.3):
+        row, column = f.random.randrange(len(made)), f.random.randrange(6)
+        layout[row, column] = f.pick((0, -1, 2, 7, 10**6, 2**62, -(2**63)))
+    for members in (grads, *lists):
+        if f.spoil(0.05):
+            i = f.random.randrange(len(members))
+            x = members[i]
+            members[i] = f.pick((x.flatten()[:-1], x[None].expand(2, *x.shape), x.to(torch.int64), torch.empty(0)))
+        if f.spoil(0.02):
+            members.pop()
+    if f.spoil(0.05):
+        graft, phases = f.pick(((7, 3), (-1, 3), (0, 0), (1, 2**40)))
+
+    def run(params: Any, grads: Any) -> list[Tensor]:
+        params, copies = [p.clone() for p in params], [[x.clone() for x in members] for members in lists]
+        wide = params[0].dtype is F64 and dtype is not F64  # for the reference
+        copies = [[x.double() for x in m] if wide else m for m in copies[:-1]] + copies[-1:]
+        skipped = torch.zeros((), dtype=torch.int64)
+        numbers = (0.9, 0.95, 0.9, 1e-8, 0.1, graft, rotate, False, phases)
+        torch.ops.secant.precond_step(params, grads, *copies, layout, None, 0.01, *numbers, skipped)
+        return params
+
+    return run, {"params": made, "grads": grads}
+
+
 def first(result: Any) -> list[Tensor]:
-    return [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
+    return [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
 
 
 def reference(op: Callable[..., Any], args: dict[str, Any]) -> list[Tensor]:
     """The same call in float64 on the reference, with the values that came in."""
 
     def wide(x: Any) -> Any:
+        if isinstance(x, list):
+            return [wide(y) for y in x]
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             return x
         if x.layout is torch.sparse_csr:
@@ -326,6 +404,9 @@ MAKERS: dict[str, Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, Any]]]]
     "paired_matmul": paired_matmul,
     "gram": gram,
     "history": history,
+    "newton_schulz": newton_schulz,
+    "precond_step": precond_step,
+    "inverse_hessian": inverse_hessian,
 } | {
     name: blocks(name)
     for name in ("block_inv", "block_solve", "block_eigh", "block_abs_inv", "block_inv_root", "block_function")
@@ -359,7 +440,8 @@ def run_case(seed: int) -> str:
             assert torch.equal(got, want), f"{name}: info"
             continue
         # Bounded by the type of the data where the arithmetic is wider.
-        kinds = {x.dtype for x in args.values() if isinstance(x, Tensor) and x.dtype in TOLERANCE} | {got.dtype}
+        given = [x for y in args.values() for x in (y if isinstance(y, list) else (y,))]
+        kinds = {x.dtype for x in given if isinstance(x, Tensor) and x.dtype in TOLERANCE} | {got.dtype}
         bound = max(TOLERANCE[kind] for kind in kinds)
         error = relative(got, want)
         assert error <= bound, f"{name}: {error} from the reference, bound {bound}"

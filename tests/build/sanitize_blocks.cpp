@@ -54,6 +54,9 @@ void run(int n, int64_t batch, int64_t stride, int threads) {
       c.root = root;
       kernels.function[t](c);
     }
+    c.clamped = true;
+    kernels.function[t](c);
+    c.clamped = false;
   }
   c.values = values.get();
   kernels.eigh[t](c);
@@ -62,7 +65,7 @@ void run(int n, int64_t batch, int64_t stride, int threads) {
 }  // namespace
 
 int main() {
-  for (int n : {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 19, 33}) {
+  for (int n : {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 19, 24, 33}) {
     for (int64_t batch : {1, 3, 17, 35}) {
       for (int64_t stride : {n * n, n * n + 3, 0}) {
         run<float>(n, batch, stride, batch % 2 + 1);

@@ -33,7 +33,7 @@ def compile_cpp(isa: str, sources: list[str], out: Path, *flags: str) -> None:
 def test_sanitizers(tmp_path, isa):
     """AddressSanitizer and UndefinedBehaviorSanitizer over every path, on buffers of exactly their size."""
     program = tmp_path / "sanitize"
-    sources = ["tests/build/sanitize.cpp", "kernels/lbfgs/cpu.cpp"]
+    sources = ["tests/build/sanitize.cpp", "kernels/lbfgs/cpu.cpp", "kernels/lbfgs/cpu_dense.cpp"]
     compile_cpp(
         isa, sources, program, "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
     )
@@ -56,6 +56,17 @@ def test_sanitizers_on_products(tmp_path, isa):
     assert done.stdout == "clean\n"
 
 
+@pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
+def test_sanitizers_on_preconditioned_steps(tmp_path, isa):
+    """The same for preconditioned steps and the Newton-Schulz iteration."""
+    program = tmp_path / "sanitize_precond"
+    sources = ["tests/build/sanitize_precond.cpp", *(f"kernels/precond/cpu_{s}.cpp" for s in ("step", "newton_schulz"))]
+    compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "clean\n"
+
+
 @pytest.mark.slow  # minutes to compile
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
 def test_sanitizers_on_blocks(tmp_path, isa):
@@ -64,7 +75,7 @@ def test_sanitizers_on_blocks(tmp_path, isa):
     flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSECANT_BLOCKS_SMALL=3"]
     sources = [
         "tests/build/sanitize_blocks.cpp",
-        *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd")),
+        *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd", "_tridiagonal")),
     ]
     compile_cpp(isa, sources, program, *flags)
     done = subprocess.run([program], capture_output=True, text=True)

@@ -142,7 +142,8 @@ def expected_kernels(family: str) -> list[str]:
 
         return sorted(hvp_plan.kernels())
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
-    return sorted(f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16"))
+    pairs = [f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16")]
+    return sorted([*pairs, "lbfgs_dense_f32", "lbfgs_dense_f64"])
 
 
 def test_no_spills_and_the_occupancy_that_the_planner_counts_on(measured):
@@ -196,11 +197,14 @@ def self_contained(directory: Path, text: str) -> list[str]:
 
 
 def test_runtime_source_of_lbfgs(tmp_path):
-    """One module a pair of types."""
+    """One module a pair of types, and one a type for dense updates."""
     from secant.kernels.lbfgs import nvrtc
 
-    expected = [name for name in expected_kernels("lbfgs") if name.endswith("_f32_bf16")]
-    assert self_contained(tmp_path, nvrtc.source("f32_bf16")) == expected
+    for module, number in (("f32_bf16", 6), ("dense_f64", 1)):
+        expected = [name for name in expected_kernels("lbfgs") if name.endswith(f"_{module}")]
+        assert len(expected) == number
+        assert {nvrtc.module_of(kernel) for kernel in expected} == {module}
+        assert self_contained(tmp_path, nvrtc.source(module)) == expected
 
 
 @pytest.mark.parametrize("kernel", ["blocks_inv_spd_t3_f32", "blocks_solve_lu_w16_f64", "blocks_eigen_b48_f32"])

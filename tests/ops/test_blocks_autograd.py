@@ -105,6 +105,32 @@ def test_inverse_roots(p, scaled):
     check(symmetrised(lambda a, d: block_inv_root(a, p, damping=damping(d))[0]), spd(2), lam)
 
 
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_clamped_inverse_roots(p):
+    """Of blocks with a negative eigenvalue, in the block and in eps; and of a float32 block as eager calls give it."""
+
+    def root(a, eps):
+        return block_inv_root(a, p, damping=("max", eps))[0]
+
+    check(symmetrised(root), indefinite(2), torch.tensor([0.3, 0.1], dtype=F64))
+    a = indefinite(3, dtype=torch.float32)
+    eager, transformed = root(a, 0.1), torch.func.vmap(lambda a: root(a, 0.1))(a)
+    # 30 n eps ||A||_1 of the eigenvalues, ||A||_1 < 3 * 2, times the slope 1 / (p u^(1 + 1/p)), u > 0.1.
+    torch.testing.assert_close(eager, transformed, rtol=0, atol=30 * 3 * 1.2e-7 * 6 * 100)
+
+
+def test_clamped_inverse_roots_of_what_has_no_positive_eigenvalue():
+    """Zeros, and no gradient; and codes, as in eager calls."""
+    a = torch.stack([torch.zeros(3, 3), -torch.eye(3), torch.eye(3), torch.full((3, 3), math.nan)]).requires_grad_()
+    eps = torch.tensor([0.5, 0.5, math.nan, 0.5])
+    x, info = block_inv_root(a, 2, damping=("max", eps))
+    assert info.tolist() == block_inv_root(a.detach(), 2, damping=("max", eps))[1].tolist() == [0, 3, -2, -1]
+    assert not x[:2].any()
+    assert x[2:].isnan().all()
+    (g,) = torch.autograd.grad(x[:2].sum(), a)
+    assert not g[:2].any()
+
+
 def test_absolute_inverse():
     for floor in (0.1, 1.0, torch.tensor([0.1, 2.0], dtype=F64)):
         check(symmetrised(lambda a, f=floor: block_abs_inv(a, floor=f)[0]), indefinite(2, n=4))

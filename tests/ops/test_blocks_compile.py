@@ -26,6 +26,7 @@ CASES = {
     "abs_inv": (lambda a: block_abs_inv(a, floor=0.5), indefinite),
     "abs_inv, tensor": (lambda a: block_abs_inv(a, floor=lam + 0.1), indefinite),
     "inv_root": (lambda a: block_inv_root(a, 4, damping=lam), spd),
+    "inv_root, clamped": (lambda a: block_inv_root(a, 2, damping=("max", 0.1)), spd),
 }
 every = pytest.mark.parametrize("name", CASES)
 
@@ -91,6 +92,7 @@ def opcheck_cases():
     yield ops.block_eigh, (s, torch.empty(4, 3), out, info)
     yield ops.block_abs_inv, (s, None, 0.5, out, info)
     yield ops.block_inv_root, (a, 4, lam, None, False, out, info)
+    yield ops.block_inv_root, (a, 4, lam, None, False, out, info, True)
 
 
 @pytest.mark.parametrize(("op", "args"), list(opcheck_cases()), ids=lambda x: getattr(x, "__name__", ""))

@@ -476,6 +476,14 @@ def bad_calls():
         ValueError,
         "floor: expected a tensor that does not require grad",
     )
+    for amount in (0.0, -1.0, math.nan, math.inf, "x", None):
+        yield (
+            f"relative damping {amount}",
+            lambda d=amount: block_inv_root(a, 2, damping=("max", d)),
+            ValueError,
+            "block_inv_root: damping: expected ('max', a positive finite number",
+        )
+    yield "relative damping", lambda: block_inv(a, damping=("max", 0.1)), ValueError, "damping: expected a number, a t"
     for p in (0, 3, -1, 2.0, "2", None):
         yield f"p {p}", lambda p=p: block_inv_root(a, p), ValueError, "block_inv_root: p: expected 1, 2 or 4"
     for flag in (0, 1, "vector", torch.tensor(True)):
@@ -608,6 +616,23 @@ def test_bad_blocks_poison_only_themselves(name, n, dtype):
     for x in results[:-1]:
         assert x[where][failed].isnan().all()
         assert x[where][~failed].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 6, 17])
+def test_clamped_roots_beside_bad_blocks(n, dtype):
+    """Codes count what was clamped and take nothing away; a block that has no result has a code below zero."""
+    good, bad = spd(21, n=n, dtype=dtype), bad_blocks(n, dtype)
+    clean, info = block_inv_root(good, 2, damping=("max", 0.1))
+    assert not info.any()
+    x, info = block_inv_root(torch.cat([bad, good]), 2, damping=("max", 0.1))
+    same((x[5:], info[5:]), (clean, torch.zeros_like(info[5:])))
+    assert info[:5].tolist() == [0, n, -1, -1, 0]
+    assert x[2:4].isnan().all()
+    assert not x[:2].any()
+    want = (torch.arange(n) < n - 1).double() * 1.1**-0.5 + (torch.arange(n) == n - 1).double() * 0.1**-0.5
+    if n > 1:
+        torch.testing.assert_close(x[4].double(), torch.diag(want), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_codes_are_those_of_torch():

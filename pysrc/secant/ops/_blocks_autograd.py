@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -301,6 +302,26 @@ class InvRoot(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, a: Tensor, lam: Tensor | None, *options: Any) -> tuple[Any, Any]:
         return apply(InvRoot, *_lead(info.batch_size, in_dims, a, lam), *options), (0, 0)
+
+
+def clamped_root(a: Tensor, lam: Tensor | None, value: float | None, p: int) -> tuple[Tensor, Tensor]:
+    """((A_+ + lambda max(w_n, 0) I)^(-1/p), info), A_+ the positive semidefinite part, made of what has derivatives.
+
+    In float64, in which A_+ is far less wrong than what is added to it. A block without a positive eigenvalue has the
+    root 0 and the gradient 0.
+    """
+    m = a.double()
+    w, _, code = apply(Eigh, m)
+    top = w[..., -1].clamp(min=0)
+    dead = top == 0
+    shift = torch.where(dead, 1.0, top * (value if lam is None else lam.double()))
+    x, failed = apply(InvRoot, apply(Spectral, m, ("positive",))[0], shift, None, False, p)
+    info = torch.where(code == 0, (w < 0).sum(-1).int(), torch.where(code > 0, -3, code))
+    if lam is not None:
+        info = torch.where((lam > 0) & (lam < math.inf) | (info < 0), info, -2)
+    info = torch.where((failed != 0) & (info >= 0), -3, info)
+    x = torch.where(dead[..., None, None], 0.0, x)
+    return torch.where((info < 0)[..., None, None], torch.nan, x).to(a.dtype), info
 
 
 def _roots(x: Tensor, p: int) -> tuple[Tensor, ...]:

@@ -54,7 +54,8 @@ _abs_inv = _register.Kernel(
 _inv_root = _register.Kernel(
     "blocks",
     "inv_root",
-    "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info)",
+    "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info, "
+    "bool clamped=False)",
     settle=_settled,
     contract=lambda a, p, lam, value, *rest: (a, p, value if lam is None else lam, *rest),
 )
@@ -161,16 +162,23 @@ def abs_inv(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tenso
     info = _codes(a)
     if a.numel():
         _abs_inv(_flat(a), floor if floor is None else _line(floor), value, _flat(x), _line(info))
-    if floor is None:
-        return x, info
-    bad = ~((floor > 0) & (floor < math.inf))  # its value is known on the device alone; NaN is none
-    return torch.where(bad[..., None, None], math.nan, x), torch.where(bad & (info == 0), -2, info)
+    return _with_positive(x, info, floor, info == 0)
 
 
-def inv_root(a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool) -> tuple[Tensor, Tensor]:
+def inv_root(
+    a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool, clamped: bool = False
+) -> tuple[Tensor, Tensor]:
     """((A + damping)^(-1/p), info) of a (..., n, n)."""
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        _inv_root(_flat(a), p, lam if lam is None else _line(lam), value, scaled, _flat(x), _line(info))
-    return x, info
+        _inv_root(_flat(a), p, lam if lam is None else _line(lam), value, scaled, _flat(x), _line(info), clamped)
+    return _with_positive(x, info, lam, info >= 0) if clamped else (x, info)
+
+
+def _with_positive(x: Tensor, info: Tensor, number: Tensor | None, good: Tensor) -> tuple[Tensor, Tensor]:
+    """Take away the results of numbers that are not positive and finite, which is known on the device alone."""
+    if number is None:
+        return x, info
+    bad = ~((number > 0) & (number < math.inf))  # NaN is none
+    return torch.where(bad[..., None, None], math.nan, x), torch.where(bad & good, -2, info)

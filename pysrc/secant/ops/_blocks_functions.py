@@ -191,6 +191,20 @@ def _floor_second(x: Tensor, y: Tensor, z: Tensor, floor: Tensor) -> Tensor:
     return torch.where(x == z, 0.0, _by_the_widest_gap(lambda a, b: _floor_first(a, b, floor), x, y, z))
 
 
+# ----------------------------------------------------------------------------------------------- the larger of w and 0
+
+
+def _positive_first(x: Tensor, y: Tensor) -> Tensor:
+    gap, rise = x - y, x.clamp(min=0) - y.clamp(min=0)
+    same = gap == 0
+    return torch.where(same, (x > 0).to(x.dtype), rise / _safe(gap, same))
+
+
+def _positive_second(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    x, y, z = _sorted(x, y, z)
+    return torch.where(x == z, 0.0, _by_the_widest_gap(_positive_first, x, y, z))
+
+
 # ---------------------------------------------------------------------------------------------------- any functions
 
 
@@ -302,6 +316,8 @@ def value(rule: Rule, w: Tensor) -> tuple[Tensor, Tensor]:
         return w.pow(rule[1]), (w == 0 if rule[1] < 0 else everywhere)
     if kind == "abs":
         return w.abs(), everywhere
+    if kind == "positive":
+        return w.clamp(min=0), everywhere
     return checked(rule[1])(w), everywhere
 
 
@@ -318,6 +334,8 @@ def first(rule: Rule, parameter: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
         return _integer_first(rule[1], x, y)
     if kind == "abs":
         return _floor_first(x, y, torch.zeros_like(x))
+    if kind == "positive":
+        return _positive_first(x, y)
     if kind == "floor":
         return _floor_first(x, y, _floor(rule, parameter, x))
     return _given_first(checked(rule[1]), checked(rule[2]), x, y)
@@ -336,6 +354,8 @@ def second(rule: Rule, parameter: Tensor | None, x: Tensor, y: Tensor, z: Tensor
         return _integer_second(rule[1], x, y, z)
     if kind == "abs":
         return _floor_second(x, y, z, torch.zeros_like(x))
+    if kind == "positive":
+        return _positive_second(x, y, z)
     if kind == "floor":
         return _floor_second(x, y, z, _floor(rule, parameter, x))
     d2f = None if rule[3] is None else checked(rule[3])

@@ -14,6 +14,7 @@ A damping is None; a number; a tensor of numbers per block, of a shape that broa
 ("scale", either of these). The first two add lambda I to the block, the last lambda diag(A), as Levenberg and Marquardt
 do. It belongs to the matrix: `a` stays as it is. There is no other jitter. A number has to be finite and >= 0; what a
 tensor holds is not looked at, so that a negative entry is subtracted, and one that is not finite makes a bad block.
+`block_inv_root` has another one, ("max", eps): relative to the largest eigenvalue, for positive semidefinite blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DTYPES = _checks.REAL + _checks.HALF
 MAX_POWER = 64
 NAMED = {"exp": ("exp",), "log": ("log",), "sqrt": ("root", 0.5), "abs": ("abs",)}
 
-Damping: TypeAlias = float | Tensor | tuple[str, float | Tensor] | None
+Damping: TypeAlias = float | Tensor | tuple[str, float | Tensor] | None  # the string is "scale"; for a root also "max"
 Entrywise: TypeAlias = Callable[[Tensor], Tensor]
 SpectralFunction: TypeAlias = (
     str | tuple[str, float] | tuple[Entrywise, Entrywise] | tuple[Entrywise, Entrywise, Entrywise]
@@ -88,6 +89,16 @@ def _check_damping(op: str, damping: Damping, a: Tensor) -> tuple[Tensor | None,
         _checks.nonnegative(op, "damping", amount, "a finite number >= 0, a tensor or ('scale', either)"),
         scaled,
     )
+
+
+def _check_root_damping(op: str, damping: Damping, a: Tensor) -> tuple[Tensor | None, float | None, bool, bool]:
+    """Check as `_check_damping` does, and tell whether it is relative to the largest eigenvalue."""
+    if not isinstance(damping, tuple) or len(damping) != 2 or damping[0] != "max":
+        return *_check_damping(op, damping, a), False
+    amount = damping[1]
+    if isinstance(amount, Tensor):
+        return _per_block(op, "damping", amount, a), None, False, True
+    return None, _checks.positive(op, "damping", amount, "('max', a positive finite number or a tensor)"), False, True
 
 
 def _refuse_out(op: str, out: Tensor | None) -> None:
@@ -431,20 +442,30 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
     p = 4 is what Shampoo asks for, p = 2 whitens, p = 1 is the inverse by way of the eigenvalues (`block_inv` is
     faster).
 
+    For positive semidefinite blocks, such as Gram matrices G G^T of any rank, the damping ("max", eps) replaces the
+    eigenvalues w_1 <= ... <= w_n by max(w_i, 0) + eps max(w_n, 0): rounding has made some of them negative that would
+    be zero, and no entry of the root is larger than (eps w_n)^(-1/p). A block without a positive eigenvalue, such as a
+    block of zeros, has the root 0, as in a pseudoinverse: what is preconditioned with it stays where it is.
+
     Args:
         a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
             triangle is read.
         p: 1, 2 or 4.
         damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
-            shape that broadcasts to the batch's.
+            shape that broadcasts to the batch's. Or ("max", eps), see above; eps is a positive number or such a tensor.
 
     Returns:
         (x, info): x as `a`, exactly symmetric and positive definite; info (...), int32: 0; k > 0 where the k smallest
         eigenvalues of the damped block are not positive, or where k off-diagonal entries were left when the cap on
         sweeps was reached; -1 where the block has an entry that is not finite. Such blocks have NaN in x.
 
+        With ("max", eps), x has no NaN where info is k >= 0, the number of eigenvalues below zero that were clamped
+        (without rounding, 0 for a Gram matrix); NaN where it is -1, as above, -2, a tensor has no positive finite eps
+        for the block, or -3, the cap on sweeps was reached.
+
         Differentiable in `a` and `damping`, forward and reverse mode, by divided differences (the square roots'
-        Sylvester equations, solved in the eigenbasis), finite at repeated eigenvalues. The gradient is symmetric.
+        Sylvester equations, solved in the eigenbasis), finite at repeated eigenvalues. The gradient is symmetric. With
+        ("max", eps) too, computed in float64, where max(w, 0) has the slope 0 at 0, and w_n is a single eigenvalue.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
@@ -457,13 +478,19 @@ def block_inv_root(a: Tensor, p: int, *, damping: Damping = None) -> tuple[Tenso
         >>> x, info = secant.ops.block_inv_root(torch.diag(torch.tensor([4.0, 16.0])), 2)
         >>> x.diagonal()
         tensor([0.5000, 0.2500])
+        >>> g = torch.tensor([[2.0], [0.0]])                    # of rank 1
+        >>> secant.ops.block_inv_root(g @ g.mT, 2, damping=("max", 0.01))[0].diagonal()
+        tensor([0.4975, 5.0000])
     """
     op = "block_inv_root"
     _check_blocks(op, a)
     if not isinstance(p, int) or isinstance(p, bool) or p not in (1, 2, 4):
         raise _checks.fail(op, "p", "1, 2 or 4", _checks.show(p))
-    lam, value, scaled = _check_damping(op, damping, a)
-    if _gate.is_transformed(a, lam):
+    lam, value, scaled, clamped = _check_root_damping(op, damping, a)
+    if not _gate.is_transformed(a, lam):
+        return dispatch.inv_root(a, p, lam, value, scaled, clamped)
+    if clamped:
+        x, info = autograd.clamped_root(_real(a), lam, value, p)
+    else:
         x, info = _batching.apply(autograd.InvRoot, _real(a), lam, value, scaled, p)
-        return x.to(a.dtype), info
-    return dispatch.inv_root(a, p, lam, value, scaled)
+    return x.to(a.dtype), info

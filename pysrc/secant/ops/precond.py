@@ -16,13 +16,15 @@ from torch import Tensor
 from secant import _checks
 from secant.kernels.precond.contract import ADAM, APPLY, GRAFTS, GRAMS, NONE, Rule, Tensors
 from secant.ops import _gate, _register
-from secant.ops.blocks import block_eigh
+from secant.ops.blocks import block_eigh, block_inv_root
 
 #: Coefficients of the quintic that Muon iterates (Jordan et al., 2024).
 MUON = (3.4445, -4.7750, 2.0315)
 _DTYPES = _checks.REAL + _checks.HALF
 #: Entries of a tile that Adam steps: as many as share a core's first-level cache with their states.
 _ADAM_ENTRIES = 2048
+#: Largest matrices of the functions for small blocks; those of torch take over.
+_BLOCK = 64
 _STATES = ("exp_avg", "exp_avg_sq", "left", "right", "left_root", "right_root")
 _CPU = torch.device("cpu")
 
@@ -62,8 +64,8 @@ def _settled(*args: Any) -> tuple[Any, ...]:
         needs = args[18] or args[17] == ADAM or not any(x.numel() for x in roots)
         if needs and not v.numel():
             raise _checks.fail(op, f"exp_avg_sq[{k}]", "as many elements as the tensor", "none")
-    settled = [[x.resolve_neg().contiguous() for x in members] for members in lists[:2]]
-    return (*settled, *lists[2:], torch.tensor(rows), *args[10:])
+    settled = [[x.resolve_neg().contiguous() for x in members] for members in lists]
+    return (*settled, torch.tensor(rows), *args[10:])
 
 
 def _check_member(op: str, k: int, x: Any, lists: Any, down: int, across: int) -> list[int]:
@@ -159,6 +161,7 @@ class Tiles:
         params: tensors with at least one element, all of one dtype (float32, float64, bfloat16, float16) and device.
         states: for each a dictionary of `new_state`, which is stepped in place.
         block_size, max_side: what `new_state` was given.
+        skipped: None, or the counter to use: a scalar of int64 on the device.
 
     Attributes:
         skipped: scalar of int64 on the device: how many tiles were left as they were, because their gradient or their
@@ -184,6 +187,7 @@ class Tiles:
         *,
         block_size: int | None = 64,
         max_side: int = 1024,
+        skipped: Tensor | None = None,
     ) -> None:
         op = "Tiles"
         if not params or len(params) != len(states):
@@ -194,7 +198,9 @@ class Tiles:
             if not _gate.is_plain(p):
                 raise _checks.fail(op, f"params[{i}]", "a plain tensor with memory of its own", type(p).__name__)
         self.device, self.dtype = first.device, first.dtype
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        if skipped is None:
+            skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = _checks.shaped(op, "skipped", skipped, (), torch.int64, self.device)
         self._params = list(params)
         empty = torch.empty(0, dtype=states[0]["exp_avg"].dtype, device=self.device)
         lists = [[s.get(name, empty) for s in states] for name in _STATES]
@@ -238,6 +244,8 @@ class Tiles:
             exp_avg, exp_avg_sq: as `param`, contiguous. left (tiles, nl (nl + 1) / 2), right (tiles, nr (nr + 1) / 2):
             lower triangles; left_root (tiles, nl, nl), right_root (tiles, nr, nr). step: scalar of float32.
         """
+        if param.numel() == 0:
+            raise _checks.fail("Tiles.new_state", "param", "at least one element", f"shape {tuple(param.shape)}")
         dtype = _arithmetic(param.dtype) if dtype is None else dtype
         rows, columns = matrix(param.shape)
         down, across = tiling(param.shape, block_size, max_side)
@@ -259,9 +267,9 @@ class Tiles:
             state[f"{side}_root"] = torch.eye(n, **make).expand(down * across, n, n).clone()
         return state
 
-    def update_grams(self, grads: Sequence[Tensor], *, beta_gram: float = 0.95) -> None:
+    def update_grams(self, grads: Sequence[Tensor], *, beta_gram: float = 0.95, maximize: bool = False) -> None:
         """Update the Gram averages alone, so that roots can be made of them before `apply`."""
-        rule = Rule(0.0, 0.0, beta_gram, 1.0, 0.0, NONE, False, False)
+        rule = Rule(0.0, 0.0, beta_gram, 1.0, 0.0, NONE, False, maximize)
         self._launch(grads, 0.0, rule, GRAMS)
 
     def apply(self, grads: Sequence[Tensor], *, lr: float | Tensor, rule: Rule) -> None:
@@ -281,8 +289,8 @@ class Tiles:
     def refresh(self, *, root: int = 2, damping: float = 1e-4, beta_gram: float | None = None) -> None:
         """Compute (A / (1 - beta_gram^t) + damping lambda_max I)^(-1/root) of all Gram averages A.
 
-        Negative eigenvalues count as zero, and lambda_max is the largest. A root that does not come out finite is left
-        as it was, and one of zero is the identity. Matrices of one size are one batch.
+        Negative eigenvalues count as zero, and lambda_max is the largest. Where an average is zero or not finite the
+        root is left as it was, at first the identity. Matrices of one size are one batch.
 
         Args:
             root: 1, 2 or 4.
@@ -291,7 +299,7 @@ class Tiles:
         """
         for group in self._groups:
             a = group.gathered()
-            new, good = _psd_root(a, root, damping)
+            new, good = _root(a, root, damping)
             if beta_gram is not None:
                 t = torch.stack([x.to(a) for x in group.steps]).repeat_interleave(group.repeats)
                 new = new * (1 - beta_gram**t).pow(1 / root)[:, None, None]
@@ -394,9 +402,11 @@ class _Side:
         self._entries = (high * (high + 1) // 2 + low).flatten().to(device)
         self._tiles = [len(x) for x in self.packed]
         self.repeats = torch.tensor(self._tiles, device=device)
-        real = torch.tensor([size for x in members for size in x.real])
+        real = [size for x in members for size in x.real]
         #: (tiles, n): 1 on the diagonal where a tile is smaller; None where all are of this size.
-        self.padding = None if bool((real == n).all()) else (i >= real[:, None]).to(device, torch.float32)
+        self.padding = None
+        if min(real) < n:
+            self.padding = (i >= torch.tensor(real)[:, None]).to(device, torch.float32)
 
     def gathered(self) -> Tensor:
         """Return the averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
@@ -420,7 +430,7 @@ def _diagonal(a: Tensor) -> Tensor:
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, which came out) of symmetric matrices."""
-    if a.shape[-1] <= 64:
+    if a.shape[-1] <= _BLOCK:
         w, v, info = block_eigh(a)
         return w, v, info == 0
     good = a.isfinite().all(-1).all(-1)
@@ -428,13 +438,15 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return w, v, good
 
 
-def _psd_root(a: Tensor, root: int, damping: float) -> tuple[Tensor, Tensor]:
+def _root(a: Tensor, root: int, damping: float) -> tuple[Tensor, Tensor]:
     """(roots, which came out) of symmetric matrices, damped relative to their largest eigenvalues."""
+    if a.shape[-1] <= _BLOCK:
+        x, info = block_inv_root(a, root, damping=("max", damping))
+        return x, (info >= 0) & (_diagonal(a).amax(1) > 0)
     w, v, good = _eigh(a)
-    top = w[:, -1:].clamp(min=0)
+    top = w[:, -1:]
     w = torch.where(top > 0, w.clamp(min=0) + damping * top, 1.0).pow(-1 / root)
-    new = (v * w[:, None, :]) @ v.mT
-    return new, good & new.isfinite().all(-1).all(-1)
+    return (v * w[:, None, :]) @ v.mT, good & (top[:, 0] > 0)
 
 
 @_register.whole

@@ -41,6 +41,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _checks.HALF else dtype
 
 
+def is_due(t: Any, every: int) -> bool:
+    """Tell whether the t-th step finds anew what is found every so many steps, and at 1, 2, 4, 8, ... before."""
+    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
+
+
+#: Kind, dtype, device and processes (a mesh of devices, or None) that parameters of one batch share.
 _Key = tuple[Hashable, torch.dtype, torch.device, Any]
 
 
@@ -48,8 +54,9 @@ class Batch(NamedTuple):
     """Parameters of one group that have a gradient, of one kind, dtype and device: lists for `torch._foreach_*`.
 
     group: their options. kind: what `_kind` says of all of them. params, states: as they are.
-    grads: of what is minimized, in the dtype of the state; not to be written. lr: a number, or a tensor of one element
-    that must not be read. counts: the number of this step, from 1, of each parameter, likewise.
+    grads: of what is minimized, in the dtype of the state (unless they are not `READY`); not to be written.
+    lr: a number, or a tensor of one element that must not be read. counts: the number of this step, from 1, of each
+    parameter, likewise.
     """
 
     group: dict[str, Any]
@@ -119,6 +126,11 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         "maximize": _checks.flag(),
         "capturable": _checks.flag(),
     }
+    #: Whether gradients are handed over in the dtype of the state, and negated where the function is maximized.
+    READY: ClassVar[bool] = True
+    #: Whether the shards of a parameter that is spread over processes (a DTensor) may be updated where they are.
+    SHARDS: ClassVar[bool] = True
+
     #: Whether gradients need a graph: `loss.backward(create_graph=True)`. Trainers ask for it by this name.
     is_second_order: bool = False
 
@@ -144,8 +156,8 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         """Learn from the gradients, and move the parameters."""
 
     def _takes_shards(self, group: dict[str, Any]) -> bool:
-        """Tell whether the shards of a parameter that is spread over processes may be updated where they are."""
-        return True
+        """Tell the same for a group, where options decide."""
+        return self.SHARDS
 
     def _kind(self, p: Tensor, group: dict[str, Any]) -> Hashable:
         """Say what parameters have to have in common, dtype and device aside, to be in one batch."""
@@ -201,9 +213,9 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
                 raise _checks.fail(self._name, "capturable", "True inside of a CUDA graph", "False")
             states = [self._state_of(p, group) for p in members]
             grads: list[Any] = [p.grad for p in members]
-            if dtype in _checks.HALF:
+            if dtype in _checks.HALF and self.READY:
                 grads = [g.to(wide(dtype)) for g in grads]
-            if group["maximize"]:
+            if group["maximize"] and self.READY:
                 grads = list(torch._foreach_neg(grads))
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)

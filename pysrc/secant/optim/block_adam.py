@@ -67,6 +67,7 @@ class BlockAdam(PerParameterOptimizer):
         "damping": Option("a number in (0, 1)", lambda x: _checks.is_number(x, 0.0, 1.0) and x > 0.0),
         "update_every": _checks.integer_from(1),
     }
+    SHARDS = False  # whose ends cut through blocks
 
     def __init__(
         self,
@@ -110,9 +111,6 @@ class BlockAdam(PerParameterOptimizer):
         outer = torch.zeros(-(-p.numel() // n), n, n, dtype=_per_parameter.wide(p.dtype), device=p.device)
         return {"exp_avg": self._zeros(p), "exp_avg_outer": outer, "root": torch.zeros_like(outer)}
 
-    def _takes_shards(self, group: dict[str, Any]) -> bool:
-        return False  # whose ends cut through blocks
-
     def _update(self, batch: Batch) -> None:
         group, averages, outers = batch.group, batch.state("exp_avg"), batch.state("exp_avg_outer")
         beta1, beta2 = group["betas"]
@@ -124,7 +122,7 @@ class BlockAdam(PerParameterOptimizer):
         traces = [outer.diagonal(dim1=-2, dim2=-1).sum(-1) for outer in outers]
 
         roots = batch.state("root")
-        due = [i for i, t in enumerate(batch.counts) if _is_due(t, group["update_every"])]
+        due = [i for i, t in enumerate(batch.counts) if _per_parameter.is_due(t, group["update_every"])]
         if due:
             found = _roots(torch.cat([outers[i] for i in due]), torch.cat([traces[i] for i in due]), group["damping"])
             torch._foreach_copy_([roots[i] for i in due], list(found.split([len(traces[i]) for i in due])))
@@ -136,11 +134,6 @@ class BlockAdam(PerParameterOptimizer):
             blocks = torch.bmm(root, _cut(m, root.shape[-1]).unsqueeze(2)).squeeze(2).div_(size.unsqueeze(1))
             directions.append(blocks.reshape(-1)[: m.numel()].reshape(m.shape))
         self._move(batch, directions)
-
-
-def _is_due(t: Any, every: int) -> bool:
-    """Tell whether the t-th step finds roots anew."""
-    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
 
 
 def _size(p: Tensor, group: dict[str, Any]) -> int:

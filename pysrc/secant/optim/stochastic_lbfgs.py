@@ -109,6 +109,7 @@ class StochasticLBFGS(PerParameterOptimizer):
         "clip": _checks.positive_number(),
         "svrg_every": _checks.or_none(_checks.integer_from(1)),
     }
+    SHARDS = False  # a pair is of all parameters
     PER_GROUP = ("lr", "weight_decay")
 
     full_closure: Callable[[], Any] | None = None
@@ -166,9 +167,6 @@ class StochasticLBFGS(PerParameterOptimizer):
             if name not in self.PER_GROUP and options[name] != first[name]:
                 only = f"(only {', '.join(self.PER_GROUP)} may differ)"
                 raise _checks.fail(op, name, f"{first[name]!r} in every group {only}", repr(options[name]))
-
-    def _takes_shards(self, group: dict[str, Any]) -> bool:
-        return False  # a pair is of all parameters
 
     def _check_parameter(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         super()._check_parameter(name, p, group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -384,9 +385,64 @@ def run_abs_inv(backend: ModuleType, a: Tensor, floor: float | Tensor) -> tuple[
 
 
 def run_inv_root(
-    backend: ModuleType, a: Tensor, p: int, damping: float | Tensor | None = None, scaled: bool = False
+    backend: ModuleType,
+    a: Tensor,
+    p: int,
+    damping: float | Tensor | None = None,
+    scaled: bool = False,
+    clamped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     out = poisoned(*a.shape, dtype=a.dtype, device=a.device)
     info = poisoned(len(a), dtype=torch.int32, device=a.device)
-    backend.inv_root(a, p, damping, scaled, out, info)
+    backend.inv_root(a, p, damping, scaled, out, info, clamped)
     return out, info
+
+
+def semidefinite(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks for clamped roots: (a, fewest and most eigenvalues below zero that a solver may find).
+
+    Gram matrices of every kind of rank, whose zero eigenvalues may be rounded to either side; nothing but zeros; what
+    has no positive eigenvalue; and eigenvalues of both signs, none of them small.
+    """
+    rng = generator("semidefinite", n)
+    a, least, most = [], [], []
+    for rank in sorted({1, max(1, n // 4), n - 1 or 1, n}):
+        g = torch.randn(n, rank, generator=rng, dtype=torch.float64)
+        a.append(g @ g.mT / n)
+        least.append(0)
+        most.append(n - rank)
+    q = orthogonal(1, n, "semidefinite")[0]
+    signs = torch.where(torch.arange(n) % 3 == 0, -1.0, 2.0).double()
+    below = int((signs < 0).sum())
+    for x, k in ((torch.zeros(n, n), 0), (-torch.eye(n), n), ((q * signs) @ q.mT, below)):
+        a.append(x.double())
+        least.append(k)
+        most.append(k)
+    return mirrored(torch.stack(a).to(dtype)), torch.tensor(least), torch.tensor(most)
+
+
+def check_clamped_roots(root: Callable[..., tuple[Tensor, Tensor]], n: int, dtype: torch.dtype) -> None:
+    """root(a, p, damping) against eigenvectors of torch in float64.
+
+    An eigenvalue may be wrong by 30 n eps ||A||, and the root moves by 1 / (p u^(1 + 1/p)) of that, u >= damping ||A||;
+    twice for the vectors.
+    """
+    a, least, most = semidefinite(n, dtype)
+    w, v = torch.linalg.eigh(mirrored(a.double()))
+    size = w.abs().amax(-1)
+    damping = torch.linspace(0.01, 0.1, len(a), dtype=compute_dtype(dtype))
+    for p in (1, 2, 4):
+        for amount in (0.02, damping):
+            x, info = (y.cpu() for y in root(a, p, amount))
+            each = amount.double() if isinstance(amount, Tensor) else torch.full((len(a),), amount, dtype=torch.float64)
+            top = w[:, -1].clamp(min=0)
+            u = w.clamp(min=0) + (each * top)[:, None]
+            f = torch.where(u > 0, u ** (-1 / p), 0.0)
+            want = (v * f[:, None, :]) @ v.mT
+            assert torch.equal(x, x.mT)
+            assert ((info >= least) & (info <= most)).all(), (info, least, most)
+            none = top == 0
+            assert not x[none].any()
+            bound = 60 * n * torch.finfo(dtype).eps * size * (each * top) ** (-1 - 1 / p)
+            error = (x.double() - want).abs().amax((1, 2))
+            assert (error <= bound)[~none].all(), (p, error, bound)

@@ -394,6 +394,11 @@ def roots_of_matrices_that_have_none(n):
     assert not run("inv_root", a, 2, damping=1.5)[1].any()
 
 
+@case((3,), (6,))
+def clamped_roots(n):
+    blocks.check_clamped_roots(lambda a, p, d: run("inv_root", a, p, damping=d, clamped=True), n, F32)
+
+
 @case((4,), (6,))
 def sweeps_are_capped(n):
     a = blocks.random_symmetric(n, F32, 3)
@@ -401,6 +406,8 @@ def sweeps_are_capped(n):
     with tuned(_SWEEPS=1):
         values, vectors, info = run("eigh", a)
         out, code = run("abs_inv", a, 0.1)
+        root, codes = run("inv_root", a, 2, damping=0.1, clamped=True)
+    assert (codes == -3).tolist() == root.isnan().all(-1).all(-1).tolist() == [True, False, True]
     assert (info > 0).tolist() == [True, False, True]
     assert (info <= n * (n - 1) // 2).all()
     assert torch.equal(info, code)

@@ -192,6 +192,12 @@ def test_the_cap_on_sweeps_is_far(n, dtype):
         assert not bm.run_eigh(cpu, x)[2].any()
 
 
+@real
+@some_sizes
+def test_clamped_roots(n, dtype):
+    bm.check_clamped_roots(lambda a, p, d: bm.run_inv_root(cpu, a, p, d, clamped=True), n, dtype)
+
+
 CALLS = {
     "inv spd": lambda m, a, b, s: m.inv(a, s, False, True, *outs(a)),
     "inv general": lambda m, a, b, s: m.inv(a, s, True, False, *outs(a)),
@@ -200,6 +206,7 @@ CALLS = {
     "eigh": lambda m, a, b, s: m.eigh(a, *outs(a[:, 0], a)),
     "abs_inv": lambda m, a, b, s: m.abs_inv(a, s, *outs(a)),
     "inv_root": lambda m, a, b, s: m.inv_root(a, 4, s, False, *outs(a)),
+    "inv_root, clamped": lambda m, a, b, s: m.inv_root(a, 2, s, False, *outs(a), True),
 }
 calls = pytest.mark.parametrize("call", CALLS)
 

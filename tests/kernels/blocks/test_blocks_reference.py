@@ -181,6 +181,7 @@ RUNS = {
     "eigh": lambda a, symmetric: bm.run_eigh(reference, symmetric),
     "abs_inv": lambda a, symmetric: bm.run_abs_inv(reference, symmetric, 0.1),
     "inv_root": lambda a, symmetric: bm.run_inv_root(reference, a, 4, 0.5),
+    "inv_root, clamped": lambda a, symmetric: bm.run_inv_root(reference, symmetric, 2, 0.5, clamped=True),
 }
 
 #: What IEEE 754 rounds to the last bit, and what moves, compares and selects: alike in every loop, on every processor.
@@ -321,6 +322,19 @@ def test_functions_of_the_eigenvalues():
     assert x.isnan().all()
     x, info = bm.run_inv_root(reference, torch.diag(torch.tensor([1.0, 0.0, 4.0]))[None], 2)
     assert info.tolist() == [1]
+
+
+@real
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16])
+def test_clamped_roots(n, dtype):
+    bm.check_clamped_roots(lambda a, p, d: bm.run_inv_root(reference, a, p, d, clamped=True), n, dtype)
+
+
+def test_clamped_roots_that_did_not_converge(monkeypatch):
+    monkeypatch.setattr(reference, "SWEEPS", 1)
+    x, info = bm.run_inv_root(reference, bm.random_spd(6, torch.float64, 2, 10.0), 2, 0.1, clamped=True)
+    assert info.tolist() == [-3, -3]
+    assert x.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", bm.HALF, ids=str)

@@ -19,6 +19,7 @@ from block_matrices import (
     bad_general,
     bad_spd,
     bad_symmetric,
+    check_clamped_roots,
     compute_dtype,
     eigen_ratio,
     general_families,
@@ -189,6 +190,14 @@ def test_nonpositive_eigenvalues(make, n):
     assert info.tolist() == [int((a[0].diagonal() <= 0).sum()), 0]
     assert x[0].isnan().all()
     assert torch.equal(x[1], a[1])
+
+
+@pytest.mark.parametrize("n", MAPPINGS)
+def test_clamped_roots(make, n):
+    check_clamped_roots(lambda a, p, d: run_inv_root(make(n % 3), a, p, d, clamped=True), n, F32)
+    x, info = run_inv_root(make(sweeps=1), random_spd(n, F32, 1, 10.0), 2, 0.1, clamped=True)
+    assert info.tolist() == [-3]
+    assert x.isnan().all()
 
 
 @pytest.mark.parametrize("n", MAPPINGS)

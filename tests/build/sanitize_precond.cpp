@@ -1,0 +1,167 @@
+// The `precond` kernels on buffers of exactly their size, for AddressSanitizer and UndefinedBehaviorSanitizer to watch:
+// every tail, sides that are there and not, dtypes of tensors and states, strides, gradients that are not finite, one
+// thread and more, and with every allocation failing in turn.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <random>
+#include <vector>
+
+#include "../../kernels/precond/cpu_ops.h"
+
+using namespace SECANT_ISA;
+using secant::NewtonSchulz;
+using secant::PrecondLayout;
+using secant::PrecondStep;
+using secant::PrecondTensor;
+
+// The aligned allocations are those of the kernels. One of them fails: the next when `countdown` is 0.
+static std::atomic<int> countdown{-1}, failed{0};
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  if (countdown.fetch_sub(1) == 0) {
+    ++failed;
+    throw std::bad_alloc();
+  }
+  const auto step = static_cast<std::size_t>(alignment);
+  void* const p = std::aligned_alloc(step, (size + step - 1) / step * step);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+namespace {
+
+void expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("wrong: %s\n", what);
+  std::exit(1);
+}
+
+std::mt19937 random_bits(0);
+
+template <class S>
+std::vector<S> numbers(int64_t size) {
+  std::vector<S> x(static_cast<size_t>(size));
+  for (S& e : x) {
+    if constexpr (sizeof(S) == 8) {
+      e = std::normal_distribution<double>()(random_bits);
+    } else {
+      e = Round<S>::from(std::normal_distribution<float>()(random_bits));
+    }
+  }
+  return x;
+}
+
+// One tensor with its states; sides: 1 left, 2 right.
+template <class S, class Q>
+struct Tensor {
+  std::vector<S> param, grad;
+  std::vector<Q> exp_avg, exp_avg_sq, left, right, left_root, right_root;
+  float step = 3;
+  PrecondLayout layout;
+
+  Tensor(int64_t rows, int64_t columns, int64_t down, int64_t across, int sides, bool turned) {
+    layout = {rows, columns, down, across, turned ? 1 : columns, turned ? rows : 1};
+    const int64_t size = rows * columns, tiles = down * across;
+    const int64_t nl = (rows + down - 1) / down, nr = (columns + across - 1) / across;
+    param = numbers<S>(size), grad = numbers<S>(size), exp_avg = numbers<Q>(size);
+    exp_avg_sq.resize(static_cast<size_t>(size));
+    if ((sides & 1) != 0) left = numbers<Q>(tiles * (nl * (nl + 1) / 2)), left_root = numbers<Q>(tiles * nl * nl);
+    if ((sides & 2) != 0) right = numbers<Q>(tiles * (nr * (nr + 1) / 2)), right_root = numbers<Q>(tiles * nr * nr);
+  }
+  PrecondTensor addresses() {
+    const auto at = [](auto& x) { return x.empty() ? nullptr : x.data(); };
+    return {at(param), at(grad),      at(exp_avg),    at(exp_avg_sq), at(left),
+            at(right), at(left_root), at(right_root), &step};
+  }
+};
+
+template <class S, class Q>
+void step(void (*kernel)(const PrecondStep&), int threads, int64_t least = 0) {
+  std::vector<Tensor<S, Q>> tensors;
+  for (int64_t n : {int64_t(1), int64_t(2), int64_t(5), int64_t(16), int64_t(17), int64_t(33)}) {
+    for (int sides = 0; sides < 4; ++sides) {
+      tensors.emplace_back(n, 40 - n, 1, 1, sides, n % 2 == 0);
+      tensors.emplace_back(40 - n, n, n > 4 ? 1 : 3, 1, sides, n % 2 == 1);
+    }
+  }
+  tensors.emplace_back(70, 131, 3, 4, 3, false);
+  tensors.emplace_back(64, 64, 1, 1, 3, false);
+  tensors.emplace_back(1, 5000, 1, 3, 0, false);
+  tensors[3].grad[0] = Round<S>::from(std::numeric_limits<float>::quiet_NaN());
+  std::vector<PrecondTensor> addresses;
+  std::vector<PrecondLayout> layout;
+  for (auto& x : tensors) {
+    if (static_cast<int64_t>(x.param.size()) < least) continue;
+    addresses.push_back(x.addresses()), layout.push_back(x.layout);
+  }
+  for (const bool rotate : {false, true}) {
+    for (int graft = 0; graft < (rotate ? 1 : 4); ++graft) {
+      for (int phases : {3, 1, 2}) {
+        int64_t skipped = 0;
+        PrecondStep c{};
+        c.count = static_cast<int64_t>(addresses.size()), c.tensors = addresses.data(), c.layout = layout.data();
+        c.lr = 1e-3, c.beta1 = 0.9, c.beta2 = 0.95, c.beta_gram = 0.95, c.eps = 1e-8, c.weight_decay = 0.1;
+        c.rms = 0.2, c.graft = graft, c.rotate = rotate, c.maximize = graft == 1, c.phases = phases;
+        c.skipped = &skipped, c.threads = threads;
+        kernel(c);
+        expect(phases == 1 ? skipped == 0 : least > 0 || skipped >= 1, "tiles that are skipped");
+      }
+    }
+  }
+}
+
+template <class S>
+void newton_schulz(void (*kernel)(const NewtonSchulz&), int64_t batch, int64_t m, int64_t n, int threads) {
+  const auto x = numbers<S>(batch * m * n);
+  std::vector<S> out(x.size());
+  kernel({batch, m, n, x.data(), 5, 3.4445, -4.775, 2.0315, 1e-7, out.data(), threads});
+}
+
+// Each allocation of a call fails in turn: the caller gets the exception, whichever thread it was.
+template <class F>
+void without_memory(const F& call) {
+  for (int i = 0;; ++i) {
+    failed = 0, countdown = i;
+    bool thrown = false;
+    try {
+      call();
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    countdown = -1;
+    expect(thrown == (failed > 0), "an exception for an allocation that failed");
+    if (failed == 0) return expect(i > 0, "a kernel that allocates");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int threads : {1, 3}) {
+    step<float, float>(precond::step_f32, threads);
+    step<double, double>(precond::step_f64, threads);
+    step<bf16, float>(precond::step_bf16, threads);
+    step<f16, float>(precond::step_f16, threads);
+    step<float, bf16>(precond::step_f32_bf16, threads);
+    step<double, bf16>(precond::step_f64_bf16, threads);
+    step<bf16, bf16>(precond::step_bf16_bf16, threads);
+    step<f16, bf16>(precond::step_f16_bf16, threads);
+    without_memory([=] { step<float, float>(precond::step_f32, threads, 4000); });
+    without_memory([=] { newton_schulz<float>(precond::newton_schulz_f32, 3, 5, 9, threads); });
+    for (int64_t m : {1, 3, 16, 17, 40}) {
+      for (int64_t n : {1, 4, 31, 64}) {
+        newton_schulz<float>(precond::newton_schulz_f32, 3, m, n, threads);
+        newton_schulz<double>(precond::newton_schulz_f64, 3, m, n, threads);
+        newton_schulz<bf16>(precond::newton_schulz_bf16, 3, m, n, threads);
+        newton_schulz<f16>(precond::newton_schulz_f16, 3, m, n, threads);
+      }
+    }
+  }
+  std::puts("clean");
+}

@@ -1,0 +1,150 @@
+"""The CPU kernels of preconditioned steps against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from secant.kernels.precond import cpu, reference
+
+from precond_cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    RULE,
+    RULES,
+    bad_steps,
+    bad_tiles,
+    compare,
+    fixed_length,
+    newton_schulz,
+    run,
+    tensors,
+    two_phases,
+    zeros,
+)
+
+ALL = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+DTYPES = pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+
+
+@ALL
+@DTYPES
+def test_a_step_is_that_of_the_reference(rule, dtype):
+    for storage in (F64 if dtype is F64 else F32, BF16):
+        compare(cpu, dtype, storage, rule)
+
+
+@pytest.mark.parametrize("order", ["columns", "spread"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_any_strides(order, dtype):
+    """Transposed tensors and tensors with gaps have the very bits of contiguous ones."""
+    for rule in (RULES["adam"], RULES["soap"]):
+        given, layout = tensors(dtype, F64 if dtype is F64 else F32, rule)
+        plain, _ = run(cpu, given, layout, rule)
+        other, _ = run(cpu, given, layout, rule, order=order)
+        for members, others in zip(plain, other, strict=True):
+            for x, y in zip(members, others, strict=True):
+                assert torch.equal(x, y)
+
+
+@ALL
+def test_many_sizes(rule):
+    """Every tail of a register in either direction, in one call."""
+    shapes = [((m, n), 1, 1, "lr") for m, n in zip(range(1, 40), [(7 * i) % 40 + 1 for i in range(39)], strict=True)]
+    compare(cpu, F32, F32, rule, shapes=shapes)
+    compare(cpu, F64, F64, rule, shapes=shapes)
+
+
+def test_large_tiles():
+    compare(cpu, F32, F32, RULE, shapes=[((150, 260), 1, 1, "lr"), ((260, 70), 1, 1, "lr")])
+    compare(cpu, F32, F32, RULES["soap"], shapes=[((150, 260), 1, 1, "lr")])
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_bad_gradients_stay_in_their_tiles(rule, dtype):
+    bad_tiles(cpu, dtype, rule)
+    bad_tiles(reference, dtype, rule)
+
+
+def test_bad_roots_cost_a_step():
+    bad_steps(cpu)
+    bad_steps(reference)
+
+
+@ALL
+def test_two_phases_are_one(rule):
+    for dtype in (F32, F64, BF16):
+        two_phases(cpu, dtype, rule)
+    two_phases(reference, F64, rule)
+
+
+@ALL
+def test_zero_gradients(rule):
+    for dtype in (F32, F64):
+        zeros(cpu, dtype, rule)
+        zeros(reference, dtype, rule)
+
+
+def test_lengths_of_grafted_steps():
+    fixed_length(cpu)
+    fixed_length(reference)
+
+
+@ALL
+def test_threads_and_neighbours_change_no_bit(rule):
+    given, layout = tensors(F32, F32, rule)
+    one, _ = run(cpu, given, layout, rule, threads=1)
+    for threads in (2, 3, 7):
+        more, _ = run(cpu, given, layout, rule, threads=threads)
+        for members, others in zip(one, more, strict=True):
+            assert all(map(torch.equal, members, others))
+    order = list(reversed(range(len(layout))))
+    turned = type(given)(*([members[k] for k in order] for members in given))
+    other, _ = run(cpu, turned, layout[order], rule)
+    for members, others in zip(one, other, strict=True):
+        assert all(map(torch.equal, members, reversed(others)))
+
+
+def test_the_rate_may_be_a_tensor():
+    for backend in (cpu, reference):
+        given, layout = tensors(F32, F32, RULE)
+        number, _ = run(backend, given, layout, RULE, lr=2.0**-7)
+        for dtype in (F32, F64):
+            tensor, _ = run(backend, given, layout, RULE, lr=torch.tensor(2.0**-7, dtype=dtype))
+            assert all(map(torch.equal, number.params, tensor.params))
+
+
+@DTYPES
+def test_newton_schulz(dtype):
+    for batch, m, n in (
+        (1, 1, 1),
+        (3, 5, 9),
+        (2, 9, 5),
+        (1, 64, 64),
+        (2, 33, 17),
+        (5, 16, 70),
+        (1, 200, 230),
+        (1, 230, 200),
+    ):
+        newton_schulz(cpu, batch, m, n, dtype)
+
+
+def test_newton_schulz_of_odd_matrices():
+    """Zero stays zero, tiny and huge ones are scaled, and one that is not finite leaves its neighbours alone."""
+    x = torch.randn(6, 12, 20)
+    whole, out = torch.empty_like(x), torch.empty_like(x)
+    args = (5, 3.4445, -4.7750, 2.0315, 1e-30)
+    for backend in (cpu, reference):
+        backend.newton_schulz(x, *args, whole)
+        y = x.clone()
+        y[1] = 0
+        y[2] *= 2.0**-70  # exactly
+        y[3] *= 2.0**100
+        y[4, 3, 3] = float("nan")
+        backend.newton_schulz(y, *args, out)
+        assert torch.equal(out[1], torch.zeros(12, 20))
+        torch.testing.assert_close(out[2:4], whole[2:4], rtol=1e-4, atol=1e-5)
+        assert bool(out[4].isnan().all())
+        assert torch.equal(out[[0, 5]], whole[[0, 5]])
