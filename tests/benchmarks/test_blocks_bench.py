@@ -238,6 +238,16 @@ def row(name, nanoseconds, kind="peer", error=1.0, case=SPD16, count=SPD16.batch
     return Row(case, name, kind, None if seconds is None else Timing((seconds,)), error, THRESHOLD, "", count)
 
 
+def test_few_blocks_have_bars_of_their_own():
+    found = {(case.n, case.batch, case.dtype): case for case in blocks.few_cases()}
+    case = found[64, 4, F32]
+    assert (case.label, case.series) == ("block_eigh, n = 64, float32, 4 blocks", None)
+    assert found[32, 1, F64].label.endswith("float64, 1 block")
+    for peer, met in ((630, True), (570, False)):
+        rows = [row("cpu", 300, "backend", case=case, count=4), row("eigh", peer, case=case, count=4)]
+        assert [bar.met for bar in blocks.bars(rows, CPU)] == [met]
+
+
 ROWS = [
     row("cpu", 300, "backend"),
     row("reference", 90_000, "backend"),
