@@ -440,6 +440,10 @@ def test_options_that_do_not_fit():
     optimizer = Shampoo([p])
     p.grad = torch.ones(3, 3)
     optimizer.step()
-    optimizer.param_groups[0]["block_size"] = 2
+    optimizer.param_groups[0]["graft"] = "rms"
+    with pytest.raises(ValueError, match="Shampoo: graft: expected adam or not, as it was when the state"):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    optimizer.param_groups[0].update(graft="adam", block_size=2)
     with pytest.raises(ValueError, match="Shampoo: block_size, max_side: expected what they were when the state"):
         optimizer.step()

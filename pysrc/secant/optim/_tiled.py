@@ -92,6 +92,12 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
     def _takes_shards(self, group: dict[str, Any]) -> bool:
         return False
 
+    def _kind(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state.get(p)
+        if state and p.dim() > 1 and p.numel() and ("exp_avg_sq" in state) is not self._needs_squares(group):
+            expected = "adam or not, as it was when the state of its parameters was built"
+            raise _checks.fail(self._name, "graft", expected, repr(group["graft"]))
+
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if p.numel() == 0:
             return {"exp_avg": self._zeros(p)}

@@ -37,8 +37,9 @@ class Shampoo(TiledOptimizer):
 
     The state is 4 + (n + 1) / n times the memory of matrices that are cut into tiles of n, which at n = 64 is
     5.01562 times the memory of the parameters (in float32 for bfloat16 and float16 ones): two moments, the roots, and
-    one half of each Gram average. It is one less with the graft "rms", "sgd" or "none", half of it with
-    `state_dtype=torch.bfloat16`, and 2 times the memory of vectors. No step has a temporary of the size of the model.
+    one half of each Gram average. It is one less with the graft "rms", "sgd" or "none", and if only one side is
+    preconditioned besides it is 2.50781 times the memory of the parameters; half of that with
+    `state_dtype=torch.bfloat16`. It is 2 times the memory of vectors. No step has a temporary of the size of the model.
 
     Args:
         params: parameters or groups, as for `torch.optim.Optimizer`.
