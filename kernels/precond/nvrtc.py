@@ -1,7 +1,7 @@
 """The `nvrtc` backend: `cuda.cu` compiled at run time by NVRTC through CuPy, launched by `plan.py`.
 
-It serves where `secant._cuda` was not built, or not for the device at hand. One module a pair of types of the steps, and
-one a type of the iteration, keep the first call short.
+It serves where `secant._cuda` was not built, or not for the device at hand. One module a pair of types of the steps,
+and one a type of the iteration, keep the first call short.
 """
 
 from __future__ import annotations

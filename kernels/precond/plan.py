@@ -1,10 +1,10 @@
 """Which CUDA kernels a `precond` call launches, and what the GPU backends share.
 
-One planner serves three drivers of the same source, `cuda.cu`: ahead-of-time (`cuda.py`), NVRTC (`nvrtc.py`) and the CPU
-stand-in of the tests. A tile of at most 64 x 64, or one without sides, is a block; as many tensors as the parameters of a
-kernel have room for, 24, go in one launch, so that no table of pointers has to be copied to the device. Tensors with
-larger tiles are stepped by `reference.py`, whose products are those of cuBLAS, and matrices with a side beyond 64 are
-iterated by torch's products.
+One planner serves three drivers of the same source, `cuda.cu`: ahead-of-time (`cuda.py`), NVRTC (`nvrtc.py`) and the
+CPU stand-in of the tests. A tile of at most 64 x 64, or one without sides, is a block; as many tensors as the
+parameters of a kernel have room for, 24, go in one launch, so that no table of pointers has to be copied to the device.
+Tensors with larger tiles are stepped by `reference.py`, whose products are those of cuBLAS, and matrices with a side
+beyond 64 are iterated by torch's products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton kernels of preconditioned steps and of the Newton-Schulz iteration; the contract is in `reference.py`.
 
 `_tile`: tiles of at most 64 x 64 (of float64 32 x 32), one a program at a time, and as many programs as fill the
-device. A program has room for four tiles in global memory, where it keeps what it multiplies: 32 rows and 16 terms at a
+device. A program has room for four tiles in global memory, where it keeps what it multiplies: 16 rows and 16 terms at a
 time, as a `tl.dot` of whole tiles in exact arithmetic is unrolled beyond the registers there are. `_entries`: one
 program a tile that has no sides, of any size, in two passes of which the second finds its operands in the cache. One
 launch a tensor: a kernel takes no array of pointers without a table of them on the device, which would have to be
@@ -25,10 +25,10 @@ from secant.kernels.precond.contract import APPLY, FIXED_RMS, GRAMS, Rule, Tenso
 from secant.kernels.precond.plan import large_newton_schulz
 from torch import Tensor
 
-#: Largest side of a tile, and of a matrix that is iterated; of those of float64.
-_SIDE, _WIDE_SIDE = 64, 32
+#: Largest side of a tile, of a tile of float64, and of a matrix that is iterated.
+_SIDE, _WIDE_SIDE, _ITERATED = 64, 32, 32
 #: Rows of a product at a time.
-_ROWS = 32
+_ROWS = 16
 #: Entries that a program of `_entries` has at a time.
 _BLOCK = 1024
 
@@ -218,16 +218,12 @@ def _tile(
                 else:
                     _multiply(other, a, nl, 1, at, P, 1, r, r, w, ROWS, R, W, P, C)
                     at = other
-            p = _kept(at, R, W, P)
             row, column = (first_row + i)[:, None].to(tl.int64), (first_column + j)[None, :].to(tl.int64)
             held = row * columns + column
-            if exp_avg_sq is not None:
-                turned = _kept(of_g, R, W, P)
-                v = _mixed(_load(exp_avg_sq + held, inside, C), turned * turned, beta2, C)
             scale = unbias1.to(C)
-            if exp_avg_sq is not None:
-                v = _mixed(_load(exp_avg_sq + held, inside, C), turned * turned, beta2, C)
             if ROTATE:
+                p, turned = _kept(at, R, W, P), _kept(of_g, R, W, P)
+                v = _mixed(_load(exp_avg_sq + held, inside, C), turned * turned, beta2, C)
                 p = _adam(p, v, inside, unbias1, unbias2, eps, C)
                 tl.debug_barrier()
                 _keep(kept, p, R, W, P)
@@ -244,16 +240,25 @@ def _tile(
             elif GRAFT > 0:
                 m = _kept(kept_m, R, W, P)
                 if GRAFT == 1:
+                    g = _kept(kept_g, R, W, P)
+                    v = _mixed(_load(exp_avg_sq + held, inside, C), g * g, beta2, C)
                     length = _root_of(_squares(_adam(m, v, inside, unbias1, unbias2, eps, C)))
                 elif GRAFT == 2:
                     length = unbias1.to(C) * _root_of(_squares(m))
                 else:
                     length = (tl.full((), rms, tl.float64) * tl.sqrt(r.to(tl.float64) * w.to(tl.float64))).to(C)
+                tl.debug_barrier()  # what follows is read again, as it would not all stay in registers
+                p = _kept(at, R, W, P)
                 own = _root_of(_squares(p))
                 scale = tl.where(own == 0.0, 0.0, _over(length, tl.where(own == 0.0, 1.0, own)))
+            else:
+                p = _kept(at, R, W, P)
             good = good & (scale * scale * _squares(p) < float("inf"))
             mask = _only(inside, good)
             if exp_avg_sq is not None:
+                if not ROTATE:
+                    g = _kept(kept_g, R, W, P)
+                    v = _mixed(_load(exp_avg_sq + held, inside, C), g * g, beta2, C)
                 _store(exp_avg_sq + held, v, mask)
             rate = _number(lr, lr_ptr)
             given = row * row_stride + column * column_stride
@@ -389,7 +394,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
             if not phases & GRAMS:
                 left = right = None
             sizes = {"R": max(16, triton.next_power_of_2(r)), "W": max(16, triton.next_power_of_2(w))}
-            warps = max(1, sizes["R"] * sizes["W"] // (256 if dtype is torch.float64 else 512))
+            warps = min(8, sizes["R"] * sizes["W"] // 256)
             tiles = down * across
             programs = min(tiles, _programs(device))
             scratch = torch.empty(
@@ -409,12 +414,12 @@ def newton_schulz(x: Tensor, steps: int, a: float, b: float, c: float, eps: floa
     """Iterate X <- a X + (b A + c A^2) X with A = X X^T, from x / |x|_F; see `reference.newton_schulz`."""
     batch, m, n = x.shape
     short, long = sorted((m, n))
-    if long > (_WIDE_SIDE if x.dtype is torch.float64 else _SIDE):
+    if long > _ITERATED:
         large_newton_schulz(x, steps, a, b, c, eps, out)
         return
     strides = (n, 1) if m <= n else (1, n)
     sizes: dict[str, Any] = {"M": max(16, triton.next_power_of_2(short)), "N": max(16, triton.next_power_of_2(long))}
     sizes["C"] = tl.float64 if x.dtype is torch.float64 else tl.float32
-    warps = max(1, sizes["M"] * sizes["N"] // 256)
+    warps = sizes["M"] * sizes["N"] // 256
     with _triton_support.on(x.device):
         _newton_schulz[(batch,)](x, out, short, long, *strides, steps, a, b, c, eps, num_warps=warps, **sizes)
