@@ -107,10 +107,15 @@ def run_time_supports(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"runs on CUDA devices, not on {device}"
 
 
+def device_code(family: str) -> str:
+    """Return the text of a family's cuda*.cu, cuda.cu first: they include nothing."""
+    return "".join(path.read_text() for path in sorted((KERNELS / family).glob("cuda*.cu")))
+
+
 def source(family: str, definitions: str) -> str:
     """Return the text that NVRTC compiles: it includes nothing; `definitions` choose which kernels it has."""
     portable = (KERNELS / "cuda_portable.cuh").read_text().replace("#pragma once\n", "")
-    return portable + definitions + (KERNELS / family / "cuda.cu").read_text()
+    return portable + definitions + device_code(family)
 
 
 class AheadOfTime:

@@ -209,7 +209,7 @@ def test_bench(tmp_path, capsys):
     assert all(row["flops"] > 0 for row in data["families"]["lbfgs"]["rows"])
     directions = data["families"]["lbfgs"]
     assert directions["bandwidth"] > 1e8
-    assert {row["op"] for row in directions["rows"]} == {"two_loop", "direction", "step", "LBFGS"}
+    assert {row["op"] for row in directions["rows"]} == {"two_loop", "direction", "step", "dense_update", "LBFGS"}
     assert all(row["note"] != "wrong answer" for row in directions["rows"])
     ours = [row for row in directions["rows"] if row["kind"] == "backend" and row["speedup_over"]]
     assert ours

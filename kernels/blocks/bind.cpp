@@ -46,20 +46,23 @@ void blocks_solve(int arithmetic, int64_t batch, int n, int64_t k, uintptr_t a, 
 }
 
 void blocks_eigh(int arithmetic, int64_t batch, int n, uintptr_t a, int64_t a_batch, uintptr_t values,
-                 uintptr_t vectors, uintptr_t info, int threads) {
+                 uintptr_t vectors, uintptr_t info, uintptr_t basis, int64_t basis_batch, int threads) {
   secant::Blocks c{};
   c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
   c.values = ptr(values), c.out = ptr(vectors), c.info = ptr<int32_t>(info), c.threads = threads;
+  c.b = ptr(basis), c.b_batch = basis_batch;
   py::gil_scoped_release release;
   kernels().eigh[arithmetic](c);
 }
 
 void blocks_function(int arithmetic, int root, int64_t batch, int n, uintptr_t a, int64_t a_batch, uintptr_t shift,
-                     double value, bool scaled, bool clamped, uintptr_t out, uintptr_t info, int threads) {
+                     double value, bool scaled, bool clamped, uintptr_t out, uintptr_t info, uintptr_t basis,
+                     int64_t basis_batch, int threads) {
   secant::Blocks c{};
   c.root = root, c.clamped = clamped, c.batch = batch, c.n = n, c.a = ptr(a), c.a_batch = a_batch;
   c.shift = ptr(shift), c.shift_value = value, c.scaled = scaled;
   c.out = ptr(out), c.info = ptr<int32_t>(info), c.threads = threads;
+  c.b = ptr(basis), c.b_batch = basis_batch;
   py::gil_scoped_release release;
   kernels().function[arithmetic](c);
 }

@@ -20,10 +20,10 @@ class Backend(Protocol):
     ) -> None:
         """out = (A + damping)^-1 b; see the module for `info`."""
 
-    def eigh(self, a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
+    def eigh(self, a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
         """Compute A V = V diag(values), values ascending; see the module for `info`."""
 
-    def abs_inv(self, a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:
+    def abs_inv(self, a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
         """out = V diag(1 / max(|w|, floor)) V^T; see the module for `info`."""
 
     def inv_root(
@@ -35,5 +35,6 @@ class Backend(Protocol):
         out: Tensor,
         info: Tensor,
         clamped: bool = False,
+        basis: Tensor | None = None,
     ) -> None:
         """out = (A + damping)^(-1/p), the symmetric positive definite root; see the module for `info`."""

@@ -11,7 +11,7 @@ struct Blocks {
   int n;
   const void* a;
   int64_t a_batch;  // strides between blocks, in elements
-  const void* b;    // right-hand sides; null: the identity
+  const void* b;    // right-hand sides; of eigenvalues, an earlier basis or null
   int64_t b_batch;
   int64_t k;           // columns of b
   void *out, *values;  // out: inverse, solution, eigenvectors or function

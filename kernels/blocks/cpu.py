@@ -84,17 +84,24 @@ def solve(
     )  # fmt: skip
 
 
-def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, *, threads: int = 0) -> None:
+def _given(basis: Tensor | None) -> tuple[int, int]:
+    """Address of the first matrix and the stride to the next one, or zeros."""
+    return (0, 0) if basis is None else (basis.data_ptr(), basis.stride(0))
+
+
+def eigh(
+    a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, basis: Tensor | None = None, *, threads: int = 0
+) -> None:
     """See `reference.eigh`."""
     if a.dtype in _HALF:
         w, v = torch.empty(values.shape, dtype=torch.float32), torch.empty(a.shape, dtype=torch.float32)
-        eigh(_wide(a), w, v, info, threads=threads)
+        eigh(_wide(a), w, v, info, threads=threads)  # a basis of half precision is orthonormal to half precision
         values.copy_(w)
         vectors.copy_(v)
         return
     _cpu.blocks_eigh(
         _ARITHMETIC[a.dtype], a.shape[0], a.shape[1], a.data_ptr(), a.stride(0), values.data_ptr(), vectors.data_ptr(),
-        info.data_ptr(), threads,
+        info.data_ptr(), *_given(basis), threads,
     )  # fmt: skip
 
 
@@ -106,23 +113,26 @@ def _function(
     clamped: bool,
     out: Tensor,
     info: Tensor,
+    basis: Tensor | None,
     threads: int,
 ) -> None:
     if a.dtype in _HALF:
         wide = torch.empty(a.shape, dtype=torch.float32)
-        _function(_wide(a), root, shift, scaled, clamped, wide, info, threads)
+        _function(_wide(a), root, shift, scaled, clamped, wide, info, None, threads)
         out.copy_(wide)
         return
     address, value = _shift(shift)
     _cpu.blocks_function(
         _ARITHMETIC[a.dtype], root, a.shape[0], a.shape[1], a.data_ptr(), a.stride(0), address, value,
-        scaled and shift is not None, clamped, out.data_ptr(), info.data_ptr(), threads,
+        scaled and shift is not None, clamped, out.data_ptr(), info.data_ptr(), *_given(basis), threads,
     )  # fmt: skip
 
 
-def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, *, threads: int = 0) -> None:
+def abs_inv(
+    a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, basis: Tensor | None = None, *, threads: int = 0
+) -> None:
     """See `reference.abs_inv`."""
-    _function(a, 0, floor, False, False, out, info, threads)
+    _function(a, 0, floor, False, False, out, info, basis, threads)
 
 
 def inv_root(
@@ -133,8 +143,9 @@ def inv_root(
     out: Tensor,
     info: Tensor,
     clamped: bool = False,
+    basis: Tensor | None = None,
     *,
     threads: int = 0,
 ) -> None:
     """See `reference.inv_root`."""
-    _function(a, p, damping, scaled, clamped, out, info, threads)
+    _function(a, p, damping, scaled, clamped, out, info, basis, threads)

@@ -38,24 +38,31 @@ class Jacobi {
   using V = vec<T>;
 
  public:
-  // Packed lower triangle, transposed eigenvectors, rotations of a stage, multipliers of `function`.
-  static int64_t vectors(int n) { return triangle(n) + 1 + n * n + n + 1 + kPanel * n; }
+  // Packed lower triangle, transposed eigenvectors, rotations of a stage, multipliers of `function`; of a given basis,
+  // the triangle and a row before it is rotated.
+  static int64_t vectors(int n) { return triangle(n) + 1 + n * n + n + 1 + kPanel * n + triangle(n) + n + 1; }
 
   Jacobi(int size, V* memory)
       : n(size),
         a(memory),
         v(a + triangle(n) + 1),
         multipliers(v + n * n + n + 1),
+        spare(multipliers + kPanel * n),
         rotations(reinterpret_cast<Rotation<T>*>(v + n * n)) {}
 
   // One group. On return row position(k) of vectors and of the diagonal belongs to the same k however many sweeps the
   // group took. `code` is 0, -1, or the number of entries left above the tolerance.
-  void run(const Plan<T>& plan, const T* const* in, const Damping<T>& damped) {
+  // `given` are earlier eigenvectors, in columns, or null: in their basis the block is nearly diagonal.
+  void run(const Plan<T>& plan, const T* const* in, const Damping<T>& damped, const T* const* given = nullptr) {
     interleave<T>(plan, in, a);
     for (int i = 0; i < n; ++i) a[lower(i, i)] = damped(a[lower(i, i)]);
     normalise();
-    for (int i = 0; i < n; ++i) {
-      for (int j = 0; j < n; ++j) v[i * n + j] = splat(T(i == j));
+    if (given) {
+      begin(given);
+    } else {
+      for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) v[i * n + j] = splat(T(i == j));
+      }
     }
     bool turning = n > 1;
     for (int sweep = 0; turning && sweep < kSweeps; ++sweep) {
@@ -112,6 +119,47 @@ class Jacobi {
         x = all ? x * scale : select<T>(finite, x * scale, splat(T(i == j)));
       }
     }
+  }
+
+  // A = V^T A V where the given V is orthonormal, ||I - V^T V||_1 <= 10 n eps: what the rotations start from is within
+  // the bound that their product has. Else V = I.
+  void begin(const T* const* given) {
+    const Plan<T> plan(n, n, n, triangle(n), [this](int i, int j) { return j * n + i; });
+    interleave<T>(plan, given, v);
+    V* const row = spare + triangle(n) + 1;
+    V worst{};
+    for (int i = 0; i < n; ++i) row[i] = V{};
+    for (int i = 0; i < n; ++i) {
+      for (int j = 0; j <= i; ++j) {
+        const V off = absolute<T>(dot(v + i * n, v + j * n) - T(i == j));
+        row[i] += off;
+        if (j < i) row[j] += off;
+      }
+    }
+    for (int i = 0; i < n; ++i) worst = select<T>(larger<T>(row[i], worst), row[i], worst);
+    const mask<T> good = less<T>(worst, splat(T(10) * static_cast<T>(n) * std::numeric_limits<T>::epsilon()));
+    for (int i = 0; i < n; ++i) {
+      for (int j = 0; j < n; ++j) v[i * n + j] = select<T>(good, v[i * n + j], splat(T(i == j)));
+    }
+    for (int k = 0; k < n; ++k) {
+      const V* const x = v + k * n;
+      for (int i = 0; i < n; ++i) row[i] = V{};
+      for (int i = 0; i < n; ++i) {
+        V sum = a[triangle(i) + i] * x[i];
+        for (int j = 0; j < i; ++j) {
+          sum += a[triangle(i) + j] * x[j];
+          row[j] += a[triangle(i) + j] * x[i];
+        }
+        row[i] += sum;
+      }
+      for (int l = 0; l <= k; ++l) spare[triangle(k) + l] = dot(row, v + l * n);
+    }
+    for (int i = 0; i < triangle(n); ++i) a[i] = select<T>(good, spare[i], a[i]);
+  }
+  SECANT_INLINE V dot(const V* x, const V* y) const {
+    V sum{};
+    for (int i = 0; i < n; ++i) sum += x[i] * y[i];
+    return sum;
   }
 
   // Whether |a_pq| exceeds eps sqrt(|a_pp a_qq|): relative, for the small eigenvalues of a definite matrix (Demmel and
@@ -176,10 +224,27 @@ class Jacobi {
   }
 
   const int n;
-  V *const a, *const v, *const multipliers;
+  V *const a, *const v, *const multipliers, *const spare;
   Rotation<T>* const rotations;
   V unscale;
   bool reversed = false;
+};
+
+// Earlier eigenvectors of a group, or null.
+template <class T>
+class Given {
+ public:
+  SECANT_INLINE Given(const Blocks& c, const Group<T>& group) {
+    if (c.b == nullptr) return;
+    group.pointers(static_cast<const T*>(c.b), c.b_batch, lanes);
+    any = lanes;
+  }
+  Given(const Given&) = delete;
+  Given& operator=(const Given&) = delete;
+  const T* const* any = nullptr;
+
+ private:
+  const T* lanes[kLanes<T>];
 };
 
 template <class T>
@@ -198,7 +263,7 @@ void eigh(const Blocks& c) {
     const T* in[kLanes<T>];
     group.pointers(static_cast<const T*>(c.a), c.a_batch, in);
     Jacobi<T> jacobi(n, memory);
-    jacobi.run(plan, in, no_damping(group));
+    jacobi.run(plan, in, no_damping(group), Given<T>(c, group).any);
     vec<T>* const w = memory + vectors;
     for (int k = 0; k < n; ++k) w[k] = jacobi.value(k);
     for (int l = 0; l < group.count; ++l) {
@@ -237,7 +302,7 @@ void function(const Blocks& c) {
     group.pointers(static_cast<T*>(c.out), n * n, out);
     const Damping<T> shift(c, group);  // without scaling, `plus` is the floor of |A|^-1
     Jacobi<T> jacobi(n, memory);
-    jacobi.run(plan, in, c.root == 0 || c.clamped ? no_damping(group) : shift);
+    jacobi.run(plan, in, c.root == 0 || c.clamped ? no_damping(group) : shift, Given<T>(c, group).any);
     V* const f = memory + vectors;
     V fault{}, plus{};
     if (c.clamped) {

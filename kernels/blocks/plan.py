@@ -174,11 +174,11 @@ class Launcher:
         op = "solve_spd" if spd else "solve_lu"
         self._launch(op, a, out, info, b=b, shift=damping, mode=_mode(damping, scaled))
 
-    def eigh(self, a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
+    def eigh(self, a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
         """Compute A V = V diag(values): see `reference.eigh`."""
         self._launch("eigen", a, vectors, info, values=values)
 
-    def abs_inv(self, a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:
+    def abs_inv(self, a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
         """out = V diag(1 / max(|w|, floor)) V^T: see `reference.abs_inv`."""
         self._launch("eigen", a, out, info, shift=floor, function=ABS_INV)
 
@@ -191,6 +191,7 @@ class Launcher:
         out: Tensor,
         info: Tensor,
         clamped: bool = False,
+        basis: Tensor | None = None,
     ) -> None:
         """out = (A + damping)^(-1/p): see `reference.inv_root`."""
         mode = MAX if clamped else _mode(damping, scaled)

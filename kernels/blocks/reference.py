@@ -17,6 +17,9 @@ public functions of `secant.ops.blocks` check and allocate; what arrives here is
   likewise.
 * `spd` True: only the lower triangle of `a` is read. False: a general matrix, partial pivoting. `eigh`, `abs_inv` and
   `inv_root` read the lower triangle only.
+* `basis` is None or (B, n, n) of T, laid out as `a`: orthonormal columns in which each block is nearly diagonal, as the
+  eigenvectors of what it was before. It is a hint: what is computed stays within the same bounds, whatever it holds,
+  and a backend may ignore it, as this one does.
 * `p` is 1, 2 or 4. `clamped` of `inv_root` comes with a `damping` and without `scaled`.
 * No function reads a value back to the host (on a GPU the sweeps below all run, however early the blocks converge),
   none allocates by values.
@@ -35,7 +38,8 @@ What every backend owes:
   counts as larger than anything, so that it is found. [[0, 1], [1, 0]] inverts to itself, exactly. The whole matrix may
   be scaled by a power of two.
 * `eigh`: ascending values, vectors in columns, A v_j = w_j v_j; cyclic Jacobi, each block converging by itself; the
-  block may be scaled by a power of two. info is 0; -1 where the block has a non-finite entry (LAPACKE's convention:
+  block may be scaled by a power of two. (The CPU takes QL for large blocks, with the bounds of LAPACK's tests.) info is
+  0; -1 where the block has a non-finite entry (LAPACKE's convention:
   argument 1 holds a NaN), with NaN outputs; k > 0 where k off-diagonal entries were still above the tolerance after the
   cap on sweeps (LAPACK's syev), with NaN outputs in `abs_inv` and `inv_root` and the best effort in `eigh`.
 * `abs_inv`: V diag(1 / max(|w|, floor)) V^T. `inv_root`: V diag(w^(-1/p)) V^T of the damped block; where an eigenvalue
@@ -269,7 +273,7 @@ def _function(values: Tensor, vectors: Tensor) -> Tensor:
     return x
 
 
-def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
+def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
     """Compute A V = V diag(values), values ascending; see the module for `info`."""
     w, v, code = _eigh(a.double())
     values.copy_(w)
@@ -277,7 +281,7 @@ def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
     info.copy_(code)
 
 
-def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:
+def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
     """out = V diag(1 / max(|w|, floor)) V^T; see the module for `info`."""
     w, v, code = _eigh(a.double())
     least = floor.double()[:, None] if isinstance(floor, Tensor) else torch.full_like(w[:, :1], floor)
@@ -293,12 +297,13 @@ def inv_root(
     out: Tensor,
     info: Tensor,
     clamped: bool = False,
+    basis: Tensor | None = None,
 ) -> None:
     """out = (A + damping)^(-1/p), the symmetric positive definite root; see the module for `info`."""
     w, v, code = _eigh(_damped(a, None if clamped else damping, scaled))
     if clamped:
         code = torch.where(code == 0, (w < 0).sum(-1).int(), torch.where(code > 0, -3, code))
-        amount = damping.double()[:, None] if isinstance(damping, Tensor) else damping
+        amount = damping.double()[:, None] if isinstance(damping, Tensor) else damping or 0.0
         w = w.clamp(min=0)
         w = w + amount * w[:, -1:]
     else:

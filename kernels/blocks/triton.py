@@ -1036,12 +1036,12 @@ def _eigen(
             _eigh_tile[(programs,)](*args, n, **modes, **sizes)
 
 
-def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor) -> None:
+def eigh(a: Tensor, values: Tensor, vectors: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
     """Compute A V = V diag(values), values ascending; see `reference.py`."""
     _eigen(a, _EIGH, 1, None, _NO_DAMPING, 0.0, values, vectors, info)
 
 
-def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor) -> None:
+def abs_inv(a: Tensor, floor: float | Tensor, out: Tensor, info: Tensor, basis: Tensor | None = None) -> None:
     """out = V diag(1 / max(|w|, floor)) V^T; see `reference.py`."""
     _eigen(a, _ABS_INV, 1, None, _NO_DAMPING, floor, None, out, info)
 
@@ -1054,6 +1054,7 @@ def inv_root(
     out: Tensor,
     info: Tensor,
     clamped: bool = False,
+    basis: Tensor | None = None,
 ) -> None:
     """out = (A + damping)^(-1/p), symmetric positive definite; see `reference.py`."""
     mode = _RELATIVE if clamped else _mode(damping, scaled)

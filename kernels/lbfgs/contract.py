@@ -35,8 +35,9 @@ class Pair(NamedTuple):
 class Dense(NamedTuple):
     """A dense inverse Hessian and the update of it that is still to be made.
 
-    h (n (n + 1) / 2,): its lower triangle, row behind row. pair (2, n): s and H y of the last accepted pair.
-    coefs (5,), float64: of the update. count (): of pairs. stats (10,), float64: of the last call.
+    h (n (n + 1) / 2,): its lower triangle, row behind row. pair (2, n): s and H y of the last accepted pair, each over
+    a power of two near its length. coefs (5,), float64: of the update. count (): of pairs. stats (10,), float64: of the
+    last call.
     """
 
     h: Tensor

@@ -2,6 +2,7 @@
 // multiplies by the gradient and by the change of it. The contract is reference.dense_update.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "buffer.h"
@@ -64,6 +65,7 @@ struct Work {
   T t;
   double step;
   double next[5], gamma, along_s, along_w;  // the next update, and the coefficients of s and H y in -d
+  double s_unit, w_unit;                    // powers of two over which s and H y are kept
   bool accepted, spoilt;
 };
 
@@ -178,6 +180,16 @@ void scaling(double sy, double sbs, double yhy, bool first, int64_t n, int rule,
   *phi = (1 - theta) / sigma;
 }
 
+// reference.power_of_two: half the exponent.
+double power_of_two(double square) {
+  uint64_t bits;
+  std::memcpy(&bits, &square, 8);
+  const uint64_t half = static_cast<uint64_t>(((static_cast<int64_t>(bits >> 52 & 0x7ff) - 1023) >> 1) + 1023) << 52;
+  double unit;
+  std::memcpy(&unit, &half, 8);
+  return unit;
+}
+
 // The gate, the next update and the coefficients of the direction, from the sums.
 template <class T>
 void decide(const LbfgsDense& a, Work<T>& x, const double* r, double top) {
@@ -185,7 +197,7 @@ void decide(const LbfgsDense& a, Work<T>& x, const double* r, double top) {
   const double none[5] = {1, 0, 0, 0, 0};
   std::copy(none, none + 5, x.next);
   x.accepted = x.spoilt = false;
-  x.gamma = 1;
+  x.gamma = x.s_unit = x.w_unit = 1;
   if (a.s != nullptr) {
     const double norms = std::sqrt(r[kSS]) * std::sqrt(r[kYY]), sy = r[kSY], yhy = r[kYW];
     const bool first = *a.count == 0;
@@ -193,15 +205,16 @@ void decide(const LbfgsDense& a, Work<T>& x, const double* r, double top) {
     scaling(sy, a.y_prev != nullptr ? -x.step * r[kSP] : 0, yhy, first, a.n, a.rule, &tau, &phi);
     const double scale = (first ? sy / yhy : 1) / tau;
     const double ss = scale * phi * yhy / sy / sy + 1 / sy, sw = -scale * phi / sy, ww = -scale * (1 - phi) / yhy;
-    const double size =
-        std::fabs(ss) * r[kSS] + 2 * std::fabs(sw) * std::sqrt(r[kSS] * r[kWW]) + std::fabs(ww) * r[kWW] + scale;
-    x.accepted = sy > a.tol * norms && yhy > 0 && std::isfinite(r[kYY] * r[kSS]) &&
+    const double size = std::fabs(ss) * r[kSS] + 2 * std::fabs(sw) * (std::sqrt(r[kSS]) * std::sqrt(r[kWW])) +
+                        std::fabs(ww) * r[kWW] + scale;
+    x.accepted = sy > a.tol * norms && yhy > 0 && std::isfinite(r[kYY]) && std::isfinite(r[kSS]) &&
+                 std::min(r[kSS], r[kWW]) >= std::numeric_limits<double>::min() &&
                  size < 0.25 * static_cast<double>(std::numeric_limits<T>::max());
     a.stats[3] = sy, a.stats[4] = std::sqrt(r[kSS]), a.stats[5] = std::sqrt(r[kYY]), a.stats[7] = yhy;
     if (x.accepted) {
       const double next[5] = {scale, ss, sw, ww, 0};
       std::copy(next, next + 5, x.next);
-      x.gamma = sy / r[kYY];
+      x.gamma = sy / r[kYY], x.s_unit = power_of_two(r[kSS]), x.w_unit = power_of_two(r[kWW]);
       a.stats[6] = 1, a.stats[8] = tau, a.stats[9] = phi;
     }
   }
@@ -220,6 +233,7 @@ void decide(const LbfgsDense& a, Work<T>& x, const double* r, double top) {
     a.stats[0] = gd, a.stats[1] = std::sqrt(r[kGG]), a.stats[2] = std::isnan(r[kGG]) ? r[kGG] : top;
   }
   std::copy(x.next, x.next + 5, a.coefs);
+  a.coefs[1] *= x.s_unit * x.s_unit, a.coefs[2] *= x.s_unit * x.w_unit, a.coefs[3] *= x.w_unit * x.w_unit;
   *a.count = count;
 }
 
@@ -295,7 +309,7 @@ void dense_team(const LbfgsDense& a, Work<T>& x, const Team& team) {
   for (int64_t k = begin; k < end; ++k) {
     const double sk = x.accepted ? static_cast<double>(static_cast<T>(x.t * s[k])) : 0;
     const double w = x.accepted ? x.wy.get()[k] : 0;
-    if (x.accepted) steps[k] = static_cast<T>(sk), steps[n + k] = static_cast<T>(w);
+    if (x.accepted) steps[k] = static_cast<T>(sk / x.s_unit), steps[n + k] = static_cast<T>(w / x.w_unit);
     if (!direction) continue;
     const double g = grad[k];
     const double d = x.spoilt ? -scale * g : -(scale * x.hg.get()[k] + x.along_s * sk + x.along_w * w);

@@ -1,12 +1,10 @@
-"""The `cuda` backend: `cuda.cu` compiled ahead of time into `secant._cuda`, launched by `plan.py`."""
+"""The `cuda` backend: `cuda*.cu` compiled ahead of time into `secant._cuda`, launched by `plan.py`."""
 
 from __future__ import annotations
 
 import torch
 from secant.kernels import _cuda_driver
-from secant.kernels.lbfgs.contract import Dense, Pair
 from secant.kernels.lbfgs.plan import Launcher
-from torch import Tensor
 
 available = _cuda_driver.ahead_of_time_available
 
@@ -22,18 +20,4 @@ _launcher = Launcher(_cuda_driver.AheadOfTime())
 update = _launcher.update
 two_loop = _launcher.two_loop
 dots, solve, combine = _launcher.dots, _launcher.solve, _launcher.combine
-
-
-def dense_update(
-    state: Dense,
-    pair: Pair | None,
-    grad: Tensor | None,
-    tol: float,
-    rule: int,
-    out: Tensor | None,
-    prev_out: Tensor | None,
-) -> None:
-    """See `reference.dense_update`; `cuda.cu` has no kernels for it, those of Triton serve."""
-    from secant.kernels.lbfgs.triton_dense import dense_update
-
-    dense_update(state, pair, grad, tol, rule, out, prev_out)
+dense_update = _launcher.dense_update

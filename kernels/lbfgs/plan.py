@@ -9,7 +9,8 @@ How a call is mapped:
 * few problems: all multiprocessors work on each. `update`: one cooperative launch whose blocks keep their part of the
   history in shared memory between the passes, when at least half of it fits; else, and always while a CUDA graph is
   being captured, two plain launches. `two_loop`: 16 pairs a launch, 2 ceil(m / 16) + 1 launches (see README.md);
-* `dots`, `solve` and `combine`: one plain launch each, of a block a problem or of all multiprocessors on each.
+* `dots`, `solve` and `combine`: one plain launch each, of a block a problem or of all multiprocessors on each;
+* `dense_update`: three plain launches of all multiprocessors, or one of one block where H is a few tiles.
 
 The thresholds follow from counting bytes and launches; they have not been measured yet.
 """
@@ -22,7 +23,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from secant.kernels._cuda_driver import Device, Driver, Launch
-from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
+from secant.kernels.lbfgs.contract import EXTRAS, Dense, Pair, State
 from torch import Tensor
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
@@ -105,6 +106,41 @@ class TwoLoopPlan(NamedTuple):
     step: Int
 
 
+class DenseCall(NamedTuple):
+    """The members of struct DenseUpdate that differ from call to call, in their order."""
+
+    h: Pointer
+    pair: Pointer
+    coefs: Pointer
+    count: Pointer  # type: ignore[assignment]  # of the pairs, not of equal members
+    stats: Pointer
+    grad: Pointer
+    s: Pointer
+    y: Pointer
+    y_prev: Pointer
+    out: Pointer
+    prev_out: Pointer
+    t: Pointer
+    work: Pointer
+    step: Double
+    tol: Double
+    rule: Int
+    unused: Int
+
+
+class DensePlan(NamedTuple):
+    """The other members of struct DenseUpdate."""
+
+    n: Long
+    tiles: Long
+    vectors: Long
+    rows: Long
+    columns: Long
+    rows_apart: Long
+    blocks: Int
+    phases: Int
+
+
 def layout(members: type[Any]) -> struct.Struct:
     """Pack members in their order; whole multiples of 8 bytes, those of 8 in front, so that there are no holes."""
     hints = get_type_hints(members, include_extras=True)
@@ -115,6 +151,7 @@ def layout(members: type[Any]) -> struct.Struct:
 
 _UPDATE_CALL, _UPDATE_PLAN = layout(UpdateCall), layout(UpdatePlan)
 _TWO_LOOP_CALL, _TWO_LOOP_PLAN = layout(TwoLoopCall), layout(TwoLoopPlan)
+_DENSE_CALL, _DENSE_PLAN = layout(DenseCall), layout(DensePlan)
 
 BLOCK = 256  # threads of a block
 OCCUPANCY = 2  # blocks of a multiprocessor, by __launch_bounds__
@@ -122,6 +159,9 @@ STAGED = 32  # largest m whose Gram matrices are solved from shared memory
 PANEL, TILE, TILES = 16, 24, 10
 MEETINGS = 256  # problems whose blocks may meet in one launch
 FIRST, SECOND, SOLVE = 1, 2, 4  # what a launch does of an update: kFirst, kSecond, kSolve
+SIDE, GROUP = 64, 32  # rows and columns of a tile of a dense matrix; elements of a vector whose sums meet in a block
+DECISIONS, DENSE_SUMS = 8, 11  # kDecisions, kDenseSums
+FEW_TILES = 3  # as many are done by one block in less time than two more launches take
 WARP_N = 512  # longest vector of a warp: 16 elements a lane
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 
@@ -132,7 +172,7 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]
     work: int  # doubles of workspace, 0 for none
     resident: int
-    packed: tuple[bytes, ...]  # UpdatePlan or TwoLoopPlan of each launch
+    packed: tuple[bytes, ...]  # UpdatePlan, TwoLoopPlan or DensePlan of each launch
 
 
 def _chunk(size: int, threads: int) -> int:
@@ -269,6 +309,26 @@ def plan_two_loop(device: Device, pair: str, batch: int, n: int, m: int, size: i
     return plan(items, stride)
 
 
+def plan_dense(device: Device, name: str, n: int, size: int) -> Plan:
+    """Plan of a dense update; `name` and `size` in bytes of its type."""
+    panels, most = -(-n // SIDE), device.multiprocessors * OCCUPANCY
+    tiles = panels * (panels + 1) // 2
+    alone = tiles <= FEW_TILES
+    blocks, groups = (1, 1) if alone else (min(tiles, most), min(-(-n // GROUP), most))
+    phases = (FIRST | SOLVE | SECOND,) if alone else (FIRST, SOLVE, SECOND)
+    grids = (blocks, groups, min(-(-n // BLOCK), most))
+    # A tile's sums along its columns, of every warp and two vectors, for two tiles in turn; and 4 numbers a row.
+    shared = (2 * 2 * BLOCK // 32 + 4) * SIDE * size
+    kernel = f"lbfgs_dense_{name}"
+    items = tuple(Launch(kernel, grid, 1, BLOCK, shared, False, p) for grid, p in zip(grids, phases, strict=False))
+    vectors, rows_apart = 2 * MEETINGS + DECISIONS + DENSE_SUMS * groups, (panels + blocks) * SIDE
+    rows = vectors + 2 * n
+    columns = rows + 2 * rows_apart
+    places = (n, tiles, vectors, rows, columns, rows_apart)
+    packed = tuple(_DENSE_PLAN.pack(*DensePlan(*places, blocks, item.phase)) for item in items)
+    return Plan(items, columns + 2 * tiles * SIDE * size // 8, 0, packed)
+
+
 class Launcher:
     """The functions of `contract.Backend` on a driver."""
 
@@ -383,6 +443,35 @@ class Launcher:
             pair is not None if has_pair is None else has_pair,
             grad is not None if direction is None else direction,
         )
+        for item, rest in zip(plan.launches, plan.packed, strict=True):
+            self.driver.launch(item, index, stream, call + rest)
+
+    def dense_update(
+        self,
+        state: Dense,
+        pair: Pair | None,
+        grad: Tensor | None,
+        tol: float,
+        rule: int,
+        out: Tensor | None,
+        prev_out: Tensor | None,
+    ) -> None:
+        """Update a dense inverse Hessian and compute the direction: see `reference.dense_update`."""
+        s, y, y_prev, t = (None, None, None, 1.0) if pair is None else pair
+        if out is None or grad is None:
+            grad = out = prev_out = None
+        h, n = state.h, state.pair.shape[-1]
+        index = h.device.index or 0
+        key = ("dense", index, h.dtype, n)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = plan_dense(self.driver.device(index), NAMES[h.dtype], n, h.element_size())
+        stream = self.driver.stream(index)
+        step, t_pointer = (0.0, t.data_ptr()) if isinstance(t, Tensor) else (t, 0)
+        tensors = (*state, grad, s, y, y_prev, out, prev_out)
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        work = self._workspace(h, stream, plan.work)
+        call = _DENSE_CALL.pack(*pointers, t_pointer, work.data_ptr(), step, tol, rule, 0)
         for item, rest in zip(plan.launches, plan.packed, strict=True):
             self.driver.launch(item, index, stream, call + rest)
 

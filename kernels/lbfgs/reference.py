@@ -258,13 +258,15 @@ def dense_update(
 
     in T, where H is not read if a = 0 (then the c are 0, too). So one pass over the triangle makes it and multiplies
     the result by grad and by y'. With w' = H y' (rounded to T), and s', y' as in `update`, the pair is accepted when
-    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, and the coefficients below keep the entries of H in the
-    range of T. The next update is then that of the self-scaled Broyden class,
+    everything is finite, s'.y' > tol |s'| |y'|, y'.w' > 0, |s'|^2 and |w'|^2 are normal numbers, and the coefficients
+    below keep the entries of H in the range of T. The next update is then that of the self-scaled Broyden class,
 
         H+ = gamma / tau [H - w w^T / y.w + phi v v^T] + s s^T / s.y,    v = sqrt(y.w) (s / s.y - w / y.w),
 
     written as coefficients (`broyden`); tau and phi by `scaling`; gamma = s.y / y.w for the first pair, else 1. A pair
-    that is rejected leaves (1, 0, 0, 0, 0), and `state.pair` as it was.
+    that is rejected leaves (1, 0, 0, 0, 0), and `state.pair` as it was. The rows that are kept are s' and w' over
+    powers of two near their lengths (`power_of_two`), with the coefficients that go with them: c_sw s' would leave the
+    range of float32 where |y'| is below 1e-19 or above it, though H does not. Scaling by powers of two rounds nothing.
 
     `out`, given with `grad` and only then, receives -H+ grad. When that does not descend although grad is finite and
     not zero, H is spoilt: then H+ = gamma I with gamma = s'.y' / y'.y' of an accepted pair, else 1, and the count is 0.
@@ -280,6 +282,7 @@ def dense_update(
     h = h.to(dtype).double()
     zero = state.coefs.new_zeros(())
     one, stats = zero + 1, dict.fromkeys(DENSE_STATS, zero)
+    s_unit = w_unit = one
     a, c_ss, c_sw, c_ww, delta = one, zero, zero, zero, zero
     accepted, gamma = zero != 0, one
     s = w = h.new_zeros(n)
@@ -292,14 +295,16 @@ def dense_update(
         first = state.count == 0
         tau, phi = scaling(sy, sbs, yhy, first, n, rule)
         terms = broyden(sy, yhy, tau, phi, torch.where(first, sy / yhy, one))
-        size = terms[1].abs() * ss + 2 * terms[2].abs() * (ss * ww).sqrt() + terms[3].abs() * ww
-        accepted = (sy > tol * (ss.sqrt() * yy.sqrt())) & (yhy > 0) & torch.isfinite(yy * ss)
+        size = terms[1].abs() * ss + 2 * terms[2].abs() * (ss.sqrt() * ww.sqrt()) + terms[3].abs() * ww
+        accepted = (sy > tol * (ss.sqrt() * yy.sqrt())) & (yhy > 0) & torch.isfinite(yy) & torch.isfinite(ss)
+        accepted = accepted & (torch.minimum(ss, ww) >= torch.finfo(torch.float64).tiny)
         accepted = accepted & (size + terms[0] < 0.25 * torch.finfo(dtype).max)
         a, c_ss, c_sw, c_ww = (torch.where(accepted, x, y) for x, y in zip(terms, (one, zero, zero, zero), strict=True))
         gamma = torch.where(accepted, sy / yy, one)
         stats |= {"sy": sy, "s_norm": ss.sqrt(), "y_norm": yy.sqrt(), "accepted": accepted.double(), "yhy": yhy}
         stats |= {"tau": torch.where(accepted, tau, zero), "phi": torch.where(accepted, phi, zero)}
-        state.pair.copy_(torch.where(accepted, torch.stack((s, w)).to(dtype), state.pair))
+        s_unit, w_unit = (torch.where(accepted, power_of_two(x), one) for x in (ss, ww))
+        state.pair.copy_(torch.where(accepted, torch.stack((s / s_unit, w / w_unit)).to(dtype), state.pair))
     count = state.count + accepted
     if grad is not None and out is not None:
         g = grad.double()
@@ -315,13 +320,20 @@ def dense_update(
         if prev_out is not None:
             prev_out.copy_(grad)
         out.copy_(d)
-    state.coefs.copy_(torch.stack((a, c_ss, c_sw, c_ww, delta)))
+    kept = (c_ss * (s_unit * s_unit), c_sw * (s_unit * w_unit), c_ww * (w_unit * w_unit))
+    state.coefs.copy_(torch.stack((a, *kept, delta)))
     state.count.copy_(count)
     state.stats.copy_(torch.stack([stats[name] for name in DENSE_STATS]))
 
 
 def _of(t: float | Tensor, like: Tensor) -> Tensor:
     return t.reshape(()) if isinstance(t, Tensor) else like + t
+
+
+def power_of_two(square: Tensor) -> Tensor:
+    """Return the largest power of two whose square is at most `square`, a positive normal float64."""
+    k = (torch.frexp(square).exponent.long() - 1) >> 1
+    return ((k + 1023) << 52).view(torch.float64)
 
 
 def dense_matrix(state: Dense) -> Tensor:

@@ -20,10 +20,12 @@ from torch import Tensor
 
 #: Rows and columns of a tile, warps; elements of a vector that a program of the other launches takes.
 _TILE, _TILE_WARPS, _BLOCK = 64, 8, 256
-#: What `_reduce` leaves for `_finish`: accepted, spoilt, scale of H g (gamma of g if spoilt), along s, along H y.
-_DECISION = 5
+#: What `_reduce` leaves for `_finish`: accepted, spoilt, scale of H g (gamma of g if spoilt), along s, along H y, and
+#: the powers of two over which s and H y are kept.
+_DECISION = 7
 _SUMS = tl.constexpr(11)  # sy ss yy yw ww s.y_prev sg wg pg gg max|g|
 _SMALL = tl.constexpr(torch.finfo(torch.float64).eps)
+_TINY = tl.constexpr(torch.finfo(torch.float64).tiny)
 _REDUCE_ROWS = 32
 
 
@@ -127,6 +129,13 @@ def _scaling(sy, sbs, yhy, first, power, RULE: tl.constexpr):
     return tau, phi
 
 
+@triton.jit
+def _power_of_two(square):
+    """Halve the exponent: see `reference.power_of_two`."""
+    k = ((square.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
+    return (((k >> 1) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["tol", "power", "t"])
 def _reduce(
     work, coefs, count, stats, g, s, y, y_prev, t: tl.float64, t_ptr, hg, wy, partial, decision, ticket,
@@ -191,7 +200,7 @@ def _reduce(
         g_max = tl.sum(tl.where(column == 10, tl.max(top, axis=0), 0.0), axis=0)
         one = tl.full((), 1.0, tl.float64)
         zero = tl.full((), 0.0, tl.float64)
-        a, c_ss, c_sw, c_ww, delta, gamma = one, zero, zero, zero, zero, one
+        a, c_ss, c_sw, c_ww, delta, gamma, s_unit, w_unit = one, zero, zero, zero, zero, one, one, one
         accepted = tl.full((), 0, tl.int32)
         spoilt = tl.full((), 0, tl.int32)
         held = tl.load(count)
@@ -214,15 +223,18 @@ def _reduce(
             n_ss = scale * phi * yhy / sy / sy + 1.0 / sy
             n_sw = -scale * phi / sy
             n_ww = -scale * (1.0 - phi) / yhy
-            size = tl.abs(n_ss) * ss + 2.0 * tl.abs(n_sw) * tl.sqrt(ss * ww) + tl.abs(n_ww) * ww + scale
+            size = tl.abs(n_ss) * ss + 2.0 * tl.abs(n_sw) * (tl.sqrt(ss) * tl.sqrt(ww)) + tl.abs(n_ww) * ww + scale
             ok = (sy > tl.full((), tol, tl.float64) * (tl.sqrt(ss) * tl.sqrt(yy))) & (yhy > 0.0)
-            ok = ok & (tl.abs(yy * ss) < float("inf")) & (size < tl.full((), largest, tl.float64))
+            ok = ok & (yy < float("inf")) & (ss < float("inf")) & (size < tl.full((), largest, tl.float64))
+            ok = ok & (ss >= tl.full((), _TINY, tl.float64)) & (ww >= tl.full((), _TINY, tl.float64))
             accepted = ok.to(tl.int32)
             a = tl.where(ok, scale, one)
             c_ss = tl.where(ok, n_ss, zero)
             c_sw = tl.where(ok, n_sw, zero)
             c_ww = tl.where(ok, n_ww, zero)
             gamma = tl.where(ok, sy / yy, one)
+            s_unit = tl.where(ok, _power_of_two(ss), one)
+            w_unit = tl.where(ok, _power_of_two(ww), one)
             held += accepted
             sg = tl.where(ok, _pick(total, column, 6), zero)
             wg = tl.where(ok, _pick(total, column, 7), zero)
@@ -253,15 +265,17 @@ def _reduce(
             delta = tl.where(bad, gamma, zero)
             held = tl.where(bad, 0, held)
         tl.store(coefs + 0, a)
-        tl.store(coefs + 1, c_ss)
-        tl.store(coefs + 2, c_sw)
-        tl.store(coefs + 3, c_ww)
+        tl.store(coefs + 1, c_ss * (s_unit * s_unit))
+        tl.store(coefs + 2, c_sw * (s_unit * w_unit))
+        tl.store(coefs + 3, c_ww * (w_unit * w_unit))
         tl.store(coefs + 4, delta)
         tl.store(count, held)
         tl.store(decision + 0, accepted.to(tl.float64))
         tl.store(decision + 1, spoilt.to(tl.float64))
         tl.store(decision + 3, along_s)
         tl.store(decision + 4, along_w)
+        tl.store(decision + 5, s_unit)
+        tl.store(decision + 6, w_unit)
 
 
 @triton.jit
@@ -287,9 +301,9 @@ def _finish(pair, g, s, t: tl.float64, t_ptr, hg, wy, decision, out, prev_out, n
         sv = tl.load(s + i, mask=keep, other=0.0)
         sv = tl.where(keep, sv * step.to(sv.dtype), 0.0)
         w = tl.load(wy + i, mask=keep, other=0.0)
-        tl.store(pair + i, sv, mask=keep)
-        tl.store(pair + n + i, w.to(sv.dtype), mask=keep)
         sd = sv.to(tl.float64)
+        tl.store(pair + i, (sd / tl.load(decision + 5)).to(sv.dtype), mask=keep)
+        tl.store(pair + n + i, (w / tl.load(decision + 6)).to(sv.dtype), mask=keep)
     if g is not None:
         gv = tl.load(g + i, mask=inside, other=0.0)
         # Of a spoilt H the products are of no meaning, NaN perhaps.

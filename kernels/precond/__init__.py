@@ -6,6 +6,9 @@ implementation is one file and one line here.
 """
 
 BACKENDS = {
+    "cuda": "secant.kernels.precond.cuda",
+    "triton": "secant.kernels.precond.triton",
+    "nvrtc": "secant.kernels.precond.nvrtc",
     "cpu": "secant.kernels.precond.cpu",
     "reference": "secant.kernels.precond.reference",
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from secant.benchmarks.families import LONG, Choice
 from secant.benchmarks.families import NAMES as FAMILIES
 
 #: What a command imports beyond torch: module -> package, in the order in which it is asked for.
@@ -62,11 +63,31 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="time the kernels against every peer and check the bars, in a few minutes"
     )
-    bench.add_argument("--family", choices=FAMILIES, help="one family of cases (default: all)")
+    bench.add_argument(
+        "--family",
+        choices=FAMILIES,
+        help=f"one family of cases (default: all but {', '.join(LONG)}, which takes an hour)",
+    )
     bench.add_argument("--full", action="store_true", help="every size, which takes several times as long")
     bench.add_argument(
-        "--seconds", type=float, default=float("inf"), metavar="N", help="begin no further case after so long"
+        "--seconds",
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="N",
+        help="begin no further case, or run of training, after so long",
     )
+    chosen = bench.add_argument_group("of training")
+    chosen.add_argument(
+        "--tasks", nargs="+", default=(), metavar="TASK", help="some of the tasks, by their short names"
+    )
+    chosen.add_argument(
+        "--optimizers", nargs="+", default=(), metavar="NAME", help='by their names in the tables, as "torch Muon"'
+    )
+    chosen.add_argument(
+        "--seeds", type=int, default=0, metavar="N", help="starts of each task (default: 3, of cartpole 5)"
+    )
+    chosen.add_argument("--runs", type=_file, metavar="FILE", help="keep finished runs there, and do not repeat them")
     bench.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=_file, metavar="FILE", help="draw the results (PNG)")
 
@@ -82,6 +103,24 @@ def _missing(command: str, modules: Sequence[str], extra: str) -> str | None:
     if not absent:
         return None
     return f'{command} needs {", ".join(absent)}; install with: pip install "secant[{extra}]"'
+
+
+def _choice(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Choice:
+    """Make the choice of a call; what is chosen of another family, or has no such name, is a wrong argument."""
+    if args.seeds < 0:
+        parser.error(f"argument --seeds: expected at least 1, got {args.seeds}")
+    if not (args.tasks or args.optimizers or args.seeds or args.runs):
+        return Choice()
+    if args.family != "training":
+        parser.error("--tasks, --optimizers, --seeds and --runs are of --family training")
+    from secant.benchmarks.families.training import CHOICES
+    from secant.benchmarks.training_optimizers import every_name
+
+    for option, given, names in (("tasks", args.tasks, CHOICES), ("optimizers", args.optimizers, every_name())):
+        for name in given:
+            if name not in names:
+                parser.error(f"argument --{option}: expected some of {', '.join(names)}, got {name!r}")
+    return Choice(tuple(args.tasks), tuple(args.optimizers), args.seeds, args.runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from secant.cli import info
 
         return info.run(as_json=args.json)
+    choice = _choice(parser, args) if args.command == "bench" else Choice()
     needs, extra = (
         (("matplotlib",) if args.plot else (), "bench") if args.command == "bench" else (tuple(PACKAGES), "demo")
     )
@@ -120,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from secant.cli import bench
 
-        families = (args.family,) if args.family else FAMILIES
+        families = (args.family,) if args.family else [name for name in FAMILIES if args.quick or name not in LONG]
         bench.run(
             args.device,
             json_path=args.json,
@@ -129,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             families=families,
             full=args.full,
             seconds=args.seconds,
+            choice=choice,
         )
     return 0
 

@@ -40,7 +40,7 @@ TABLE = (
     Default("cuda", "lbfgs", "cuda", UNMEASURED),
     Default("cuda", "blocks", "cuda", UNMEASURED),
     Default("cuda", "hvp", "cuda", UNMEASURED),
-    Default("cuda", "precond", "reference", UNMEASURED),
+    Default("cuda", "precond", "cuda", UNMEASURED),
 )
 
 

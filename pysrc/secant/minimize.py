@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secant import _checks, optim
+from secant._batches import batched_minimize
 from secant._checks import Option
+from secant._fits import LOSS, batched_fit
 from secant._functions import Form, Objective, Residuals, forgiven, start
+from secant._sides import limits, pairs, scales
 from secant.ops.lbfgs import MAX_HISTORY
-from secant.optim._robust import Robust
 from secant.result import Iteration, OptimizeResult, Status
+from secant.solvers._robust import Robust
 from secant.solvers.box import BoxIterate, lbfgs_b
 
 _TOLERANCE = _checks.number_from(0.0)
@@ -25,8 +28,6 @@ _FTOL = 1e7 * torch.finfo(torch.float64).eps  # scipy's, of L-BFGS-B
 
 #: Variables up to which `least_squares` decomposes J by singular values, and keeps to a trust region.
 _DECOMPOSED = 1_000
-#: Losses of `least_squares`.
-_LOSS = _checks.one_of("linear", "soft_l1", "huber", "cauchy")
 
 #: Options of every method.
 _COMMON: Mapping[str, Option] = {
@@ -95,6 +96,7 @@ def minimize(
     tol: float | None = None,
     callback: Callable[..., Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    batch: bool = False,
 ) -> OptimizeResult:
     """Minimize a function of one tensor or array, in the shape of `scipy.optimize.minimize`.
 
@@ -130,7 +132,14 @@ def minimize(
             maxcor: pairs kept (20, "l-bfgs" and "l-bfgs-b"); maxls: evaluations of one search (20, "l-bfgs-b");
             initial_trust_radius (|x0|, 1 where that is 0), max_trust_radius (1000), eta (0.01) ("trust-...").
 
+        batch: whether x0, (B, n), holds many problems that have nothing to do with each other: `fun` then maps (B, n)
+            to (B,), row for row, and is written in torch. Method "l-bfgs" (the default there): each problem has its own
+            pairs, strong Wolfe search, end and failure, and all that go on are evaluated together. A `fun` with a
+            parameter `index`, which it gets by name, is called for those alone that go on: x (b, n) and their places
+            (b,). maxiter and maxfun are of each problem.
+
     Returns:
+        With batch the same fields but nhev, for each problem, and a message that counts the statuses. Else
         `secant.result.OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev (calls of `hess` or `hessp`), status (a
         `secant.Status`), message and success. A trial where `fun` raises a RuntimeError, ValueError or ArithmeticError
         or is NaN counts as infinite, and the step is shortened. NaN at x0 ends as NOT_FINITE; an error there passes.
@@ -155,6 +164,18 @@ def minimize(
     op = "minimize"
     name, chosen = _method(op, method, bounds)
     settings = _settings(op, name, chosen, tol, options)
+    if batch:
+        if name != "l-bfgs":
+            raise _checks.fail(
+                op,
+                "method" if bounds is None else "bounds",
+                "None or 'l-bfgs' with batch=True, and no bounds",
+                repr(name),
+            )
+        for which, given in (("hess", hess), ("hessp", hessp), ("callback", callback)):
+            if given is not None:
+                raise _checks.fail(op, which, "None with batch=True", _checks.describe(given))
+        return batched_minimize(op, fun, x0, args if isinstance(args, tuple) else (args,), jac, settings)
     x, form = start(op, x0)
     if chosen.closure == "gradient":
         for which, given in (("hess", hess), ("hessp", hessp)):
@@ -303,7 +324,7 @@ def _in_box(
     told: Callable[[Tensor, float], bool] | None,
 ) -> OptimizeResult:
     """Run L-BFGS-B."""
-    lower, upper = _sides(op, bounds, x)
+    lower, upper = pairs(op, bounds, x)
 
     def evaluate(x: Tensor) -> tuple[float, Tensor]:
         try:
@@ -351,42 +372,6 @@ def _result(
     )
 
 
-def _sides(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Read bounds as two tensors of float64 and of the shape of x."""
-    if bounds is None:
-        return torch.full_like(x, -math.inf, dtype=torch.float64), torch.full_like(x, math.inf, dtype=torch.float64)
-    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
-        return _side(op, "bounds.lb", bounds.lb, x), _side(op, "bounds.ub", bounds.ub, x)
-    try:
-        pairs = [(lower, upper) for lower, upper in bounds]
-    except (TypeError, ValueError):
-        raise _checks.fail(
-            op, "bounds", "pairs (lower, upper), or an object with lb and ub", _checks.show(bounds)
-        ) from None
-    if len(pairs) != x.numel():
-        raise _checks.fail(op, "bounds", f"{x.numel()} pairs, one for each element of x0", f"{len(pairs)}")
-    sides = []
-    for k, none in ((0, -math.inf), (1, math.inf)):
-        values = [none if pair[k] is None else float(pair[k]) for pair in pairs]
-        sides.append(torch.tensor(values, dtype=torch.float64, device=x.device).view(x.shape))
-    for i, (lower, upper) in enumerate(zip(*(side.reshape(-1).tolist() for side in sides), strict=True)):
-        if not lower <= upper:
-            raise _checks.fail(op, f"bounds[{i}]", "lower <= upper", f"({lower}, {upper})")
-    return sides[0], sides[1]
-
-
-def _side(op: str, name: str, bound: Any, x: Tensor) -> Tensor:
-    """Read a number, or an array or tensor that broadcasts to the shape of x, as float64 of that shape."""
-    try:
-        given = torch.as_tensor(bound, dtype=torch.float64, device=x.device).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise _checks.fail(op, name, "a number, an array or a tensor", _checks.show(bound)) from None
-    try:
-        return given.expand(x.shape) if given.numel() != x.numel() else given.reshape(x.shape)
-    except RuntimeError:
-        raise _checks.fail(op, name, f"a shape that broadcasts to {tuple(x.shape)}", tuple(given.shape)) from None
-
-
 def least_squares(
     fun: Callable[..., Any],
     x0: Any,
@@ -403,11 +388,21 @@ def least_squares(
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     callback: Callable[..., Any] | None = None,
+    batch: bool = False,
+    geodesic: bool = True,
+    chunk: int | None = None,
+    progress: bool = False,
 ) -> OptimizeResult:
     """Minimize 1/2 sum_i c^2 rho(r_i(x)^2 / c^2), in the shape of `scipy.optimize.least_squares`.
 
     It drives `secant.optim.LevenbergMarquardt`, for up to 1,000 variables with the strategy "radius" and no geodesic
     acceleration; c is `f_scale`, and rho is that of `loss`.
+
+    With batch=True x0 is (B, p), B problems that have nothing to do with each other: `fun` maps (B, p) to (B, k), row
+    for row, and each problem has its own lambda, bounds, end and failure. All that go on are evaluated together, and
+    their normal equations are solved as one batch of blocks. A `fun` with a parameter `index`, which it gets by name,
+    is called for those alone that go on: x (b, p) and their places (b,), by which it finds the data of each. One
+    without is called for all B every time. Each problem ends where it would have ended alone.
 
     Args:
         fun: (x, *args, **kwargs) -> the residuals r, a tensor or array of any shape with m elements. With jac=None,
@@ -424,9 +419,16 @@ def least_squares(
         f_scale: c, the residual where outliers begin.
         max_nfev: evaluations; None: 100 n.
         args, kwargs: more arguments of `fun` and `jac`; `args` that is no tuple is one argument.
-        callback: as for `minimize`; `fun` is there the cost.
+        callback: as for `minimize`; `fun` is there the cost. Not with batch.
+        batch: whether x0 holds many problems; `fun` and `jac`, to (B, k, p), are then of torch, and jac=True is not
+            known. x_scale is then 1, (p,) or "jac".
+        geodesic, chunk, progress: with batch only. geodesic: bend steps by the second derivative of the residuals along
+            them, which takes an evaluation more for each. chunk: problems solved together, if `fun` takes `index`;
+            None: as many as keep their Jacobian in the cache of a processor. progress: show a bar (needs rich).
 
     Returns:
+        With batch the same fields for each problem, (B,), (B, p) and (B, k) tensors or arrays, but `curvature`,
+        J^T J (B, p, p), in place of jac, and a message that counts the statuses. Else
         `secant.result.OptimizeResult`: x, cost, fun (the residuals), jac (J (m, n), each row times what makes J^T J the
         curvature of the cost where the loss is not "linear"), grad, optimality (what gtol is about), active_mask (-1 at
         a lower bound, 1 at an upper one, else 0), nit, nfev, njev, status, message, success.
@@ -439,19 +441,27 @@ def least_squares(
         Triggs et al., Bundle adjustment: a modern synthesis (2000), section 4.3.
     """
     op = "least_squares"
+    if batch:
+        if callback is not None:
+            raise _checks.fail(op, "callback", "None with batch=True", _checks.describe(callback))
+        return batched_fit(
+            op, fun, x0, jac, bounds, ftol=ftol, xtol=xtol, gtol=gtol, x_scale=x_scale, loss=loss, f_scale=f_scale,
+            max_nfev=max_nfev, args=args if isinstance(args, tuple) else (args,), kwargs=dict(kwargs or {}),
+            geodesic=geodesic, chunk=chunk, progress=progress,
+        )  # fmt: skip
     cls = optim.LevenbergMarquardt
     for name, tolerance in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
         _checks.nonnegative(op, name, tolerance)
     if max_nfev is not None:
         _checks.integer(op, "max_nfev", max_nfev, 1)
-    _checks.options(op, {"loss": _LOSS}, {"loss": loss})
+    _checks.options(op, {"loss": LOSS}, {"loss": loss})
     _checks.positive(op, "f_scale", f_scale)
     x, form = start(op, x0)
     args = args if isinstance(args, tuple) else (args,)
     function = Residuals(op, form, fun, args, dict(kwargs or {}), jac)
     told = _callback(op, callback, form)
-    scale, scaling = _scale(op, x_scale, x)
-    box = _limits(op, bounds, x)
+    scale, scaling = scales(op, x_scale, x)
+    box = limits(op, bounds, x)
     limit = 100 * x.numel() if max_nfev is None else max_nfev
     z = (x if scale is None else x / scale).requires_grad_()
     last, n_iter, short = x.detach().clone(), 0, False
@@ -518,29 +528,3 @@ def least_squares(
         message=status.message,
         success=status.ok,
     )
-
-
-def _scale(op: str, x_scale: Any, x: Tensor) -> tuple[Tensor | None, str]:
-    """Read x_scale: a tensor of the shape of x or None for 1, and how the optimizer is to scale."""
-    if isinstance(x_scale, str):
-        if x_scale != "jac":
-            raise _checks.fail(op, "x_scale", 'a number, an array or "jac"', repr(x_scale))
-        return None, "marquardt"
-    scale = _side(op, "x_scale", x_scale, x).to(x.dtype)
-    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-        raise _checks.fail(op, "x_scale", "finite numbers > 0", _checks.show(x_scale))
-    return None if bool((scale == 1).all()) else scale, "identity"
-
-
-def _limits(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Read (lower, upper); None where there is no bound."""
-    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
-        bounds = (bounds.lb, bounds.ub)
-    if not (isinstance(bounds, Sequence) and len(bounds) == 2):
-        raise _checks.fail(op, "bounds", "a pair (lower, upper), or an object with lb and ub", _checks.show(bounds))
-    lower, upper = (_side(op, f"bounds[{k}]", bound, x).to(x.dtype) for k, bound in enumerate(bounds))
-    if not bool((lower < upper).all()):
-        raise _checks.fail(op, "bounds", "lower < upper everywhere", "a lower bound that is not, or NaN")
-    if bool(((x < lower) | (x > upper)).any()):
-        raise _checks.fail(op, "x0", "a point within the bounds", "one beyond")
-    return None if bool(torch.isinf(lower).all() and torch.isinf(upper).all()) else (lower, upper)

@@ -13,7 +13,7 @@ import torch
 from secant import backends
 from secant.__main__ import main
 from secant.benchmarks import case as cases_module
-from secant.benchmarks import machine, report
+from secant.benchmarks import machine, report, training_optimizers
 from secant.benchmarks import measure as measuring
 from secant.benchmarks.case import PILOT, Row, everything, fastest, find
 from secant.benchmarks.families import blocks, curvature, lbfgs, newton, residuals
@@ -238,6 +238,16 @@ def row(name, nanoseconds, kind="peer", error=1.0, case=SPD16, count=SPD16.batch
     return Row(case, name, kind, None if seconds is None else Timing((seconds,)), error, THRESHOLD, "", count)
 
 
+def test_few_blocks_have_bars_of_their_own():
+    found = {(case.n, case.batch, case.dtype): case for case in blocks.few_cases()}
+    case = found[64, 4, F32]
+    assert (case.label, case.series) == ("block_eigh, n = 64, float32, 4 blocks", None)
+    assert found[32, 1, F64].label.endswith("float64, 1 block")
+    for peer, met in ((630, True), (570, False)):
+        rows = [row("cpu", 300, "backend", case=case, count=4), row("eigh", peer, case=case, count=4)]
+        assert [bar.met for bar in blocks.bars(rows, CPU)] == [met]
+
+
 ROWS = [
     row("cpu", 300, "backend"),
     row("reference", 90_000, "backend"),
@@ -366,7 +376,9 @@ def test_every_contender_has_a_colour():
     names = names.union(*(curvature._makers(curvature.Case("Hessian", 9, k)) for k in (1, 2)))
     names = names.union(residuals.OURS, residuals.PEERS, residuals.Rows("Jacobian", (2, 1)).names(CPU))
     names = names.union(newton.Autoencoder("a", 0.1).names(CPU), newton._MINIMIZERS)
-    assert names == plot.COLORS.keys()
+    trained = {"Shampoo", "Shampoo, default rate", "SOAP", "torch Muon", "AdamW"}  # the others take what is spare
+    assert trained <= {*training_optimizers.every_name()}
+    assert names | trained == plot.COLORS.keys()
 
 
 def test_pytest_benchmark_face():

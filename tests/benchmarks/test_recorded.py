@@ -23,6 +23,8 @@ ABOUT = {
     "label", "unit", "by", "kind", "timed", "median", "min", "spread", "bytes", "flops", "bytes_per_second",
     "bandwidth_fraction", "of_limit", "error", "tolerance", "note", "speedup_over",
 }  # fmt: skip
+#: What it writes of some rows.
+SOME = {"curve", "figures"}
 
 
 def kinds(base=Case):
@@ -33,7 +35,7 @@ def kinds(base=Case):
 
 def case_of(row):
     """Make the case of the one class that has these fields; its op or its label says the rest."""
-    names = row.keys() - ABOUT - {"curve"}
+    names = row.keys() - ABOUT - SOME
     [kind] = [kind for kind in kinds() if {field.name for field in dataclasses.fields(kind)} == names]
     values = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
     return kind(**{name: getattr(torch, x) if name in ("dtype", "storage") else x for name, x in values.items()})
@@ -53,11 +55,11 @@ def test_rows_have_the_shape_of_today_and_follow_from_their_times(path):
             timing = None if row["median"] is None else Timing((row["median"],))
             own = Row(
                 case, row["by"], row["kind"], timing, row["error"], row["tolerance"], row["note"], row["timed"],
-                row.get("curve", ()),
+                row.get("curve", ()), row.get("figures", {}),
             )  # fmt: skip
             want = plain_row([], own, family["bandwidth"])
             assert row.keys() == want.keys()
-            assert want.keys() - case.parameters().keys() - {"curve"} == ABOUT
+            assert want.keys() - case.parameters().keys() - SOME == ABOUT
             for key in ("label", "unit", "bytes", "flops"):
                 assert row[key] == want[key], key
             for key in ("bytes_per_second", "bandwidth_fraction"):

@@ -284,6 +284,32 @@ def history(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     return run, args | {"value": f.pick((*INDICES, m + 1))}
 
 
+def inverse_hessian(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A dense inverse Hessian that loads a state, possibly a hostile one, and takes steps."""
+    n, dtype, rule = f.size(), f.pick((F32, F64)), f.pick(("bfgs", "ssbfgs", "ssbroyden"))
+    # Of gradients and steps: squares of float32 would be nothing or infinite.
+    scale = f.pick((1.0, 1.0, 2.0**-80, 2.0**80))
+    pairs = [f.normal(n, dtype=dtype) for _ in range(2)]
+
+    def run(grad: Any, direction: Any, t: Any, key: str | None, value: Any, rule: str) -> Tensor:
+        wide = torch.promote_types(grad.dtype, dtype) if isinstance(grad, Tensor) and grad.dtype is F64 else dtype
+        own = secant.InverseHessian(n, rule=rule, dtype=wide)
+        for s in pairs:
+            own.append(s.to(wide), (2 * scale * s).to(wide))
+        if key is not None:
+            state = {name: x.clone() for name, x in own.state_dict().items()}
+            state[key].view(-1)[0] = value
+            own.load_state_dict(state)
+        own.step(grad, 0.5 * grad, direction.clone(), t)
+        return own.direction(grad)
+
+    key = f.pick(("h", "pair", "coefs", "count")) if f.spoil(0.3) else None
+    g = f.normal(n, dtype=dtype)
+    direction = -g / (2 * scale)
+    args = {"grad": f.tensor(scale * g), "direction": direction, "t": f.number(0.5), "key": key, "rule": rule}
+    return run, args | {"value": f.pick(INDICES) if key == "count" else f.pick(ENTRIES)}
+
+
 def paired_matmul(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     m, k, n, dtype = f.size(), f.size(), f.size(), f.pick((F32, F64))
     a, b = f.tensor(f.normal(m, k, dtype=dtype)), f.tensor(f.normal(k, n, dtype=dtype))
@@ -379,6 +405,7 @@ MAKERS: dict[str, Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, Any]]]]
     "history": history,
     "newton_schulz": newton_schulz,
     "precond_step": precond_step,
+    "inverse_hessian": inverse_hessian,
 } | {
     name: blocks(name)
     for name in ("block_inv", "block_solve", "block_eigh", "block_abs_inv", "block_inv_root", "block_function")

@@ -9,7 +9,8 @@
 
 namespace SECANT_ISA {
 extern const secant::LbfgsCpu lbfgs;
-}
+extern const secant::LbfgsDenseCpu lbfgs_dense;
+}  // namespace SECANT_ISA
 
 namespace {
 
@@ -66,9 +67,36 @@ void run(int v, int r, int64_t batch, int64_t m, int64_t n, int threads) {
   }
 }
 
+// Steps with a dense inverse Hessian: pair and direction, one of them, a pair that is refused, and a H that is spoilt.
+void run_dense(int v, int64_t n, int rule, int threads) {
+  const int64_t vb = kVectorBytes[v];
+  auto h = std::vector<char>(static_cast<size_t>(n * (n + 1) / 2 * vb)), steps = filled(2 * n, vb, 1);
+  std::vector<double> coefs = {0, 0, 0, 0, 1}, stats(10);
+  int32_t count = 0;
+  const double t = 0.5;
+  for (int step = 0; step < 8; ++step) {
+    auto grad = filled(n, vb, step), prev = filled(n, vb, step + 5), d = filled(n, vb, step);
+    const bool pair = step % 3 != 2, direction = step % 4 != 1 || !pair;
+    if (step == 6) coefs[0] = -1;
+    secant::LbfgsDense a{};
+    a.n = n, a.h = h.data(), a.steps = steps.data(), a.coefs = coefs.data(), a.count = &count, a.stats = stats.data();
+    a.grad = direction ? grad.data() : nullptr;
+    a.s = pair ? d.data() : nullptr, a.y = pair ? grad.data() : nullptr;
+    a.y_prev = pair && step % 2 ? prev.data() : nullptr;
+    a.t_ptr = step % 2 ? &t : nullptr, a.t = t, a.tol = 1e-7, a.rule = rule;
+    a.out = direction ? d.data() : nullptr, a.prev_out = direction && pair ? prev.data() : nullptr;
+    a.threads = threads;
+    SECANT_ISA::lbfgs_dense.update[v](a);
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (int v = 0; v < 2; ++v)
+    for (int64_t n : {1, 2, 3, 5, 8, 17, 64, 259, 530})
+      for (int rule : {0, 1, 2})
+        for (int threads : {1, 2}) run_dense(v, n, rule, threads);
   for (int v = 0; v < 2; ++v)
     for (int r = 0; r < 3; ++r)
       for (int64_t n : {1, 3, 8, 15, 16, 17, 257, 1025, 2050})

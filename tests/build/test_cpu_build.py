@@ -33,7 +33,7 @@ def compile_cpp(isa: str, sources: list[str], out: Path, *flags: str) -> None:
 def test_sanitizers(tmp_path, isa):
     """AddressSanitizer and UndefinedBehaviorSanitizer over every path, on buffers of exactly their size."""
     program = tmp_path / "sanitize"
-    sources = ["tests/build/sanitize.cpp", "kernels/lbfgs/cpu.cpp"]
+    sources = ["tests/build/sanitize.cpp", "kernels/lbfgs/cpu.cpp", "kernels/lbfgs/cpu_dense.cpp"]
     compile_cpp(
         isa, sources, program, "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("lbfgs", "blocks", "hvp")
+FAMILIES = ("lbfgs", "blocks", "hvp", "precond")
 MINIMUM = 80
 PTXAS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror"
 REGISTERS = 65536  # of a multiprocessor
@@ -105,6 +105,7 @@ def parse(report: str) -> dict[str, dict[str, int]]:
         "blocks, sm_90 sm_100",
         pytest.param("hvp", marks=pytest.mark.slow),
         "hvp, sm_90 sm_100",
+        "precond",
     ],
 )
 def measured(request, tmp_path_factory):
@@ -128,6 +129,8 @@ def threads_and_blocks(kernel: str) -> tuple[int, int]:
         if "cross_entropy" in kernel:
             return plan.ROW_THREADS[8 if kernel.endswith("f64") else 4], 1
         return plan.BLOCK, 2
+    if kernel.startswith("precond_"):
+        return 256, 1 if "newton" in kernel else 2
     # 8 warps hide what a multiprocessor's latencies are; plan.py counts on shared memory for as many.
     return (64, 4) if re.search(r"_b\d+_f\d+$", kernel) else (128, 2)
 
@@ -141,8 +144,13 @@ def expected_kernels(family: str) -> list[str]:
         from secant.kernels.hvp import plan as hvp_plan
 
         return sorted(hvp_plan.kernels())
+    if family == "precond":
+        from secant.kernels.precond import plan as precond_plan
+
+        return sorted(precond_plan.kernels())
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
-    return sorted(f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16"))
+    pairs = [f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16")]
+    return sorted([*pairs, "lbfgs_dense_f32", "lbfgs_dense_f64"])
 
 
 def test_no_spills_and_the_occupancy_that_the_planner_counts_on(measured):
@@ -196,11 +204,14 @@ def self_contained(directory: Path, text: str) -> list[str]:
 
 
 def test_runtime_source_of_lbfgs(tmp_path):
-    """One module a pair of types."""
+    """One module a pair of types, and one a type for dense updates."""
     from secant.kernels.lbfgs import nvrtc
 
-    expected = [name for name in expected_kernels("lbfgs") if name.endswith("_f32_bf16")]
-    assert self_contained(tmp_path, nvrtc.source("f32_bf16")) == expected
+    for module, number in (("f32_bf16", 6), ("dense_f64", 1)):
+        expected = [name for name in expected_kernels("lbfgs") if name.endswith(f"_{module}")]
+        assert len(expected) == number
+        assert {nvrtc.module_of(kernel) for kernel in expected} == {module}
+        assert self_contained(tmp_path, nvrtc.source(module)) == expected
 
 
 @pytest.mark.parametrize("kernel", ["blocks_inv_spd_t3_f32", "blocks_solve_lu_w16_f64", "blocks_eigen_b48_f32"])
@@ -225,6 +236,21 @@ def test_runtime_source_of_hvp(tmp_path, module, kernels):
 
     assert self_contained(tmp_path, nvrtc.source(module)) == kernels
     assert {nvrtc._module(kernel) for kernel in kernels} == {module}
+
+
+@pytest.mark.parametrize(
+    ("module", "kernels"),
+    [
+        ("f32_bf16", ["precond_entries_f32_bf16", "precond_tile_f32_bf16"]),
+        ("schulz_f16", ["precond_newton_schulz_f16"]),
+    ],
+)
+def test_runtime_source_of_precond(tmp_path, module, kernels):
+    """One module a pair of types, one a type of the iteration."""
+    from secant.kernels.precond import nvrtc
+
+    assert self_contained(tmp_path, nvrtc.source(module)) == kernels
+    assert {nvrtc.module_of(kernel) for kernel in kernels} == {module}
 
 
 if __name__ == "__main__":

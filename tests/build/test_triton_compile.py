@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from lbfgs_update import call_update
+from precond_cases import RULES as STEPS
+from precond_cases import tensors as stepped
 
 triton = pytest.importorskip("triton")
 
@@ -23,6 +25,8 @@ from secant.kernels.hvp import triton as hvp  # noqa: E402
 from secant.kernels.lbfgs import triton as lbfgs  # noqa: E402
 from secant.kernels.lbfgs import triton_dense  # noqa: E402
 from secant.kernels.lbfgs.contract import EXTRAS, RULES, Dense, Pair, State  # noqa: E402
+from secant.kernels.precond import triton as precond  # noqa: E402
+from secant.kernels.precond.contract import APPLY, GRAMS  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 KERNELS = {
@@ -30,6 +34,7 @@ KERNELS = {
     triton_dense: ("_pass", "_reduce", "_finish"),
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
     hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish", "_gram", "_gram_finish"),
+    precond: ("_tile", "_entries", "_newton_schulz"),
 }
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -347,3 +352,43 @@ def test_grams_compile_without_spills(gpu, tmp_path, m, n, dtype):
     hvp.gram(torch.zeros(n, m, dtype=dtype).T, x[:, 0].contiguous(), True, out)
     assert ("_gram_finish" in {kernel.metadata.name for kernel in gpu[1]}) == (n < 64)  # split over rows
     check_resources(gpu, tmp_path, f"gram {m} {n} {dtype}", lambda registers: 0)
+
+
+def launch_step(name: str, shapes: list, dtype: torch.dtype, storage: torch.dtype, phases: int) -> None:
+    """One call that steps tensors of these shapes, with the number of the step and the rate on the device."""
+    given, layout = stepped(dtype, storage, STEPS[name], shapes=shapes)
+    precond.step(given, layout, 1e-2, STEPS[name], phases, torch.zeros((), dtype=torch.int64))
+
+
+WHOLE, WIDE = [((128, 128), 2, 2, "lr")], [((64, 64), 2, 2, "lr")]
+PARTS = [((60, 30), 2, 1, "lr"), ((33, 30), 2, 1, "l"), ((5000,), 1, 3, "")]
+
+
+@pytest.mark.parametrize("dtype", [F32, slowly(F64)], ids=str)
+@pytest.mark.parametrize("name", ["adam", "soap", slowly("sgd"), slowly("rms"), slowly("none")])
+def test_steps_compile_without_spills(gpu, tmp_path, name, dtype):
+    """Both phases in one launch, and each alone."""
+    for phases in (GRAMS | APPLY, APPLY, GRAMS):
+        launch_step(name, WIDE if dtype is F64 else WHOLE, dtype, dtype, phases)
+    assert [k.metadata.name for k in gpu[1]] == ["_tile"] * 3
+    check_resources(gpu, tmp_path, f"step {name} {dtype}", lambda registers: 0 if registers > 128 else STEP)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage"), [(F32, F32), slowly(BF16, BF16), slowly(F64, F64), slowly(F32, BF16)], ids=str
+)
+@pytest.mark.parametrize("name", ["adam", slowly("soap")])
+def test_steps_of_other_tensors_compile(gpu, tmp_path, name, dtype, storage):
+    launch_step(name, PARTS, dtype, storage, GRAMS | APPLY)
+    assert [k.metadata.name for k in gpu[1]] == ["_tile", "_tile", "_entries"]
+    check_resources(gpu, tmp_path, f"step of others {name} {dtype} {storage}", lambda registers: CORNER)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "dtype"), [(32, 32, F32), (20, 9, F32), slowly(32, 17, F64), slowly(33, 5, BF16)], ids=str
+)
+def test_orthogonalisation_compiles_without_spills(gpu, tmp_path, m, n, dtype):
+    x = torch.zeros(3, m, n, dtype=dtype)
+    precond.newton_schulz(x, 5, 3.0, -4.0, 2.0, 1e-7, x)
+    assert [k.metadata.name for k in gpu[1]] == ["_newton_schulz"]
+    check_resources(gpu, tmp_path, f"newton_schulz {m} {n} {dtype}", lambda registers: 0)

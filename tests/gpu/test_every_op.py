@@ -82,6 +82,29 @@ def test_directions_of_fresh_inputs(name, device, trial, poisoned):
 
 @everywhere
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+def test_dense_updates_of_fresh_inputs(name, device, dtype, poisoned):
+    """Pairs of a quadratic, whose H y = s; and the direction is that of the matrix."""
+    draw = random.Random(f"{SEED} dense {dtype}")
+    torch.manual_seed(draw.getrandbits(31))
+    with use("lbfgs", name, device):
+        for n in (draw.randint(1, 64), draw.randint(65, 128), draw.randint(129, 700)):
+            h = secant.InverseHessian(n, rule=draw.choice(("bfgs", "ssbroyden")), dtype=dtype, device=device)
+            curvature = 1 + torch.rand(n, dtype=F64, device=device)
+            for _ in range(4):
+                s = torch.randn(n, dtype=dtype, device=device)
+                y = (curvature * s).to(dtype)
+                assert h.append(s, y) == 1
+            g = torch.randn(n, dtype=dtype, device=device)
+            d, matrix = h.direction(g).double(), h.matrix().double()
+            # H is within 1/2 .. 1 of I, four updates of rank two; n roundings of dot products at most.
+            size = (n + 100) * torch.finfo(dtype).eps
+            assert float((matrix @ y.double() - s.double()).norm()) <= size * float(s.double().norm()), (SEED, n)
+            assert float((matrix @ g.double() + d).norm()) <= size * float(g.double().norm()), (SEED, n)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(("op", "assume"), blocks.KINDS)
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 def test_blocks_of_fresh_inputs(name, device, op, assume, dtype, poisoned):
@@ -265,8 +288,10 @@ def test_compiled_user_code_around_the_ops(mode):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("what", ["append", "direction", "step"])
-def test_no_method_of_a_history_synchronises(what):
-    history, s = secant.LBFGSHistory(50, 4, device=GPU), torch.randn(50, device=GPU)
+@pytest.mark.parametrize("kind", ["history", "dense"])
+def test_no_method_of_what_takes_pairs_synchronises(kind, what):
+    history = secant.LBFGSHistory(50, 4, device=GPU) if kind == "history" else secant.InverseHessian(50, device=GPU)
+    s = torch.randn(50, device=GPU)
     history.append(s, 2 * s)
     grad, prev, d = s.clone(), -s, s.clone()
     calls = {
@@ -312,6 +337,19 @@ def test_directions_of_more_than_2_to_the_31_elements(name, method):
             d = history.direction(g)
         g.mul_(-0.5)
         assert float((d - g).abs().max()) <= 1e-4
+
+
+@on_gpus
+def test_a_triangle_of_more_than_2_to_the_31_elements(name):
+    """A pair y = 2 s: H = I / 2, written by the second call, read by the third."""
+    enough(16)
+    n = 2**16 + 500
+    with use("lbfgs", name, GPU):
+        h, g = secant.InverseHessian(n, device=GPU), torch.ones(n, device=GPU)
+        g[-3:] = 7
+        assert h.append(g, 2 * g) == 1
+        for _ in range(2):
+            assert float((h.direction(g) + g / 2).abs().max()) <= 1e-4
 
 
 @on_gpus

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from secant.kernels import _cuda_driver
 
 from secant import backends
 
@@ -96,9 +97,9 @@ def _compile(directory: Path, source: str, flags: Sequence[str], name: str) -> P
 
 @pytest.fixture(scope="session")
 def build_standin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """build(family, tables, edit=None, flags=...) -> shared library of that family's cuda.cu.
+    """build(family, tables, edit=None, flags=...) -> shared library of that family's cuda*.cu.
 
-    `tables` is C++ behind the source, which ends in SECANT_STANDIN_EXPORT; `edit` maps the text of cuda.cu to another.
+    `tables` is C++ behind the source, which ends in SECANT_STANDIN_EXPORT; `edit` maps the source to another text.
     """
     directory = tmp_path_factory.mktemp("standin")
     counter = iter(range(10**6))
@@ -110,7 +111,7 @@ def build_standin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         before: str = "",
         flags: Sequence[str] = ("-shared", "-fPIC"),
     ) -> Path:
-        text = (ROOT / "kernels" / family / "cuda.cu").read_text()
+        text = _cuda_driver.device_code(family)
         source = directory / f"{family}_{next(counter)}.inc"
         source.write_text(edit(text) if edit else text)
         code = f'#include "{ROOT / "csrc/standin/cuda_on_cpu.h"}"\n{before}\n#include "{source}"\n{tables}\n'

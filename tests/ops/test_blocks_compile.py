@@ -90,6 +90,7 @@ def opcheck_cases():
         yield ops.block_inv, (x, lam, None, True, assume, out, info)
         yield ops.block_solve, (x, x.clone(), None, 0.5, False, assume, out, info)
     yield ops.block_eigh, (s, torch.empty(4, 3), out, info)
+    yield ops.block_eigh, (s, torch.empty(4, 3), out, info, torch.eye(3).expand(4, 3, 3))
     yield ops.block_abs_inv, (s, None, 0.5, out, info)
     yield ops.block_inv_root, (a, 4, lam, None, False, out, info)
     yield ops.block_inv_root, (a, 4, lam, None, False, out, info, True)

@@ -484,6 +484,18 @@ def bad_calls():
             "block_inv_root: damping: expected ('max', a positive finite number",
         )
     yield "relative damping", lambda: block_inv(a, damping=("max", 0.1)), ValueError, "damping: expected a number, a t"
+    for f in (
+        block_eigh,
+        lambda a, **kw: block_abs_inv(a, floor=1.0, **kw),
+        lambda a, **kw: block_inv_root(a, 2, **kw),
+    ):
+        yield (
+            "vectors",
+            lambda f=f: f(a, vectors=a[:2]),
+            ValueError,
+            "vectors: expected shape (4, 3, 3), as a, got",
+        )
+        yield "dtype of vectors", lambda f=f: f(a, vectors=a.half()), TypeError, "vectors: expected dtype float32"
     for p in (0, 3, -1, 2.0, "2", None):
         yield f"p {p}", lambda p=p: block_inv_root(a, p), ValueError, "block_inv_root: p: expected 1, 2 or 4"
     for flag in (0, 1, "vector", torch.tensor(True)):
@@ -616,6 +628,22 @@ def test_bad_blocks_poison_only_themselves(name, n, dtype):
     for x in results[:-1]:
         assert x[where][failed].isnan().all()
         assert x[where][~failed].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_earlier_vectors(dtype):
+    """Any strides; the results are those without, to rounding, and in transformed calls the same."""
+    a = indefinite(7, n=5, dtype=dtype)
+    w, v, _ = block_eigh(a)
+    warm = block_eigh(a, vectors=v.mT.contiguous().mT)
+    near = tolerance(5, dtype)
+    torch.testing.assert_close(warm[0], w, **near)
+    x = block_abs_inv(a, floor=0.5, vectors=v)[0]
+    torch.testing.assert_close(x, block_abs_inv(a, floor=0.5)[0], **near)
+    x = block_inv_root(a, 2, damping=("max", 0.1), vectors=v)[0]
+    torch.testing.assert_close(x, block_inv_root(a, 2, damping=("max", 0.1))[0], **near)
+    got = torch.func.vmap(lambda a, v: block_eigh(a, vectors=v)[0])(a, v)
+    torch.testing.assert_close(got, w, **near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

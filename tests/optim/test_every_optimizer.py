@@ -17,6 +17,7 @@ from secant import _checks
 from secant.curvature import GGN, Hessian
 from secant.optim import (
     BFGS,
+    KFAC,
     LBFGS,
     SOAP,
     AdaHessian,
@@ -35,8 +36,8 @@ from secant.optim import (
 )
 from secant.optim._flat_optimizer import RATE, FlatOptimizer
 from secant.optim._per_parameter import PerParameterOptimizer
-from secant.optim._robust import Robust
 from secant.result import Iteration, Status
+from secant.solvers._robust import Robust
 
 
 def example(base, name, end):
@@ -134,7 +135,17 @@ OPTIMIZERS = [
          "graft": (False, 1), "curvature_tol": (0.9, 1.0)}, memory=26.0),
     Case("stochastic-lbfgs-same", StochasticLBFGS, {"lr": 0.01, "pairs": "same-batch", "history_size": 4}, "twice",
          {"lr": (0.02, -1.0)}, {"update_every": (2, 0), "curvature_tol": (0.9, 1.0)}),
+    # Of parameters in no layer; where there is a model it is given that, see `fixed`.
+    Case("kfac", KFAC, {"lr": 0.01, "model": torch.nn.Identity(), "update_every": 1}, "none",
+         {"lr": (0.02, -1.0), "betas": ((0.8, 0.9), (0.9, 1.0)), "weight_decay": (0.1, -0.1)}, {}, memory=2.0),
+    Case("kfac-refresh", KFAC, {"lr": 0.01, "model": torch.nn.Identity(), "update_every": 3, "factor_every": 2}, "none",
+         {"eps": (0.1, 0.0)}, {}, memory=2.0),
 ]  # fmt: skip
+
+
+def fixed(case, model):
+    """The options of a case, for parameters of a model."""
+    return {**case.fixed, **({"model": model} if "model" in case.fixed else {})}
 
 
 def having(accept):
@@ -741,7 +752,7 @@ def model_of(case, seed=0, groups=None, **options):
         torch.nn.Linear(6, 2),
     )  # fmt: skip
     given = model.named_parameters() if groups is None else groups(dict(model.named_parameters()))
-    optimizer = case.make(given, **{**case.fixed, **options})
+    optimizer = case.make(given, **{**fixed(case, model), **options})
     data = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(5))
 
     def step():
@@ -1002,7 +1013,7 @@ def test_tied_parameters_are_one(case):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False))
     model[1].weight = model[0].weight
-    optimizer = case.make(model.parameters(), **case.fixed)
+    optimizer = case.make(model.parameters(), **fixed(case, model))
     start = model[0].weight.detach().clone()
     loss = torch.nn.functional.cross_entropy(model(torch.arange(7)), torch.arange(7))
     loss.backward(create_graph=optimizer.is_second_order)
@@ -1182,7 +1193,7 @@ def _train_a_half(rank, folder, names):
             torch.manual_seed(0)
             model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
             parallel = torch.nn.parallel.DistributedDataParallel(model)
-            optimizer = case.make(model.parameters(), **case.fixed)
+            optimizer = case.make(model.parameters(), **fixed(case, model))
             x = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(1))[rank]
             if optimizer.is_second_order:  # the diagonal of this share; steps average it
                 optimizer.hessian_closure = lambda model=model, x=x: model(x).square().mean()

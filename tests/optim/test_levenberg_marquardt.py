@@ -13,8 +13,8 @@ from secant.optim import LevenbergMarquardt
 from secant.optim._bounds import Bounds
 from secant.optim._normal_equations import NormalEquations
 from secant.optim._region import Region, shrink
-from secant.optim._robust import Robust
 from secant.result import Status
+from secant.solvers._robust import Robust
 
 EPS, INF = torch.finfo(torch.float64).eps, math.inf
 LOSSES = ["linear", "soft_l1", "huber", "cauchy"]

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from optimizer_problems import PROBLEMS, quadratic, rosenbrock
 from secant import Status
-from secant.curvature import EvaluatedPoint, Hessian
+from secant.curvature import KFAC, EvaluatedPoint, Hessian
 from secant.optim import CubicNewton, Newton, NewtonCG, SaddleFreeNewton, TrustRegion
-from secant.optim._kronecker import kronecker
 
 F64 = torch.float64
 ALL = {
@@ -434,7 +433,7 @@ def test_kronecker_factors_are_those_of_the_formula():
     b, lam = point.ggn(), 0.3
     with torch.no_grad():
         b._solver_product()
-        solve = kronecker(b, lam, 5)
+        solve = KFAC._around(b, 5).inverse(damping=lam)
         signs = 2.0 * torch.randint(2, (100, 3), generator=b.generator(5), dtype=F64) - 1.0
         delta = signs * math.sqrt(2.0 / 300.0)  # H_L = 2 / (100 * 3) I
         (matrix,) = b._iterate()
@@ -446,7 +445,7 @@ def test_kronecker_factors_are_those_of_the_formula():
         )
         r = torch.randn(3, 13, dtype=F64, generator=torch.Generator().manual_seed(2))
         want = torch.linalg.solve(m, r.reshape(-1)).reshape(3, 13)
-        found = solve(torch.cat([r[:, :-1].reshape(-1), r[:, -1]]))
+        found = solve @ torch.cat([r[:, :-1].reshape(-1), r[:, -1]])
     assert torch.allclose(found, torch.cat([want[:, :-1].reshape(-1), want[:, -1]]), rtol=1e-9)
 
 
@@ -594,3 +593,17 @@ def test_a_maximum_of_a_pair():
     optimizer = TrustRegion([x], curvature="ggn", maximize=True, max_iter=20, tolerance_grad=1e-9)
     assert float(optimizer.step(closure)) == pytest.approx(-2.25 - 6.25)
     assert torch.allclose(x.detach(), torch.full((2,), 2.0, dtype=F64))
+
+
+@every
+def test_a_loss_is_brought_to_the_host_once(name, monkeypatch):
+    """On a GPU each time is a wait; the one more is the loss that a step returns, which stays where it is."""
+    calls = []
+    kind = ALL[name][0]
+    original = kind._loss
+    monkeypatch.setattr(kind, "_loss", lambda self, point: (calls.append(point), original(self, point))[1])
+    x = parameter([-1.2, 1.0])
+    optimizer = make(name, [x], max_iter=30)
+    optimizer.step(lambda: rosenbrock([x]))
+    evaluations = optimizer.state[x]["func_evals"]
+    assert 2 < len(calls) <= evaluations + 1

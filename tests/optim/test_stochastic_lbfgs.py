@@ -219,6 +219,23 @@ def test_closures_that_are_missing_or_not_wanted():
     assert torch.equal(p, torch.ones(3))
 
 
+def test_a_step_without_gradients_learns_nothing():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = StochasticLBFGS([p], pairs="same-batch", damping=False)
+
+    def closure(absent=False):
+        p.grad = None if absent else p.detach() * 2.0
+        return 0.0
+
+    for _ in range(2):
+        optimizer.step(closure)
+    before = p.detach().clone()
+    optimizer.step(lambda: closure(absent=True))
+    assert torch.equal(p, before)
+    assert int(optimizer.state[p]["count"]) == 2
+    assert optimizer.state[p]["step"].item() == 2
+
+
 def test_layouts_that_do_not_fit():
     p, q = torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(TypeError, match=r"StochasticLBFGS: params\[1\]: expected torch.float32 as the first"):

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import types
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -245,7 +246,8 @@ class Row(NamedTuple):
     """One line of the results. There is no timing when the answer was wrong: a wrong answer has no speed.
 
     kind: "backend", "peer" or "limit". timing: of one unit. units: those that were timed. error, tolerance: as `Check`.
-    curve: of a race, (seconds, error) of the start that took the median time.
+    curve: of a race, (seconds, error) of the start that took the median time. figures: what else was measured, plain
+    data by name.
     """
 
     case: Any
@@ -257,6 +259,7 @@ class Row(NamedTuple):
     note: str = ""
     units: int = 1
     curve: tuple[tuple[float, float], ...] = ()
+    figures: Mapping[str, Any] = types.MappingProxyType({})
 
     @property
     def seconds(self) -> float | None:

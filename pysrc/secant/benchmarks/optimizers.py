@@ -21,20 +21,21 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Stopwatch:
-    """A closure that notes when it was entered and left, and what it returned."""
+    """A closure that notes when it was entered and left, and the losses that it returned."""
 
-    def __init__(self, closure: Callable[[], Tensor], clock: Clock) -> None:
+    def __init__(self, closure: Callable[[], Any], clock: Clock) -> None:
         self.closure, self.clock = closure, clock
         self.spans: list[tuple[Any, Any]] = []
         self.losses: list[Tensor] = []
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         """Call the closure."""
         start = self.clock.mark()
-        loss = self.closure()
+        found = self.closure()
         self.spans.append((start, self.clock.mark()))
-        self.losses.append(loss.detach())
-        return loss
+        if isinstance(found, Tensor):
+            self.losses.append(found.detach())
+        return found
 
     def inside(self) -> float:
         """Add up the seconds in the closure; after `clock.wait`."""
@@ -69,7 +70,7 @@ def timed_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor], 
     before = counts(optimizer)
     clock.wait()
     start = clock.mark()
-    optimizer.step(watch)  # type: ignore[arg-type]  # torch's annotation says float
+    optimizer.step(watch)
     end = clock.mark()
     clock.wait()
     after = counts(optimizer)
@@ -128,7 +129,7 @@ class Running:
     def advance(self) -> None:
         """Make one call of `step`."""
         self.expected += ITERATIONS
-        self.optimizer.step(self.watch)  # type: ignore[arg-type]  # torch's annotation says float
+        self.optimizer.step(self.watch)
 
     def inside(self, clock: Clock) -> float:
         """Add up the seconds in the closure; after `clock.wait`."""

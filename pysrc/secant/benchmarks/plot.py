@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -222,6 +223,11 @@ COLORS = {
     "NewtonCG, whole batch": (STEP, "NewtonCG, whole batch"),
     "torch LBFGS": (TORCH, "torch LBFGS"),
     "Adam": ("#B22222", "Adam"),
+    "AdamW": ("#B22222", "AdamW"),
+    "torch Muon": ("#E69F00", "torch Muon"),
+    "Shampoo, default rate": (SECANT, "secant Shampoo, default rate"),
+    "Shampoo": (STEP, "secant Shampoo, tuned"),
+    "SOAP": (BF16, "secant SOAP"),
     "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
     "pytorch-minimize": ("#E69F00", "pytorch-minimize"),
     "scipy": ("#CC79A7", "scipy"),
@@ -320,6 +326,69 @@ def save_races(path: Path, rows: Sequence[Row], footer: str) -> None:
     figure.savefig(path)
 
 
+#: Colours of names that `COLORS` has not.
+_SPARE = ("#CC79A7", "#7fd1b3", "#004c6d", "#b9b9b9", "#6a51a3", "#8a5a00", "#004d3a", "#b35900", "#7a7a00", GREY)
+
+
+def _colored(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Give each name a colour and a label: those of `COLORS`, else one that is spare."""
+    others = [name for name in names if name not in COLORS]
+    spare = {name: (_SPARE[i % len(_SPARE)], name) for i, name in enumerate(others)}
+    return {name: COLORS.get(name) or spare[name] for name in names}
+
+
+def _training_panel(
+    ax: Axes, title: str, below: str, lines: Sequence[tuple[str, str, bool, Sequence[tuple[float, float]]]]
+) -> None:
+    """Draw (label, colour, whether ours, points) each."""
+    drawn = [line for line in lines if line[3]]
+    for _, color, ours, points in drawn:
+        width, marker = (2.4 if ours else 1.5), ("." if len(points) < 10 else "")
+        ax.plot([x for x, _ in points], [y for _, y in points], color=color, linewidth=width, marker=marker)
+        ax.plot(*points[-1], "o", color=color, markersize=5 if ours else 4)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}") if high < 20 * low else NullFormatter())
+    ax.tick_params(axis="y", which="minor", labelsize=8)
+    _bare(ax)
+    _title(ax, title, below)
+    _end_labels(ax, [(label, color, *points[-1]) for label, color, _, points in drawn], 11.0)
+
+
+def save_training(path: Path, rows: Sequence[Row], footer: str) -> None:
+    """Draw a line of panels a task: error against seconds, against steps, and by the learning rate. Write a PNG."""
+    whole = [row for row in rows if "rates" in row.figures]
+    tasks = list(dict.fromkeys(row.case.op for row in whole))
+    colors = _colored(list(dict.fromkeys(row.name for row in whole)))
+    tall = 6.0
+    figure = Figure(figsize=(22.0, tall * len(tasks) + 0.5), dpi=90, facecolor="white")
+    FigureCanvasAgg(figure)
+    top, bottom = 1 - 0.8 / (tall * len(tasks)), 0.9 / (tall * len(tasks))
+    grid = figure.add_gridspec(len(tasks), 3, left=0.04, right=0.9, top=top, bottom=bottom, wspace=0.5, hspace=0.33)
+    for i, op in enumerate(tasks):
+        own = [row for row in whole if row.case.op == op]
+        title, _, _ = own[0].case.title.partition(", to ")
+        panels: tuple[tuple[str, str, Callable[[Row], Sequence[tuple[float, float]]]], ...] = (
+            (title, "error against seconds, the tuned run of the middle start", lambda row: row.curve),
+            ("by steps", "the same run", lambda row: row.figures["by_step"]),
+            (
+                "by learning rate",
+                "error at the end of a run",
+                lambda row: [(x, y) for x, y in row.figures["rates"] if math.isfinite(y)],
+            ),
+        )
+        for k, (above, below, points) in enumerate(panels):
+            ax = figure.add_subplot(grid[i, k])
+            if k == 2:
+                ax.set_xscale("log")
+            lines = [(colors[x.name][1], colors[x.name][0], x.kind == "backend", points(x)) for x in own]
+            _training_panel(ax, above, below, lines if k < 2 else [line for line in lines if len(line[3]) > 1])
+            ax.set_xlabel(("seconds", "steps", "learning rate")[k], fontsize=10, color=INK)
+    figure.text(0.04, 0.2 / (tall * len(tasks)), footer, fontsize=8.5, color="#7a7a7a")
+    figure.savefig(path)
+
+
 def raced(name: str, curve: Sequence[tuple[float, float]]) -> Curve:
     """Make the line of an optimizer, in its colour."""
     color, label = COLORS.get(name, (GREY, name))
@@ -335,6 +404,9 @@ def save_family(path: Path, rows: Sequence[Row], bandwidth: float | None, footer
     Args:
         path: where. rows: at least one. bandwidth: of the run, bytes per second. footer: below everything.
     """
+    if any("rates" in row.figures for row in rows):
+        save_training(path, rows, footer)
+        return
     if any(row.curve for row in rows):
         save_races(path, rows, footer)
         return

@@ -145,6 +145,7 @@ def plain_row(rows: Sequence[Row], row: Row, bandwidth: float | None) -> dict[st
             "speedup_over": ratios(rows, row) if row.kind == "backend" else {},
         }
         | ({"curve": row.curve} if row.curve else {})
+        | ({"figures": dict(row.figures)} if row.figures else {})
     )
 
 

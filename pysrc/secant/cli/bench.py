@@ -15,7 +15,7 @@ import torch
 from secant.benchmarks import machine, report
 from secant.benchmarks.case import Row, everything, no_compile
 from secant.benchmarks.families import NAMES as FAMILIES
-from secant.benchmarks.families import Family, load
+from secant.benchmarks.families import Choice, Family, load
 from secant.benchmarks.measure import fits
 from secant.cli import console
 
@@ -50,13 +50,27 @@ class Budget:
         return False
 
 
-def measure_family(family: Family, device: torch.device, budget: Budget, *, quick: bool, full: bool) -> list[Row]:
-    """Measure every group of cases that there is memory and time for."""
+def measure_family(
+    family: Family, device: torch.device, budget: Budget, *, quick: bool, full: bool, choice: Choice | None = None
+) -> list[Row]:
+    """Measure every group of cases that there is memory and time for, of a choice if there is one."""
     seconds = QUICK_SECONDS if quick else family.seconds * (GPU_SHARE if device.type == "cuda" else 1.0)
-    groups = budget.order(family.groups(device, quick=quick, full=full), lambda cases: cases[0].kind)
     rows: list[Row] = []
     with console.progress(family.title.lower()) as advance:
+        done, count = 0, 1
+
+        def within(share: float, label: str) -> None:
+            """Show how far a group is."""
+            advance((done + share) / count, label)
+
+        if family.choose is not None:
+            family = family.choose(
+                (choice or Choice())._replace(allows=lambda label: budget.allows(label, first=False), advance=within)
+            )
+        groups = budget.order(family.groups(device, quick=quick, full=full), lambda cases: cases[0].kind)
+        count = max(1, len(groups))
         for i, cases in enumerate(groups):
+            done = i
             label = cases[0].label
             if not fits(cases, device):
                 print(f"Left out, for memory: {label}.")
@@ -77,6 +91,7 @@ def run(
     families: Sequence[str] = FAMILIES,
     full: bool = False,
     seconds: float = math.inf,
+    choice: Choice | None = None,
 ) -> dict[str, Any]:
     """Run the benchmarks, print the tables, and write what is asked for.
 
@@ -85,6 +100,7 @@ def run(
             of this name and each other one goes to *-family; the roofline of all goes to *-roofline.
         quick: small inputs, short samples, no torch.compile. families: of `FAMILIES`. full: every size.
         seconds: no case begins later than this after the start; what is left out is printed, and in the data.
+        choice: of tasks, optimizers and starts, for a family with many runs, of which no run begins later either.
 
     Returns:
         The plain data: "machine", "rates", "families" with what `report.as_json` returns of each, and "left_out".
@@ -96,11 +112,12 @@ def run(
     for name in families:
         family = load(name)
         first = machine.bandwidth(device)
-        rows = measure_family(family, device, budget, quick=quick, full=full)
+        rows = measure_family(family, device, budget, quick=quick, full=full, choice=choice)
         best = max(first, machine.bandwidth(device))  # the better of before and after: a disturbance only takes
         about["bandwidth_method"], rate = best.method, best.bytes_per_second
         bars = family.bars(rows, device, rate)
-        console.show(report.rows_table(family.title, rows, rate, bars))
+        for table in family.tables(family.title, rows, rate, bars):
+            console.show(table)
         if bars:
             console.show(report.bars_table(bars, f"Bars: {family.title.lower()}"))
         if plot_path is not None:

@@ -11,10 +11,14 @@ from secant.curvature.fisher import EmpiricalFisher, Fisher
 from secant.curvature.ggn import GGN
 from secant.curvature.hessian import Hessian
 from secant.curvature.jacobian import Jacobian, per_sample_gradients
+from secant.curvature.kfac import EKFAC, KFAC, BlockOperator, KroneckerFactors
 from secant.solvers.lanczos import Eigenpairs
 
 __all__ = [
+    "EKFAC",
     "GGN",
+    "KFAC",
+    "BlockOperator",
     "Damped",
     "Diagonal",
     "Eigenpairs",
@@ -25,6 +29,7 @@ __all__ = [
     "Hessian",
     "Inverse",
     "Jacobian",
+    "KroneckerFactors",
     "LinearOperator",
     "SpectralDensity",
     "Submatrix",

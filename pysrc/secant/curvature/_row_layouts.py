@@ -428,6 +428,7 @@ class Trace:
 
     Args:
         top: the value. layout: of the rows there. reach: the nodes that a parameter is below. slots: of the parameters.
+        statistics: whether those of a batch in a batch norm are taken for constants, so that its samples are apart.
 
     Attributes:
         uses: with the value that is used: a parameter, or one made of parameters alone. nodes: with rows. names: of the
@@ -438,7 +439,7 @@ class Trace:
         NotUnderstood: rows depend on each other, or an operation is not known.
     """
 
-    def __init__(self, top: Edge, layout: Layout, reach: set[Node], slots: Slots) -> None:
+    def __init__(self, top: Edge, layout: Layout, reach: set[Node], slots: Slots, *, statistics: bool = False) -> None:
         self.uses: list[tuple[Use, Edge]] = []
         self.own: set[int] = set()
         self._kept: list[tuple[Tensor, int]] = []
@@ -460,7 +461,10 @@ class Trace:
             self.names.append(name_of(node))
             shape = shape_of(edge)
             inner = [None if kid[0] is None else shape_of(kid) for kid in arguments]
-            found, is_guess = _read(node, lambda: carry(node, number, here, shape, inner))  # noqa: B023
+            if statistics and self.names[-1] == "NativeBatchNormBackward0":
+                found, is_guess = _samples(node, number, here, shape, inner), False
+            else:
+                found, is_guess = _read(node, lambda: carry(node, number, here, shape, inner))  # noqa: B023
             if is_guess:
                 self.guessed = self.guessed or self.names[-1]
             for i in live:

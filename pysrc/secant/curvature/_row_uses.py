@@ -423,8 +423,12 @@ def _batch_norm(node: Node, at: Edge, layout: Layout, index: int, shape: Shape, 
     if index == 2:
         return Broadcast(at, layout, shape, inner, 1.0)
     ones = [1, -1] + [1] * (len(shape) - 2)
-    mean, variance = (t.detach().reshape(ones) for t in (node._saved_running_mean, node._saved_running_var))
-    normal = (node._saved_input.detach() - mean) * (variance + node._saved_eps).rsqrt()
+    if node._saved_training:
+        mean, scale = (t.detach().reshape(ones) for t in (node._saved_result1, node._saved_result2))
+    else:
+        mean, variance = (t.detach().reshape(ones) for t in (node._saved_running_mean, node._saved_running_var))
+        scale = (variance + node._saved_eps).rsqrt()
+    normal = (node._saved_input.detach() - mean) * scale
     return Broadcast(at, layout, shape, inner, normal)
 
 

@@ -115,10 +115,8 @@ class Fisher(_JacobianOperator):
 
     def _middle(self, outputs: Tensor, result: Any) -> _losses.Middle:
         logits = outputs.detach()
-        residuals = torch.stack([self._residual(logits) for _ in range(self.samples)])
+        residuals, scale = self._draws(logits)
         categorical = self.likelihood == "categorical"
-        count = logits.numel() // (logits.shape[-1] if categorical else 1)
-        scale = 1 / (self.samples * (count if self._mean else 1))
 
         def middle(u: Tensor) -> Tensor:
             along = residuals * u
@@ -140,6 +138,12 @@ class Fisher(_JacobianOperator):
             return _losses.OuterMiddle(lambda: iter([(residuals.square().sum(0) * scale).sqrt()]), 1, middle)
         width = logits.shape[-1]
         return _losses.OuterMiddle(factors, logits.numel() // max(1, width), middle)
+
+    def _draws(self, logits: Tensor) -> tuple[Tensor, float]:
+        """Draw residuals (samples, *outputs.shape), and return with them what their squares are multiplied by."""
+        residuals = torch.stack([self._residual(logits) for _ in range(self.samples)])
+        count = logits.numel() // (logits.shape[-1] if self.likelihood == "categorical" else 1)
+        return residuals, 1 / (self.samples * (count if self._mean else 1))
 
     def _residual(self, outputs: Tensor) -> Tensor:
         """d(-log p(y | f))/df with a drawn y."""

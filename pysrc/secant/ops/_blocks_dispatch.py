@@ -23,6 +23,12 @@ def _settled(a: Tensor, *rest: Any) -> tuple[Any, ...]:
     return _flat(a), *rest
 
 
+def _settled_with_basis(*args: Any) -> tuple[Any, ...]:
+    """Lay out the first argument and, behind `info`, the last one, which may have been left out."""
+    *rest, last = args
+    return _flat(rest[0]), *rest[1:], _flat(last) if isinstance(last, Tensor) and last.dim() > 1 else last
+
+
 _inv = _register.Kernel(
     "blocks",
     "inv",
@@ -41,22 +47,22 @@ _solve = _register.Kernel(
 _eigh = _register.Kernel(
     "blocks",
     "eigh",
-    "block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info)",
-    settle=_settled,
+    "block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info, Tensor? basis=None)",
+    settle=_settled_with_basis,
 )
 _abs_inv = _register.Kernel(
     "blocks",
     "abs_inv",
-    "block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info)",
-    settle=_settled,
+    "block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info, Tensor? basis=None)",
+    settle=_settled_with_basis,
     contract=_damped,
 )
 _inv_root = _register.Kernel(
     "blocks",
     "inv_root",
     "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info, "
-    "bool clamped=False)",
-    settle=_settled,
+    "bool clamped=False, Tensor? basis=None)",
+    settle=_settled_with_basis,
     contract=lambda a, p, lam, value, *rest: (a, p, value if lam is None else lam, *rest),
 )
 
@@ -146,33 +152,44 @@ def solve(
     return _finish(x, direct, out), info
 
 
-def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eigh(a: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, info) of a (..., n, n)."""
     values = torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
     vectors = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        _eigh(_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), _line(info))
+        _eigh(_flat(a), values.view(-1, a.shape[-1]), _flat(vectors), _line(info), _hint(basis))
     return values, vectors, info
 
 
-def abs_inv(a: Tensor, floor: Tensor | None, value: float | None) -> tuple[Tensor, Tensor]:
+def _hint(basis: Tensor | None) -> Tensor | None:
+    return None if basis is None else _flat(basis)
+
+
+def abs_inv(a: Tensor, floor: Tensor | None, value: float | None, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(V diag(1 / max(|w|, floor)) V^T, info) of a (..., n, n)."""
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        _abs_inv(_flat(a), floor if floor is None else _line(floor), value, _flat(x), _line(info))
+        _abs_inv(_flat(a), floor if floor is None else _line(floor), value, _flat(x), _line(info), _hint(basis))
     return _with_positive(x, info, floor, info == 0)
 
 
 def inv_root(
-    a: Tensor, p: int, lam: Tensor | None, value: float | None, scaled: bool, clamped: bool = False
+    a: Tensor,
+    p: int,
+    lam: Tensor | None,
+    value: float | None,
+    scaled: bool,
+    clamped: bool = False,
+    basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """((A + damping)^(-1/p), info) of a (..., n, n)."""
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
-        _inv_root(_flat(a), p, lam if lam is None else _line(lam), value, scaled, _flat(x), _line(info), clamped)
+        lam = lam if lam is None else _line(lam)
+        _inv_root(_flat(a), p, lam, value, scaled, _flat(x), _line(info), clamped, _hint(basis))
     return _with_positive(x, info, lam, info >= 0) if clamped else (x, info)
 
 

@@ -200,6 +200,30 @@ class LBFGSHistory(TakesPairs):
         for x in self._state:
             x.zero_()
 
+    def take(self, places: Tensor) -> LBFGSHistory:
+        """Make a history of some of the problems of a batch, with their pairs.
+
+        Args:
+            places: (b,), int64, b >= 1, in any order.
+
+        Raises:
+            ValueError: it is no batch.
+        """
+        if self.batch is None:
+            raise _checks.fail("take", "self", "a history with batch=B", "one of a single problem")
+        new = LBFGSHistory(
+            self.n,
+            self.history_size,
+            batch=len(places),
+            dtype=self.dtype,
+            device=self.device,
+            storage_dtype=self.storage_dtype,
+            curvature_tol=self.curvature_tol,
+        )
+        for mine, theirs in zip(new._state, self._state, strict=True):
+            torch.index_select(theirs, 0, places, out=mine)
+        return new
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return rings, Gram matrices and counters: six tensors of fixed shape (references, as torch's modules)."""
         return {"s": self.s, "y": self.y, "sy": self.sy, "yy": self.yy, "head": self.head, "count": self.count}

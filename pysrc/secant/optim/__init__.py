@@ -4,6 +4,7 @@ from secant.optim.adahessian import AdaHessian
 from secant.optim.bfgs import BFGS
 from secant.optim.block_adam import BlockAdam
 from secant.optim.cubic_newton import CubicNewton
+from secant.optim.kfac import KFAC
 from secant.optim.lbfgs import LBFGS
 from secant.optim.levenberg_marquardt import LevenbergMarquardt
 from secant.optim.muon import Muon
@@ -19,6 +20,7 @@ from secant.optim.trust_region import TrustRegion
 
 __all__ = [
     "BFGS",
+    "KFAC",
     "LBFGS",
     "SOAP",
     "AdaHessian",

@@ -42,6 +42,7 @@ class DiagonalOptimizer(PerParameterOptimizer):
         "update_every": _checks.integer_from(1),
         "seed": _checks.integer_from(0, 2**62),
     }
+    SHARDS = False  # equal probes on several shards would be correlated
 
     hessian_closure: Callable[[], Any] | None = None
     process_group: Any = "auto"
@@ -108,9 +109,6 @@ class DiagonalOptimizer(PerParameterOptimizer):
         super()._check_options(op, options)
         if options["capturable"] and options["update_every"] != 1:
             raise _checks.fail(op, "update_every", "1 where steps are counted on the device", options["update_every"])
-
-    def _takes_shards(self, group: dict[str, Any]) -> bool:
-        return False  # equal probes on several shards would be correlated
 
     @staticmethod
     def _is_due(t: Any, group: dict[str, Any]) -> bool:

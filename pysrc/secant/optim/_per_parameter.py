@@ -41,6 +41,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _checks.HALF else dtype
 
 
+def is_due(t: Any, every: int) -> bool:
+    """Tell whether the t-th step finds anew what is found every so many steps, and at 1, 2, 4, 8, ... before."""
+    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
+
+
+#: Kind, dtype, device and processes (a mesh of devices, or None) that parameters of one batch share.
 _Key = tuple[Hashable, torch.dtype, torch.device, Any]
 
 
@@ -148,8 +154,8 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
         """Learn from the gradients, and move the parameters."""
 
     def _takes_shards(self, group: dict[str, Any]) -> bool:
-        """Tell whether the shards of a parameter that is spread over processes may be updated where they are."""
-        return True
+        """Tell the same for a group, where options decide."""
+        return self.SHARDS
 
     def _kind(self, p: Tensor, group: dict[str, Any]) -> Hashable:
         """Say what parameters have to have in common, dtype and device aside, to be in one batch."""
@@ -444,11 +450,6 @@ def _fitted(op: str, name: str, state: object, like: Mapping[str, Tensor]) -> di
             raise _checks.fail(op, f"{name}[{key!r}]", _checks.describe(x), _checks.describe(got))
         fitted[key] = got.detach().to(dtype=x.dtype, device=x.device, copy=True)
     return fitted
-
-
-def is_due(t: Any, every: int) -> bool:
-    """Tell whether the t-th step refreshes what is refreshed every so often, and at 1, 2, 4, 8, ... before."""
-    return every == 1 or t % every == 0 or (t < every and int(t) & (int(t) - 1) == 0)
 
 
 # Adam, which many a method falls back to, or borrows the length of its steps from -------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -96,6 +97,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
     _free: FlatParameters | None = None  # the parameters that require gradients
     _inside: Tensor | None = None  # their places among all; None: they are all
     _known: EvaluatedPoint | None = None  # a point over the same parameters: what was checked there holds at others
+    _values: MutableMapping[EvaluatedPoint, float]  # losses that were brought to the host, of points that still exist
     _objective: Callable[[], Any]  # the closure; its loss is minimized
     _more: bool = True  # whether the call has another iteration
     _start: Tensor  # where an iteration begins
@@ -144,6 +146,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
 
     def _iterate(self, closure: Callable[[], Any]) -> tuple[Any, Status]:
         self._begin(closure)
+        self._values = weakref.WeakKeyDictionary()
         try:
             self._forgiving = False  # what the closure raises before anything was tried is about the closure
             point = self._evaluate_point()
@@ -152,6 +155,7 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
             loss = self._loss(point)
             return (-loss if self._maximize else loss), self._run(point)
         finally:
+            del self._values
             known = self._known
             if known is not None:
                 known.release()
@@ -252,8 +256,11 @@ class PointOptimizer(FlatOptimizer, abc.ABC):
         return point
 
     def _value(self, point: EvaluatedPoint) -> float:
-        """Bring the loss, as it is minimized, to the host."""
-        return float(self._loss(point))
+        """Bring the loss, as it is minimized, to the host; once for each point."""
+        value = self._values.get(point)
+        if value is None:
+            value = self._values[point] = float(self._loss(point))
+        return value
 
     def _noise(self, value: float) -> float:
         """Bound the rounding error of a loss of this size."""

@@ -134,12 +134,15 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
                 continue
             grads = [batch.grads[i] for i in members]
             tiles = self._tiles_of([batch.params[i] for i in members], [batch.states[i] for i in members], group)
-            if fresh:
+            if fresh and not self.ROTATE:
                 tiles.update_grams(grads, beta_gram=rule.beta_gram, maximize=rule.maximize)
                 self._refresh(tiles, group)
                 tiles.apply(grads, lr=batch.lr, rule=rule)
-            else:
-                tiles.step(grads, lr=batch.lr, rule=rule)
+                continue
+            tiles.step(grads, lr=batch.lr, rule=rule)
+            if fresh:
+                # In a basis of this very gradient most entries are rounding, which Adam would make as large as any.
+                self._refresh(tiles, group)
 
     def _counts(self, batch: Batch) -> list[Any]:
         """Return the numbers of this step, known to the host."""

@@ -67,6 +67,7 @@ class BlockAdam(PerParameterOptimizer):
         "damping": Option("a number in (0, 1)", lambda x: _checks.is_number(x, 0.0, 1.0) and x > 0.0),
         "update_every": _checks.integer_from(1),
     }
+    SHARDS = False  # whose ends cut through blocks
 
     def __init__(
         self,
@@ -109,9 +110,6 @@ class BlockAdam(PerParameterOptimizer):
         n = _size(p, group)
         outer = torch.zeros(-(-p.numel() // n), n, n, dtype=_per_parameter.wide(p.dtype), device=p.device)
         return {"exp_avg": self._zeros(p), "exp_avg_outer": outer, "root": torch.zeros_like(outer)}
-
-    def _takes_shards(self, group: dict[str, Any]) -> bool:
-        return False  # whose ends cut through blocks
 
     def _update(self, batch: Batch) -> None:
         group, averages, outers = batch.group, batch.state("exp_avg"), batch.state("exp_avg_outer")

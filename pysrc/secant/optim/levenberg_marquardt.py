@@ -17,8 +17,8 @@ from secant.optim._flat_optimizer import Callback
 from secant.optim._normal_equations import SOLVER, NormalEquations, Solution
 from secant.optim._point_optimizer import COMMON, Advance
 from secant.optim._region import Region, shrink
-from secant.optim._robust import Robust
 from secant.result import Status
+from secant.solvers._robust import Robust
 
 #: Part of d at which the second derivative along it is measured.
 _PROBE = 0.1

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from secant import _checks
-from secant.curvature import EvaluatedPoint
+from secant.curvature import KFAC, EvaluatedPoint
 from secant.curvature._curvature import CurvatureOperator
 from secant.optim._curvature_optimizer import CURVATURE, CurvatureOptimizer
 from secant.optim._flat_optimizer import RATE, Callback
-from secant.optim._kronecker import kronecker
 from secant.optim._point_optimizer import Advance, PointOptimizer
 from secant.result import Status
 from secant.solvers import ForcingTerm, cg, nystrom
@@ -56,10 +55,11 @@ class NewtonCG(CurvatureOptimizer):
       is a number of the state. Where lambda keeps a step so short that its decrease is lost in the rounding of the
       loss and the step is refused, the call ends with status STALLED, but lambda is multiplied by 2/3: the next call
       goes on with a longer one. Steps along negative curvature leave it as it is.
-    * **preconditioner="kronecker"**, for networks of Linear layers with elementwise functions between and the
-      curvature "ggn" or "fisher": one Kronecker product of two small matrices per layer, of the batch of the curvature,
-      for the time of about three products with B. Together with `adaptive`, which keeps the systems well-posed, an
-      iteration takes 3 or 4 products where it takes 15 without it (a deep autoencoder, 5,544 parameters).
+    * **preconditioner="kronecker"**, for networks of Linear layers, convolutions and embeddings and the curvature "ggn"
+      or "fisher": the inverse of `secant.curvature.KFAC`, one Kronecker product of two small matrices per layer, of the
+      batch of the curvature and one random vector above the outputs, for the time of about three products with B.
+      Together with `adaptive`, which keeps the systems well-posed, an iteration takes 3 or 4 products where it takes 15
+      without it (a deep autoencoder, 5,544 parameters).
     * **preconditioner="nystrom"** spends `rank` products at once on a low-rank approximation of B at each iteration,
       which CG uses as a preconditioner: for systems that otherwise take many times `rank` products. Of a Hessian the
       positive part is used.
@@ -242,11 +242,11 @@ class NewtonCG(CurvatureOptimizer):
         if options["preconditioner"] is None:
             return None, 0
         if options["preconditioner"] == "kronecker":
-            found = kronecker(b, damping, seed)
+            found = KFAC._around(b, seed)
             if found is None:
-                expected = '\'kronecker\' with "ggn" or "fisher" of Linear layers with elementwise functions between'
-                raise _checks.fail(self._name, "preconditioner", expected, "a model that is not made of these")
-            return found, 0
+                expected = '\'kronecker\' with "ggn" or "fisher" of layers, see KFAC'
+                raise _checks.fail(self._name, "preconditioner", expected, "a model without them")
+            return found.inverse(damping=damping)._vector, 0
         rank = min(options["rank"], n)
         sketch = nystrom(b.matmat, n, rank, dtype=b.dtype, device=b.device, seed=seed)
         return sketch.preconditioner(damping), rank

@@ -22,11 +22,12 @@ class SOAP(TiledOptimizer):
         V <- beta2 V + (1 - beta2) G'^2,      W <- (1 - lr w) W - lr Q_L [M'^ / (sqrt(V^) + eps)] Q_R^T,
 
     with ^ for averages corrected for their start at zero. The eigenvectors, in the order of their eigenvalues, are
-    found anew at the steps 1, 2, 4, 8, ... and then every `precondition_frequency`; V stays as it is when they change
-    (moving it to the new basis made training worse). Vectors and scalars take Adam's step.
+    found anew behind the steps 1, 2, 4, 8, ... and then every `precondition_frequency`, never of the gradient that they
+    are applied to: in its own basis most of it is rounding, of which Adam makes steps as long as any. V stays as it is
+    when they change (moving it to the new basis made training worse). Vectors and scalars take Adam's step.
 
-    Where the paper's code skips the first step, for want of a basis, and finds a new one behind a step, here a new
-    basis comes before the step that is due, and is exact rather than one iteration of the QR algorithm.
+    Where the paper's code skips the first step, for want of a basis, here it is Adam's; a new basis is exact, rather
+    than one iteration of the QR algorithm.
 
     A step whose gradient is not finite leaves the tile as it is, parameter and state, and is counted in `skipped`.
 
@@ -64,8 +65,9 @@ class SOAP(TiledOptimizer):
         >>> optimizer = secant.optim.SOAP([w], lr=0.1)
         >>> w.grad = torch.tensor([[3.0, 4.0], [4.0, -3.0]])
         >>> optimizer.step()
-        >>> torch.linalg.svdvals(w.detach())            # one singular value of G, 5, is Adam's step of one in any basis
-        tensor([0.1414, 0.1414])
+        >>> w.detach()                                  # the first step is Adam's
+        tensor([[-0.1000, -0.1000],
+                [-0.1000,  0.1000]])
     """
 
     ROTATE = True

@@ -109,6 +109,7 @@ class StochasticLBFGS(PerParameterOptimizer):
         "clip": _checks.positive_number(),
         "svrg_every": _checks.or_none(_checks.integer_from(1)),
     }
+    SHARDS = False  # a pair is of all parameters
     PER_GROUP = ("lr", "weight_decay")
 
     full_closure: Callable[[], Any] | None = None
@@ -167,9 +168,6 @@ class StochasticLBFGS(PerParameterOptimizer):
                 only = f"(only {', '.join(self.PER_GROUP)} may differ)"
                 raise _checks.fail(op, name, f"{first[name]!r} in every group {only}", repr(options[name]))
 
-    def _takes_shards(self, group: dict[str, Any]) -> bool:
-        return False  # a pair is of all parameters
-
     def _check_parameter(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         super()._check_parameter(name, p, group)
         first = self.param_groups[0]["params"][0]
@@ -213,10 +211,6 @@ class StochasticLBFGS(PerParameterOptimizer):
         counts = {name: torch.zeros((), dtype=torch.int32, device=device) for name in ("head", "count")}
         vectors = {name: torch.zeros(p.shape, dtype=dtype, device=device) for name in _vectors(group)}
         return {**vectors, **rings, **grams, **counts, "place": torch.tensor(len(self.state))}
-
-    def _gather(self) -> list[Batch]:
-        self._bind()
-        return super()._gather()
 
     def _bind(self) -> None:
         """Make one vector of all parameters, in an order that stays; those without a gradient have a state, too."""
@@ -265,24 +259,27 @@ class StochasticLBFGS(PerParameterOptimizer):
         if overlap is not None and kind != "overlap":
             raise _checks.fail(f"{self._name}.step", "overlap", f"None for pairs={kind!r}", "a function")
 
+        self._bind()
         if svrg and closure is None:  # nothing moves, and there is no gradient to keep
-            self._bind()
             return None
         before = self._gradient_of(overlap) if kind == "overlap" and overlap is not None else None
+        flat = self._flat
+        assert flat is not None
+        flat.is_due = False  # unless there are gradients
         self._closure = closure
         try:
             loss = super().step(closure)
         finally:
             self._closure = None
-        flat = self._flat
-        if again is None or flat is None or not flat.is_due:
+        if again is None or not flat.is_due:
             return loss
         flat.offer(flat.moved(), self._gradient_of(again).sub_(flat.gradient if before is None else before))
         return loss
 
     def _gradient_of(self, closure: Callable[[], Any]) -> Tensor:
         """Evaluate a closure for its gradient, and leave those of the parameters as they are."""
-        params = self._flat.params if self._flat else [p for group in self.param_groups for p in group["params"]]
+        assert self._flat is not None
+        params = self._flat.params
         kept = [p.grad for p in params]
         for p in params:
             p.grad = None

@@ -369,18 +369,20 @@ def run_solve(
     return out, info
 
 
-def run_eigh(backend: ModuleType, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def run_eigh(backend: ModuleType, a: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     values = poisoned(*a.shape[:2], dtype=a.dtype, device=a.device)
     vectors = poisoned(*a.shape, dtype=a.dtype, device=a.device)
     info = poisoned(len(a), dtype=torch.int32, device=a.device)
-    backend.eigh(a, values, vectors, info)
+    backend.eigh(a, values, vectors, info, basis)
     return values, vectors, info
 
 
-def run_abs_inv(backend: ModuleType, a: Tensor, floor: float | Tensor) -> tuple[Tensor, Tensor]:
+def run_abs_inv(
+    backend: ModuleType, a: Tensor, floor: float | Tensor, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     out = poisoned(*a.shape, dtype=a.dtype, device=a.device)
     info = poisoned(len(a), dtype=torch.int32, device=a.device)
-    backend.abs_inv(a, floor, out, info)
+    backend.abs_inv(a, floor, out, info, basis)
     return out, info
 
 
@@ -391,10 +393,11 @@ def run_inv_root(
     damping: float | Tensor | None = None,
     scaled: bool = False,
     clamped: bool = False,
+    basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = poisoned(*a.shape, dtype=a.dtype, device=a.device)
     info = poisoned(len(a), dtype=torch.int32, device=a.device)
-    backend.inv_root(a, p, damping, scaled, out, info, clamped)
+    backend.inv_root(a, p, damping, scaled, out, info, clamped, basis)
     return out, info
 
 

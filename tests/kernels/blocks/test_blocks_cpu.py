@@ -194,6 +194,46 @@ def test_the_cap_on_sweeps_is_far(n, dtype):
 
 @real
 @some_sizes
+def test_an_earlier_basis_changes_nothing_but_rounding(n, dtype):
+    """Eigenvectors of a block nearby, each time those of the step before: the ratios of a start from nothing."""
+    a = bm.random_symmetric(n, dtype, WIDEST + 3, 50.0)
+    step = 1e-3 * bm.random_symmetric(n, dtype, WIDEST + 3, 2.0)
+    w, v, _ = bm.run_eigh(cpu, a)
+    for _ in range(40):
+        a = bm.mirrored(a + step)
+        basis = v
+        w, v, info = bm.run_eigh(cpu, a, basis)
+        assert not info.any()
+        assert (w.diff(dim=-1) >= 0).all()
+        assert bm.eigen_ratio(a, w, v) < bm.THRESHOLD
+        assert bm.orthogonality_ratio(v) < bm.THRESHOLD
+    # Each is within 60 n eps / floor^2 of the exact one, as in the test of matrix functions.
+    near = {"rtol": 0, "atol": 120 * n * torch.finfo(dtype).eps / 0.1**2}
+    torch.testing.assert_close(bm.run_abs_inv(cpu, a, 0.1, basis)[0], bm.run_abs_inv(cpu, a, 0.1)[0], **near)
+    warm, cold = (bm.run_inv_root(cpu, a, 2, 0.1, clamped=True, basis=x)[0] for x in (basis, None))
+    torch.testing.assert_close(warm, cold, **near)
+
+
+@real
+@some_sizes
+def test_what_is_no_basis_is_not_used(n, dtype):
+    """Bit for bit, in every lane for itself."""
+    a = bm.random_symmetric(n, dtype, WIDEST + 3, 50.0)
+    _, v, _ = cold = bm.run_eigh(cpu, a)
+    eye = torch.eye(n, dtype=dtype)
+    for basis in (torch.zeros(n, n), torch.full((n, n), math.nan), torch.full((n, n), 1e30), 1.001 * eye):
+        assert same_bits(bm.run_eigh(cpu, a, basis.to(dtype).expand_as(a)), cold)
+    mixed, good = v.clone(), torch.arange(len(a)) % 2 == 0
+    mixed[~good, 0, 0] = math.inf
+    warm, both = bm.run_eigh(cpu, a, v), bm.run_eigh(cpu, a, mixed)
+    assert all(
+        same_bits([b[good]], [x[good]]) and same_bits([b[~good]], [y[~good]])
+        for b, x, y in zip(both, warm, cold, strict=True)
+    )
+
+
+@real
+@some_sizes
 def test_clamped_roots(n, dtype):
     bm.check_clamped_roots(lambda a, p, d: bm.run_inv_root(cpu, a, p, d, clamped=True), n, dtype)
 
@@ -206,6 +246,7 @@ CALLS = {
     "eigh": lambda m, a, b, s: m.eigh(a, *outs(a[:, 0], a)),
     "abs_inv": lambda m, a, b, s: m.abs_inv(a, s, *outs(a)),
     "inv_root": lambda m, a, b, s: m.inv_root(a, 4, s, False, *outs(a)),
+    "eigh, basis": lambda m, a, b, s: m.eigh(a, *outs(a[:, 0], a), a / a.abs().amax()),
     "inv_root, clamped": lambda m, a, b, s: m.inv_root(a, 2, s, False, *outs(a), True),
 }
 calls = pytest.mark.parametrize("call", CALLS)

@@ -89,13 +89,16 @@ def check_call(
     assert got.count == want.count
     accepted = want.stats[6] == 1
     assert got.stats[6] == want.stats[6]
-    off = torch.zeros(n, dtype=F64)
+    off, s_unit, w_unit = torch.zeros(n, dtype=F64), 1.0, 1.0
     if pair is not None:
         y = (pair.y if pair.y_prev is None else pair.y - pair.y_prev).double()
         off = sums_of_products(h, y, dtype) + u * (h @ y).abs()  # of w
         if accepted:
-            assert torch.equal(got.pair[0], want.pair[0])
-            assert ((got.pair[1].double() - want.pair[1].double()).abs() <= off).all()
+            s, w = (pair.s * (pair.t.to(dtype) if isinstance(pair.t, Tensor) else pair.t)).double(), (h @ y).to(dtype)
+            s_unit, w_unit = (float(reference.power_of_two(x @ x)) for x in (s, w.double()))
+            assert torch.equal(got.pair[0].double() * s_unit, s)
+            assert ((got.pair[1].double() * w_unit - w.double()).abs() <= off).all()
+            assert 1 <= torch.linalg.vector_norm(got.pair[0].double()) <= 2
         else:
             assert torch.equal(got.pair.isnan(), kept.pair.isnan())
             assert torch.equal(got.pair.nan_to_num(), kept.pair.nan_to_num())
@@ -110,6 +113,7 @@ def check_call(
     if wanted:
         gd = grad.double()
         s, w = want.pair.double().abs() if accepted else torch.zeros(2, n, dtype=F64)
+        off = off / w_unit  # as is w
         _, c_ss, c_sw, c_ww, _ = want.coefs.abs().tolist()
         a = abs(float(want.coefs[0]))
         slack = a * (sums_of_products(h, gd, dtype) + relative * (h @ gd).abs())
@@ -191,3 +195,33 @@ def check_refused(call: Any, dtype: torch.dtype, device: torch.device = CPU) -> 
         d = torch.empty(n, dtype=dtype, device=device)
         call(state, None, y.to(device), 1e-7, 2, d, None)
         assert torch.equal(d.cpu(), -y)
+
+
+def check_scales(call: Any, dtype: torch.dtype, rule: str, device: torch.device = CPU) -> None:
+    """f times c, a power of two: gradients c g, and H / c to the last bit, as far from 1 as squares leave float32."""
+    n, tol, number = 35, torch.finfo(dtype).eps, RULES.index(rule)
+    draw = torch.Generator().manual_seed(n)
+    a = torch.randn(n, n, dtype=F64, generator=draw)
+    a = a @ a.T / n + 0.5 * torch.eye(n, dtype=F64)
+    start = torch.randn(n, dtype=F64, generator=draw)
+
+    def run(c: float) -> tuple[Dense, list[Tensor]]:
+        state, x, found = a_state(n, dtype, device), start, []
+        g = c * (a @ x).to(dtype)
+        d, g = torch.empty_like(g, device=device), g.to(device)
+        call(state, None, g, tol, number, d, None)
+        for k in range(6):
+            t = 0.3 if k else 0.3 / c
+            x = x + t * d.cpu().double()
+            new = (c * (a @ x).to(dtype)).to(device)
+            call(state, Pair(d, new, g, t), new, tol, number, d, g)
+            assert state.stats[6] == 1
+            found.append(d.cpu().clone())
+        assert state.count == 6
+        return copied(state, CPU), found
+
+    want, directions = run(1.0)
+    for c in (2.0**-83, 2.0**83):  # 1e-25, 1e25
+        got, found = run(c)
+        assert all(map(torch.equal, found, directions))
+        assert torch.equal(reference.dense_matrix(got) * c, reference.dense_matrix(want))

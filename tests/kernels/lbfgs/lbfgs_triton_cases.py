@@ -553,6 +553,11 @@ def dense_update_refuses_a_pair(dtype: torch.dtype) -> None:
     dense.check_refused(dense_call, dtype, device)
 
 
+@case(*((dtype, rule) for dtype in (F32, F64) for rule in dense.RULES))
+def dense_update_of_scales_far_from_one(dtype: torch.dtype, rule: str) -> None:
+    dense.check_scales(dense_call, dtype, rule, device)
+
+
 @case((1500, F32, "ssbroyden"), (2049, F64, "ssbroyden"), gpu=True)
 def dense_update_of_many_rows(n: int, dtype: torch.dtype, rule: str) -> None:
     dense.check_run(dense_call, n, dtype, rule, device)

@@ -133,6 +133,13 @@ def test_pairs_that_are_refused(backend, dtype):
     dense.check_refused(backend.dense_update, dtype)
 
 
+@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize("rule", RULES)
+@dtypes
+def test_scales_far_from_one(backend, rule, dtype):
+    dense.check_scales(backend.dense_update, dtype, rule)
+
+
 def test_it_repeats_bit_for_bit():
     """Whatever the threads do; also those that a large triangle gets by itself."""
     n = 1100

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from secant.kernels.lbfgs import reference
-from secant.kernels.lbfgs.contract import EXTRAS, Pair, State
+from secant.kernels.lbfgs.contract import EXTRAS, RULES, Dense, Pair, State
 
+import lbfgs_dense as dense
 import lbfgs_parts as parts
 from lbfgs_update import call_update
 
@@ -209,6 +210,54 @@ def test_graph_of_the_parts(backend):
             x.copy_(y)
         graph.replay()
         for x, y in zip((*state, *outs[2:]), (*want, *outs[:2]), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("n", [1, 65, 128, 1000, 2049])
+def test_dense_update(backend, n, dtype, rule):
+    dense.check_run(backend.dense_update, n, dtype, rule, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_dense_update_of_hostile_input(backend, dtype):
+    dense.check_spoilt(backend.dense_update, dtype, DEVICE)
+    dense.check_refused(backend.dense_update, dtype, DEVICE)
+    for rule in RULES:
+        dense.check_scales(backend.dense_update, dtype, rule, DEVICE)
+
+
+@pytest.mark.parametrize("n", [100, 3000])
+def test_graph_of_dense_updates(backend, n):
+    """Captured once, replayed from the state of the start, with the bits of a call; nothing synchronises."""
+    start = dense.a_state(n, F32, DEVICE)
+    step = torch.full((1,), 0.5, dtype=F64, device=DEVICE)
+    given = [torch.randn(n, device=DEVICE) for _ in range(3)]
+    given[1] = given[0] / 2 + given[2]  # y' = s / 2
+
+    def call(state: Dense, s: torch.Tensor, g: torch.Tensor, prev: torch.Tensor) -> None:
+        backend.dense_update(state, Pair(s, g, prev, step), g, 1e-7, 2, s, prev)
+        backend.dense_update(state, None, g, 1e-7, 2, s, None)
+
+    want, state = dense.copied(start), dense.copied(start)
+    outs, held = [x.clone() for x in given], [x.clone() for x in given]
+    call(dense.copied(start), *(x.clone() for x in given))  # compiles and plans
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(want, *outs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert want.stats[1] > 0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(state, *held)
+    for _ in range(2):
+        for x, y in zip((*state, *held), (*start, *given), strict=True):
+            x.copy_(y)
+        graph.replay()
+        for x, y in zip((*state, *held), (*want, *outs), strict=True):
             assert torch.equal(x, y)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
-from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 import torch
+from secant.kernels import _cuda_driver
 from secant.kernels.lbfgs import plan, reference
 from secant.kernels.lbfgs.contract import Pair
 from torch import Tensor
@@ -547,11 +547,15 @@ def test_one_update_is_the_same_bits_in_parts(launcher):
 
 @pytest.mark.parametrize(
     ("name", "members"),
-    [("Update", (plan.UpdateCall, plan.UpdatePlan)), ("TwoLoop", (plan.TwoLoopCall, plan.TwoLoopPlan))],
+    [
+        ("Update", (plan.UpdateCall, plan.UpdatePlan)),
+        ("TwoLoop", (plan.TwoLoopCall, plan.TwoLoopPlan)),
+        ("DenseUpdate", (plan.DenseCall, plan.DensePlan)),
+    ],
 )
 def test_members_of_the_structs(name, members):
     """The planner packs what cuda.cu reads: the same names and types in the same order."""
-    text = (Path(plan.__file__).parent / "cuda.cu").read_text()
+    text = _cuda_driver.device_code("lbfgs")
     body = re.sub(r"//[^\n]*", "", re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL).group(1))
     types = {"u64": plan.Pointer, "i64": plan.Long, "double": plan.Double, "int": plan.Int}
     groups = re.findall(r"(\w+) ([^;]+);", body)

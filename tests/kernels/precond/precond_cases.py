@@ -384,3 +384,22 @@ def newton_schulz(
     most = sum(size * a**i for i in range(5)) * 1.2 + (unit(dtype) * 1.2 if dtype is not arithmetic(dtype) else 0)
     error = torch.linalg.matrix_norm(out.cpu().double() - want, ord="fro").max()
     assert error <= most * math.sqrt(k), f"{float(error):.3g} of {most * math.sqrt(k):.3g}"
+
+
+def odd_matrices(backend: Any, device: Any = "cpu") -> None:
+    """Zero stays zero, tiny and huge ones are scaled, and one that is not finite leaves its neighbours alone."""
+    x = torch.randn(6, 12, 20, generator=torch.Generator().manual_seed(0))
+    whole, out = torch.empty_like(x, device=device), torch.empty_like(x, device=device)
+    args = (5, 3.4445, -4.7750, 2.0315, 1e-30)
+    backend.newton_schulz(x.to(device), *args, whole)
+    y = x.clone()
+    y[1] = 0
+    y[2] *= 2.0**-70  # exactly
+    y[3] *= 2.0**100
+    y[4, 3, 3] = math.nan
+    backend.newton_schulz(y.to(device), *args, out)
+    whole, out = whole.cpu(), out.cpu()
+    assert torch.equal(out[1], torch.zeros(12, 20))
+    torch.testing.assert_close(out[2:4], whole[2:4], rtol=1e-4, atol=1e-5)
+    assert bool(out[4].isnan().all())
+    assert torch.equal(out[[0, 5]], whole[[0, 5]])

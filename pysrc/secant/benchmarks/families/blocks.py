@@ -58,6 +58,8 @@ SIZES, DOUBLE = (2, 3, 4, 6, 8, 9, 12, 16, 24, 32, 48, 64), (3, 6, 9, 16, 32)
 EVERY_SIZE = tuple(range(1, 65))
 #: Sizes of the batches that are chosen by the cache.
 SMALL_SIZES = tuple(range(1, 17))
+#: Rows and number of the blocks of small batches, and how many times faster than torch.linalg.eigh they have to be.
+FEW = {(64, 1): 1.0, (64, 4): 2.0, (64, 32): 2.0, (32, 1): 1.0, (32, 8): 3.0}
 #: Bound on LAPACK's test ratios, from the input of its tests of linear equations; taken for eigenvectors too.
 THRESHOLD = 30.0
 #: Elements that are checked at a time.
@@ -70,13 +72,17 @@ Answer = tuple[Tensor, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Case(Base):
-    """Op and assumption of `KINDS`; `batch` blocks of n rows; held: of `HELD`, for a batch chosen by the cache."""
+    """Op and assumption of `KINDS`; `batch` blocks of n rows; held: of `HELD`, for a batch chosen by the cache.
+
+    few: whether the batch is one of so few blocks that their number is part of the name.
+    """
 
     assume: str
     n: int
     batch: int
     dtype: torch.dtype = torch.float32
     held: str = ""
+    few: bool = False
 
     UNIT = "block"
     KIND = ("op", "assume")
@@ -92,12 +98,17 @@ class Case(Base):
     @property
     def label(self) -> str:
         """Add the dtype, and where the batch lies."""
-        return f"{self.title}, {dtype_name(self.dtype)}" + (f", batch in {self.held}" if self.held else "")
+        batch = f", batch in {self.held}" if self.held else ""
+        if self.few:
+            batch = f", {self.batch} block" + "s" * (self.batch > 1)
+        return f"{self.title}, {dtype_name(self.dtype)}{batch}"
 
     @property
     def series(self) -> tuple[str, int] | None:
         """Join each kind in float32."""
-        return (self.title.rpartition(",")[0], self.n) if self.dtype is torch.float32 and not self.held else None
+        if self.dtype is not torch.float32 or self.held or self.few:
+            return None
+        return self.title.rpartition(",")[0], self.n
 
     @property
     def function(self) -> str:
@@ -342,8 +353,9 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
     """
     if quick:
         return [[case] for case in small_cases()]
-    held = held_cases() if full and device.type == "cpu" else []
-    return [[case] for case in (*cases(device, full=full), *held)]
+    cpu = device.type == "cpu"
+    held, few = held_cases() if full and cpu else [], few_cases() if cpu else []
+    return [[case] for case in (*cases(device, full=full), *few, *held)]
 
 
 def cases(device: torch.device, *, full: bool = False) -> list[Case]:
@@ -364,6 +376,15 @@ def held_cases() -> list[Case]:
     """List inverses of SPD blocks, the batch inside and outside of the last-level cache of a CPU."""
     cpu = torch.device("cpu")
     return [Case("block_inv", "spd", n, batch_of(n, cpu, held), held=held) for n in SMALL_SIZES for held in HELD]
+
+
+def few_cases() -> list[Case]:
+    """List eigenproblems of so few blocks that each has to be fast by itself, as optimizers ask for."""
+    return [
+        Case("block_eigh", "symmetric", n, batch, dtype, few=True)
+        for dtype in (torch.float32, torch.float64)
+        for n, batch in FEW
+    ]
 
 
 def small_cases() -> list[Case]:
@@ -424,12 +445,16 @@ GPU_GOALS = (
 )
 
 
+#: For batches of few blocks on two cores, the same for both dtypes.
+FEW_GOALS = {key: Goal("block_eigh", ("symmetric",), (key[0],), _EIGH, factor) for key, factor in FEW.items()}
 #: For batches that are chosen by the cache, which is what they differ in.
 HELD_GOALS = (Goal("block_inv", _SPD, SMALL_SIZES, (COPY,), 2.5),)
 
 
 def goals(case: Case, device: torch.device) -> list[Goal]:
     """List the bars that hold for a case; none for a batch of another size than theirs."""
+    if case.few:
+        return [FEW_GOALS[case.n, case.batch]]
     if case.batch != batch_of(case.n, device, case.held, case.dtype):
         return []
     table = HELD_GOALS if case.held else GPU_GOALS if device.type == "cuda" else CPU_GOALS
@@ -440,7 +465,9 @@ def bars(rows: Sequence[Row], device: torch.device, bandwidth: float = 0.0) -> l
     """List every bar that holds for a measured case, against the fastest of its peers or the copy."""
     cases = dict.fromkeys(row.case for row in rows)
     of = ((case, goal) for case in cases for goal in goals(case, device))
-    return [speed_bar(rows, case, goal.against, goal.target(case.dtype)) for case, goal in of]
+    return [
+        speed_bar(rows, case, goal.against, goal.factor if case.few else goal.target(case.dtype)) for case, goal in of
+    ]
 
 
 FAMILY = Family("Blocks", 0.4, groups, bars)

@@ -27,14 +27,18 @@ class Robust(NamedTuple):
 
     name: str
     scale: float
+    batched: bool = False  # whether residuals are (B, k), a problem each, and losses (B,)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x.sum(-1) if self.batched else x.sum()
 
     def _squares(self, residuals: Tensor) -> Tensor:
         return (residuals / self.scale).square()
 
     def value(self, residuals: Tensor) -> Tensor:
-        """Return the loss ()."""
+        """Return the loss (), or (B,)."""
         if self.name == "linear":
-            return 0.5 * residuals.square().sum()
+            return 0.5 * self._sum(residuals.square())
         z = self._squares(residuals)
         if self.name == "soft_l1":
             rho = 2.0 * z / ((1.0 + z).sqrt() + 1.0)
@@ -42,7 +46,7 @@ class Robust(NamedTuple):
             rho = torch.where(z <= 1.0, z, 2.0 * z.sqrt() - 1.0)
         else:
             rho = z.log1p()
-        return 0.5 * self.scale**2 * rho.sum()
+        return 0.5 * self.scale**2 * self._sum(rho)
 
     def decrease(self, before: Tensor, after: Tensor) -> Tensor:
         """Return value(before) - value(after), of differences that are taken row by row before anything is rounded.
@@ -52,7 +56,7 @@ class Robust(NamedTuple):
         """
         product = (before - after) * (before + after)
         if self.name == "linear":
-            return 0.5 * product.sum()
+            return 0.5 * self._sum(product)
         z, y, difference = self._squares(before), self._squares(after), product / self.scale**2
         if self.name == "soft_l1":
             rho = 2.0 * difference / ((1.0 + z).sqrt() + (1.0 + y).sqrt())
@@ -63,7 +67,7 @@ class Robust(NamedTuple):
             rho = torch.where(both, difference, torch.where(neither, outside, across))
         else:
             rho = difference.sign() * (difference.abs() / (1.0 + torch.minimum(y, z))).log1p()
-        return 0.5 * self.scale**2 * rho.sum()
+        return 0.5 * self.scale**2 * self._sum(rho)
 
     def linearized(self, residuals: Tensor) -> tuple[Tensor, Tensor | None]:
         r"""Return u and w such that the gradient is J^T W u and the curvature J^T W^2 J, W = diag(w); None for I.
