@@ -128,6 +128,8 @@ class PerParameterOptimizer(torch.optim.Optimizer, abc.ABC):
     }
     #: Whether gradients are handed over in the dtype of the state, and negated where the function is maximized.
     READY: ClassVar[bool] = True
+    #: Whether the shards of a parameter that is spread over processes (a DTensor) may be updated where they are.
+    SHARDS: ClassVar[bool] = True
 
     #: Whether gradients need a graph: `loss.backward(create_graph=True)`. Trainers ask for it by this name.
     is_second_order: bool = False

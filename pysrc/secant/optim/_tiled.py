@@ -40,6 +40,7 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
         "state_dtype": _checks.one_of(None, torch.float32, torch.float64, torch.bfloat16),
     }
     READY = False
+    SHARDS = False
 
     _tiles: dict[Any, tuple[ops.Tiles, list[Any]]]  # with the states, so that no other dictionary gets their ids
     _host: dict[int, int]  # step of each parameter, where the tensor that counts must not be read
@@ -88,9 +89,6 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
                     members.setdefault((p.dtype, p.device), []).append(p)
             for params in members.values():
                 self._refresh(self._tiles_of(params, [self.state[p] for p in params], group), group)
-
-    def _takes_shards(self, group: dict[str, Any]) -> bool:
-        return False
 
     def _kind(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state.get(p)
