@@ -173,6 +173,8 @@ def blocks(name: str) -> Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, 
             args["floor"] = f.number(0.01)
         elif name == "block_inv_root":
             args["p"] = f.pick((1, 2, 4, 3)) if f.spoil(0.1) else f.pick((1, 2, 4))
+        if name in ("block_eigh", "block_abs_inv", "block_inv_root") and f.chance(0.3):
+            args["vectors"] = f.tensor(f.normal(*batch, n, n, dtype=dtype))
         if name in ("block_inv", "block_solve", "block_inv_root", "block_function"):
             lam = f.pick((None, f.number(0.1), ("scale", f.number(0.1)), f.tensor(torch.full(batch, 0.1, dtype=dtype))))
             if name == "block_inv_root" and f.chance(0.3):
