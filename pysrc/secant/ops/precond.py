@@ -299,7 +299,7 @@ class Tiles:
                 so many matrices, the largest first, and all of them get all.
         """
 
-        def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
+        def of(group: _Side, a: Tensor, mine: slice, old: Tensor) -> tuple[Tensor, Tensor]:
             new, good = _root(a, root, damping)
             if beta_gram is not None:
                 new = new * group.corrections(beta_gram, 1 / root, a)[mine, None, None]
@@ -316,15 +316,15 @@ class Tiles:
             process_group: as for `refresh`.
         """
 
-        def of(group: _Side, a: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
+        def of(group: _Side, a: Tensor, mine: slice, old: Tensor) -> tuple[Tensor, Tensor]:
             if group.padding is not None:  # larger than all others, so that what is not there comes last
                 _diagonal(a).add_(group.padding[mine] * (_diagonal(a).sum(1, keepdim=True) + 1))
-            _, vectors, good = _eigh(a)
+            _, vectors, good = _eigh(a, old.to(a.dtype))
             return vectors, good
 
         self._refresh(of, process_group)
 
-    def _refresh(self, of: Callable[[_Side, Tensor, slice], tuple[Tensor, Tensor]], process_group: Any) -> None:
+    def _refresh(self, of: Callable[[_Side, Tensor, slice, Tensor], tuple[Tensor, Tensor]], process_group: Any) -> None:
         """Replace the roots by what a function makes of averages; those that are not good stay."""
         size = 1 if process_group is None else process_group.size()
         first = 0  # rank that has the first matrix of a group: one after the other has one more
@@ -334,7 +334,7 @@ class Tiles:
             mine = slice(rank, None, size)
             old = group.roots_of(mine)
             if len(old):
-                new, good = of(group, group.averages_of(mine), mine)
+                new, good = of(group, group.averages_of(mine), mine, old)
                 old = torch.where(good[:, None, None], new.to(old.dtype), old)
             if size > 1:
                 old = _interleaved(old, count, first, process_group)
@@ -479,10 +479,10 @@ def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=1, dim2=2)
 
 
-def _eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, vectors, which came out) of symmetric matrices."""
+def _eigh(a: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, vectors, which came out) of symmetric matrices; `near`: eigenvectors of what they were before."""
     if a.shape[-1] <= MAX_N:
-        w, v, info = block_eigh(a)
+        w, v, info = block_eigh(a, vectors=near)
         return w, v, info == 0
     good = a.isfinite().all(-1).all(-1)
     w, v = torch.linalg.eigh(torch.where(good[:, None, None], a, 0.0))
