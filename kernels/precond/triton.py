@@ -113,13 +113,13 @@ def _over(x, y):
 
 @triton.jit
 def _begin(size, pieces, i):
-    """Where a piece of a side begins."""
+    """Compute where a piece of a side begins."""
     return i * (size // pieces) + tl.minimum(i, size % pieces)
 
 
 @triton.jit
 def _number(value, ptr):
-    """A number, or what a tensor holds, in float64."""
+    """Read a number, or what a tensor holds, in float64."""
     if ptr is None:
         return tl.full((), value, tl.float64)
     else:
@@ -150,7 +150,7 @@ def _average(packed, product, size, i, LINE: tl.constexpr, good, beta_gram: tl.f
 
 @triton.jit
 def _adam(m, v, mask, unbias1, unbias2, eps: tl.float64, C: tl.constexpr):
-    """A = M^ / (sqrt(V^) + eps), zero outside."""
+    """Compute A = M^ / (sqrt(V^) + eps), zero outside."""
     below = _root_of(v * unbias2.to(C)) + tl.full((), eps, tl.float64).to(C)
     return tl.where(mask, _over(m * unbias1.to(C), tl.where(mask, below, 1.0)), 0.0)
 

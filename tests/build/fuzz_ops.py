@@ -302,7 +302,11 @@ def inverse_hessian(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
             state = {name: x.clone() for name, x in own.state_dict().items()}
             state[key].view(-1)[0] = value
             own.load_state_dict(state)
-        own.step(grad, 0.5 * grad, direction.clone(), t)
+        # What is no tensor goes in as it is.
+        before, along = (
+            scale * x.clone() if isinstance(x, Tensor) else x for x, scale in ((grad, 0.5), (direction, 1.0))
+        )
+        own.step(grad, before, along, t)
         return own.direction(grad)
 
     key = f.pick(("h", "pair", "coefs", "count")) if f.spoil(0.3) else None
