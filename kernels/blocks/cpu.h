@@ -21,8 +21,8 @@ struct Blocks {
   bool scaled;  // damping multiplies the diagonal
   bool spd;
   bool clamped;  // of a root: negative eigenvalues count as 0, and the damping is relative to the largest
-  int root;     // 1, 2, 4: the power -1 / root of A; 0: |A|^-1
-  int threads;  // 0: as many as pay off
+  int root;      // 1, 2, 4: the power -1 / root of A; 0: |A|^-1
+  int threads;   // 0: as many as pay off
 };
 
 // One entry per arithmetic: float32 (0), float64 (1).
