@@ -10,7 +10,7 @@ import torch as _torch  # noqa: F401  (first: the extension binds to the OpenMP 
 
 from secant import curvature, glm, ops, optim, solvers
 from secant._errors import BackendError, SecantWarning, SingularWarning
-from secant._fits import curve_fit
+from secant._fits import CurveFit, curve_fit
 from secant._version import __version__
 from secant.backends import current_backend, use_backend
 from secant.minimize import least_squares, minimize
@@ -20,6 +20,7 @@ from secant.result import Iteration, OptimizeResult, Status
 
 __all__ = [
     "BackendError",
+    "CurveFit",
     "InverseHessian",
     "Iteration",
     "LBFGSHistory",
