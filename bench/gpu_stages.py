@@ -50,12 +50,13 @@ def _test_files(folder: str) -> list[str]:
 
 
 def _other_files(families: Sequence[str]) -> list[str]:
-    """List those outside of `tests/kernels` that touch these families; what is of no family touches all."""
+    """List those outside of the folders of families that touch these; what is of no family touches all."""
     found = []
     for path in _test_files("tests"):
         parts = Path(path).with_suffix("").parts[1:]
         of = [family for family, words in WORDS.items() if any(word in part for word in words for part in parts)]
-        if parts[0] != "kernels" and (not of or set(of) & set(families)):
+        apart = parts[0] == "kernels" and parts[1] in FAMILIES
+        if not apart and (not of or set(of) & set(families)):
             found.append(path)
     return found
 

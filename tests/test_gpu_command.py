@@ -132,7 +132,9 @@ def test_the_tests_of_a_family():
     everything = stages._other_files(runs_of.FAMILIES)
     assert "tests/gpu/test_whole_iterations.py" in everything
     assert "tests/glm/test_glm_gpu.py" in everything
-    assert not any(path.startswith("tests/kernels") for path in everything)
+    folders = tuple(f"tests/kernels/{family}/" for family in runs_of.FAMILIES)
+    assert not any(path.startswith(folders) for path in everything)
+    assert "tests/kernels/precond/test_precond_gpu.py" in everything  # a family without a benchmark of its own
     assert [path for path in everything if path not in stages._other_files(("blocks",))] == [
         "tests/glm/test_glm_gpu.py"
     ]

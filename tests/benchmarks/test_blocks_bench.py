@@ -429,7 +429,7 @@ def test_batches_inside_and_outside_of_the_last_level_cache(monkeypatch):
         assert [(goal.factor, goal.against) for goal in blocks.goals(case, CPU)] == [(2.5, (COPY,))]
     assert blocks.goals(held[0].replace(batch=7), CPU) == []
     full = [case for group in blocks.groups(CPU, full=True) for case in group]
-    assert full == [*blocks.cases(CPU, full=True), *held]
+    assert full == [*blocks.cases(CPU, full=True), *blocks.few_cases(), *held]
     assert len({case.label for case in full}) == len(full)
 
 
