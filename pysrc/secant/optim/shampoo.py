@@ -29,9 +29,9 @@ class Shampoo(TiledOptimizer):
     `precondition_frequency`. Vectors and scalars take Adam's step A.
 
     With e = 1/2, the default, P is the step of a Kronecker product whose factors are optimal in the sense of Morwani et
-    al.; 1/4 is the exponent of the paper. The default rates of the averages, the damping, and the graft of each tile to
-    Adam are heuristics that were chosen on a small transformer; a tile's length is Adam's, so that rates of AdamW are
-    of the right order: start from 3 times as much.
+    al.; 1/4 is the exponent of the paper. The default rates, of the averages too, the damping, and the graft of each
+    tile to Adam are heuristics that were chosen on a small transformer and an autoencoder; a tile's length is Adam's,
+    so that rates of AdamW are of the right order.
 
     A step whose gradient is not finite leaves the tile as it is, parameter and state, and is counted in `skipped`.
 
@@ -94,7 +94,7 @@ class Shampoo(TiledOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor = 3e-2,
         betas: tuple[float, float] = (0.9, 0.95),
         beta_gram: float = 0.95,
         eps: float = 1e-8,
