@@ -1,71 +1,16 @@
 // Runs the `hvp` kernels over every path, on buffers of exactly their size, under the sanitizers: with inputs as they
 // should be, with indices and classes out of range, and with every allocation failing in turn.
-#include <atomic>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <new>
-#include <random>
-#include <vector>
 
 #include "../../kernels/hvp/cpu_ops.h"
+// After the kernels.
+#include "sanitize.h"
 
-using namespace SECANT_ISA;
 using secant::HvpCrossEntropy;
 using secant::HvpGram;
 using secant::HvpRows;
 
-// The aligned allocations are those of the kernels. One of them fails: the next when `countdown` is 0.
-static std::atomic<int> countdown{-1}, failed{0};
-void* operator new(std::size_t size, std::align_val_t alignment) {
-  if (countdown.fetch_sub(1) == 0) {
-    ++failed;
-    throw std::bad_alloc();
-  }
-  const auto step = static_cast<std::size_t>(alignment);
-  void* const p = std::aligned_alloc(step, (size + step - 1) / step * step);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-
 namespace {
-
-void expect(bool right, const char* what) {
-  if (right) return;
-  std::printf("wrong: %s\n", what);
-  std::exit(1);
-}
-
-std::mt19937 random_bits(0);
-
-template <class S>
-S entry();
-template <>
-float entry<float>() {
-  return std::normal_distribution<float>()(random_bits);
-}
-template <>
-double entry<double>() {
-  return std::normal_distribution<double>()(random_bits);
-}
-template <>
-bf16 entry<bf16>() {
-  return Round<bf16>::from(entry<float>());
-}
-template <>
-f16 entry<f16>() {
-  return Round<f16>::from(entry<float>());
-}
-
-template <class S>
-std::vector<S> numbers(int64_t size) {
-  std::vector<S> x(static_cast<size_t>(size));
-  for (S& e : x) e = entry<S>();
-  return x;
-}
 
 // Classes of n rows, all of them in turn.
 std::vector<int64_t> labels(int64_t n, int64_t k) {
@@ -208,23 +153,6 @@ void classes(void (*rows)(const HvpRows&), int64_t n, int64_t k, int threads) {
     targets[static_cast<size_t>(n / 2)] = wrong;
     rows(c);
     expect(value != value && out[0] != out[0], "NaN for a class out of range");
-  }
-}
-
-// Each allocation of a call fails in turn: the caller gets the exception, whichever thread it was.
-template <class F>
-void without_memory(const F& call) {
-  for (int i = 0;; ++i) {
-    failed = 0, countdown = i;
-    bool thrown = false;
-    try {
-      call();
-    } catch (const std::bad_alloc&) {
-      thrown = true;
-    }
-    countdown = -1;
-    expect(thrown == (failed > 0), "an exception for an allocation that failed");
-    if (failed == 0) return expect(i > 0, "a kernel that allocates");
   }
 }
 

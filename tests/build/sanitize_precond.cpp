@@ -1,61 +1,18 @@
 // The `precond` kernels on buffers of exactly their size, for AddressSanitizer and UndefinedBehaviorSanitizer to watch:
 // every tail, sides that are there and not, dtypes of tensors and states, strides, gradients that are not finite, one
 // thread and more, and with every allocation failing in turn.
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <new>
-#include <random>
-#include <vector>
 
 #include "../../kernels/precond/cpu_ops.h"
+// After the kernels.
+#include "sanitize.h"
 
-using namespace SECANT_ISA;
 using secant::NewtonSchulz;
 using secant::PrecondLayout;
 using secant::PrecondStep;
 using secant::PrecondTensor;
 
-// The aligned allocations are those of the kernels. One of them fails: the next when `countdown` is 0.
-static std::atomic<int> countdown{-1}, failed{0};
-void* operator new(std::size_t size, std::align_val_t alignment) {
-  if (countdown.fetch_sub(1) == 0) {
-    ++failed;
-    throw std::bad_alloc();
-  }
-  const auto step = static_cast<std::size_t>(alignment);
-  void* const p = std::aligned_alloc(step, (size + step - 1) / step * step);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-
 namespace {
-
-void expect(bool right, const char* what) {
-  if (right) return;
-  std::printf("wrong: %s\n", what);
-  std::exit(1);
-}
-
-std::mt19937 random_bits(0);
-
-template <class S>
-std::vector<S> numbers(int64_t size) {
-  std::vector<S> x(static_cast<size_t>(size));
-  for (S& e : x) {
-    if constexpr (sizeof(S) == 8) {
-      e = std::normal_distribution<double>()(random_bits);
-    } else {
-      e = Round<S>::from(std::normal_distribution<float>()(random_bits));
-    }
-  }
-  return x;
-}
 
 // One tensor with its states; sides: 1 left, 2 right.
 template <class S, class Q>
@@ -121,23 +78,6 @@ void newton_schulz(void (*kernel)(const NewtonSchulz&), int64_t batch, int64_t m
   const auto x = numbers<S>(batch * m * n);
   std::vector<S> out(x.size());
   kernel({batch, m, n, x.data(), 5, 3.4445, -4.775, 2.0315, 1e-7, out.data(), threads});
-}
-
-// Each allocation of a call fails in turn: the caller gets the exception, whichever thread it was.
-template <class F>
-void without_memory(const F& call) {
-  for (int i = 0;; ++i) {
-    failed = 0, countdown = i;
-    bool thrown = false;
-    try {
-      call();
-    } catch (const std::bad_alloc&) {
-      thrown = true;
-    }
-    countdown = -1;
-    expect(thrown == (failed > 0), "an exception for an allocation that failed");
-    if (failed == 0) return expect(i > 0, "a kernel that allocates");
-  }
 }
 
 }  // namespace
