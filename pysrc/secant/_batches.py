@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secant import _checks
 from secant._fits import by_place, summary
-from secant._functions import Malformed, start
+from secant._functions import Malformed, batched_start, check_functions
 from secant.result import OptimizeResult
 from secant.solvers.batched_lbfgs import batched_lbfgs
 
@@ -59,13 +59,8 @@ def batched_minimize(
     op: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: Any, settings: Mapping[str, Any]
 ) -> OptimizeResult:
     """Run L-BFGS on B problems; the arguments are those of `secant.minimize`."""
-    if not callable(fun):
-        raise TypeError(f"{op}: fun: expected a function, got {_checks.describe(fun)}")
-    if not (jac is None or isinstance(jac, bool) or callable(jac)):
-        raise _checks.fail(op, "jac", "None (by autograd), True, or a function", _checks.describe(jac))
-    x, form = start(op, x0)
-    if x.dim() != 2:
-        raise _checks.fail(op, "x0", "shape (B, n), as batch=True says", f"shape {tuple(x.shape)}")
+    check_functions(op, fun, jac)
+    x, form = batched_start(op, x0, "n")
     found = batched_lbfgs(
         _Values(op, fun, jac, x, args), x, history_size=settings["maxcor"], gtol=settings["gtol"],
         ftol=settings["ftol"], max_iter=settings["maxiter"], max_nfev=settings["maxfun"],

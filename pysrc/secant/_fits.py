@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secant import _checks
-from secant._functions import Malformed, start
-from secant._sides import limits, pair, scales, side
+from secant._functions import Malformed, batched_start, check_functions, start
+from secant._sides import at_bounds, limits, pair, scales, side
 from secant.ops.blocks import MAX_N, block_inv
 from secant.result import OptimizeResult, Status
 from secant.solvers.batched_least_squares import BatchedFit, Tolerances, batched_least_squares
@@ -144,8 +144,7 @@ def fit_in_chunks(
     if chunk is None:
         chunk = b
         if x0.device.type == "cpu":
-            one = torch.zeros(1, dtype=torch.int64, device=x0.device)
-            k = UserRows(op, fun, jac, x0).residuals(x0[:1], one).shape[1]
+            k = UserRows(op, fun, jac, x0).residuals(x0[:1], torch.zeros(1, dtype=torch.int64)).shape[1]
             chunk = max(64, _CHUNK // (max(k, 1) * p * x0.element_size()))
     parts: list[BatchedFit] = []
     with _bar(op, b, progress) as advance:
@@ -208,14 +207,11 @@ def batched_fit(
     progress: bool,
 ) -> OptimizeResult:
     """Run `least_squares` on B problems; the arguments are those."""
-    if not callable(fun):
-        raise TypeError(f"{op}: fun: expected a function, got {_checks.describe(fun)}")
-    if not (jac is None or callable(jac)):
+    check_functions(op, fun, jac)
+    if isinstance(jac, bool):
         raise _checks.fail(op, "jac", "None (by autograd) or a function, with batch=True", _checks.describe(jac))
     _checks.options(op, {"loss": LOSS, "geodesic": _checks.flag()}, {"loss": loss, "geodesic": geodesic})
-    x, form = start(op, x0)
-    if x.dim() != 2:
-        raise _checks.fail(op, "x0", "shape (B, p), as batch=True says", f"shape {tuple(x.shape)}")
+    x, form = batched_start(op, x0, "p")
     box = limits(op, bounds, x)
     scale, scaling = scales(op, x_scale, x[0])
     if scaling == "identity":
@@ -231,11 +227,7 @@ def batched_fit(
         tolerances=_tolerances(op, ftol, xtol, gtol), max_nfev=_limit(op, max_nfev, x.shape[1]),
     )  # fmt: skip
     good, message = summary(found.status)
-    mask, optimality = torch.zeros_like(x, dtype=torch.int64), found.grad
-    if box is not None:
-        lower, upper = box
-        mask = (found.x >= upper).long() - (found.x <= lower).long()
-        optimality = torch.minimum(torch.maximum(found.grad, found.x - upper), found.x - lower)
+    mask, optimality = at_bounds(found.x, found.grad, box)
     return OptimizeResult(
         x=form.give(found.x),
         cost=form.give(found.cost),

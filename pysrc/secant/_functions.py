@@ -52,6 +52,14 @@ def start(op: str, x0: object) -> tuple[Tensor, Form]:
     return x, form
 
 
+def batched_start(op: str, x0: object, size: str) -> tuple[Tensor, Form]:
+    """Copy an x0 of many problems, (B, `size`)."""
+    x, form = start(op, x0)
+    if x.dim() != 2:
+        raise _checks.fail(op, "x0", f"shape (B, {size}), as batch=True says", f"shape {tuple(x.shape)}")
+    return x, form
+
+
 def _from_array(op: str, name: str, values: object, dtype: torch.dtype | None) -> Tensor:
     """Make a tensor of an array, a list or a number; None: of its dtype, float64 for integers."""
     import numpy as np
@@ -114,6 +122,14 @@ class _Linear(torch.autograd.Function):
         return ctx.product(u), None, None
 
 
+def check_functions(op: str, fun: object, jac: object) -> None:
+    """Raise unless `fun` is a function and `jac` is one, a flag, or None."""
+    if not callable(fun):
+        raise TypeError(f"{op}: fun: expected a function, got {_checks.describe(fun)}")
+    if not (jac is None or isinstance(jac, bool) or callable(jac)):
+        raise _checks.fail(op, "jac", "None (by autograd), True, or a function", _checks.describe(jac))
+
+
 class Function:
     """Base of a user's function of x with its derivative: how it is called, and what is counted.
 
@@ -123,10 +139,7 @@ class Function:
     def __init__(
         self, op: str, form: Form, fun: Callable[..., Any], jac: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not callable(fun):
-            raise TypeError(f"{op}: fun: expected a function, got {_checks.describe(fun)}")
-        if not (jac is None or isinstance(jac, bool) or callable(jac)):
-            raise _checks.fail(op, "jac", "None (by autograd), True, or a function", _checks.describe(jac))
+        check_functions(op, fun, jac)
         self.op, self.form = op, form
         self._fun, self._jac, self._args, self._kwargs = fun, jac or None, args, kwargs
         self.arrays = form.arrays and self._jac is not None

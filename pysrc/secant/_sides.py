@@ -77,3 +77,12 @@ def scales(op: str, x_scale: Any, x: Tensor) -> tuple[Tensor | None, str]:
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise _checks.fail(op, "x_scale", "finite numbers > 0", _checks.show(x_scale))
     return None if bool((scale == 1).all()) else scale, "identity"
+
+
+def at_bounds(x: Tensor, grad: Tensor, box: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return where x is at a bound (-1 a lower one, 1 an upper one, else 0), and x - P(x - grad)."""
+    if box is None:
+        return torch.zeros_like(x, dtype=torch.int64), grad
+    lower, upper = box
+    mask = (x >= upper).long() - (x <= lower).long()
+    return mask, torch.minimum(torch.maximum(grad, x - upper), x - lower)

@@ -15,7 +15,7 @@ from secant._batches import batched_minimize
 from secant._checks import Option
 from secant._fits import LOSS, batched_fit
 from secant._functions import Form, Objective, Residuals, forgiven, start
-from secant._sides import limits, pairs, scales
+from secant._sides import at_bounds, limits, pairs, scales
 from secant.ops.lbfgs import MAX_HISTORY
 from secant.result import Iteration, OptimizeResult, Status
 from secant.solvers._robust import Robust
@@ -508,11 +508,7 @@ def least_squares(
     if weights is not None:
         j = j * weights[:, None]
     grad = (j.mT @ right).view(x.shape)
-    mask, optimality = torch.zeros_like(x, dtype=torch.int64), grad
-    if box is not None:
-        lower, upper = box
-        mask = (x >= upper).long() - (x <= lower).long()
-        optimality = torch.minimum(torch.maximum(grad, x - upper), x - lower)
+    mask, optimality = at_bounds(x, grad, box)
     return OptimizeResult(
         x=form.give(x),
         cost=float(robust.value(r)),

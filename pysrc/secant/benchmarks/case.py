@@ -142,6 +142,23 @@ class Case(abc.ABC):
         return {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in found.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeRun(Case):
+    """A run of an optimizer to its end, of which neither bytes nor operations are counted."""
+
+    UNIT = "run"
+
+    @property
+    def nbytes(self) -> int:
+        """Count nothing: it is not about bytes."""
+        return 0
+
+    @property
+    def flops(self) -> float:
+        """Count nothing: each optimizer has its own way."""
+        return 0.0
+
+
 Wanted = Callable[[Case, str], bool]
 
 

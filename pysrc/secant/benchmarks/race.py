@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from secant.benchmarks.case import Bar, Case, Check, Contender, Row, Wanted, everything, find, ratio
+from secant.benchmarks.case import Bar, Check, Contender, Row, Wanted, WholeRun, everything, find, ratio
 from secant.benchmarks.measure import measure
 from secant.benchmarks.timing import Timed, Timing
 
@@ -84,12 +84,11 @@ class Runner(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Race(Case):
+class Race(WholeRun):
     """Seconds to an error. op: the problem. target: the error."""
 
     target: float
 
-    UNIT = "run"
     INPUT = ("op",)
     #: Starts, each a seed.
     SEEDS: ClassVar[int] = 3
@@ -101,16 +100,6 @@ class Race(Case):
     def title(self) -> str:
         """Name problem and error."""
         return f"{self.op} to {self.target:.0e}"
-
-    @property
-    def nbytes(self) -> int:
-        """Count nothing: it is not about bytes."""
-        return 0
-
-    @property
-    def flops(self) -> float:
-        """Count nothing: each optimizer has its own way."""
-        return 0.0
 
     @abc.abstractmethod
     def runner(self, problem: Any, name: str) -> Runner:

@@ -76,7 +76,7 @@ class Task(abc.ABC):
 
     def residuals(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return residuals of a batch with their graph, where the loss is half their squared sum."""
-        raise NotImplementedError
+        raise TypeError(f"{self.title}: the loss of this task is not a sum of squared residuals")
 
     @abc.abstractmethod
     def error(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -46,9 +47,9 @@ class BlockOperator(LinearOperator):
         self.params = params
         super().__init__(params.n, params.dtype, params.device, [p.shape for p in params.tensors])
 
+    @abc.abstractmethod
     def _all(self) -> tuple[Sequence[tuple[Place, Block]], float | Tensor]:
         """Return the blocks, and the number on the diagonal elsewhere."""
-        raise NotImplementedError
 
     @_evaluate.plainly
     @torch.no_grad()

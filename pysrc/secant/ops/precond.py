@@ -286,7 +286,7 @@ class Tiles:
     def refresh(
         self, *, root: int = 2, damping: float = 1e-4, beta_gram: float | None = None, process_group: Any = None
     ) -> None:
-        """Compute (A / (1 - beta_gram^t) + damping lambda_max I)^(-1/root) of all Gram averages A.
+        """Compute (A / (1 - beta_gram^t) + damping lambda_max I)^(-e), e = 1 / root, of all Gram averages A.
 
         Negative eigenvalues count as zero, and lambda_max is the largest. Where an average is zero or not finite the
         root is left as it was, at first the identity. Matrices of one size are one batch.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import secant
 from secant.benchmarks import mgh
-from secant.benchmarks.case import Bar, Case, Check, Contender, Row, find, speed_bar
+from secant.benchmarks.case import Bar, Case, Check, Contender, Row, WholeRun, find, speed_bar
 from secant.benchmarks.families import Family
 from secant.benchmarks.race import Race, Runner, Watching, at_least, measured
 from secant.benchmarks.saddles import saddles
@@ -72,29 +72,18 @@ def _logistic(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Minimization(Case):
+class Minimization(WholeRun):
     """A whole run of `secant.minimize`. op: the function. n: variables. method: as `secant.minimize` has it."""
 
     n: int
     method: str
 
-    UNIT = "run"
     KIND = ("op", "method")
 
     @property
     def title(self) -> str:
         """Name method, function and size."""
         return f"{self.method}, {self.op}, n = {self.n}"
-
-    @property
-    def nbytes(self) -> int:
-        """Count nothing: it is not about bytes."""
-        return 0
-
-    @property
-    def flops(self) -> float:
-        """Count nothing: each library has its own iterations."""
-        return 0.0
 
     def problem(self, device: torch.device, seed: int = 0) -> Objective:
         """Make the function and its start."""

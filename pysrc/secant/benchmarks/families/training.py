@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from secant.benchmarks import machine
-from secant.benchmarks.case import Bar, Case, Check, Contender, Row, Wanted, everything, find, ratio
+from secant.benchmarks.case import Bar, Case, Check, Contender, Row, Wanted, WholeRun, everything, find, ratio
 from secant.benchmarks.families import Choice, Family
 from secant.benchmarks.race import thinned
 from secant.benchmarks.report import Table, duration, times
@@ -62,26 +62,15 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained(Case):
+class Trained(WholeRun):
     """Runs on mini-batches. op: the task. steps: of a run. starts: each a seed."""
 
     steps: int
     starts: int
 
-    UNIT = "run"
     FAILURE = "does not get there"
     #: Starts on which the rates are tried.
     TRIED: ClassVar[int] = 1
-
-    @property
-    def nbytes(self) -> int:
-        """Count nothing: it is not about bytes."""
-        return 0
-
-    @property
-    def flops(self) -> float:
-        """Count nothing: each optimizer has its own way."""
-        return 0.0
 
     @property
     def entries(self) -> dict[str, Entry]:
