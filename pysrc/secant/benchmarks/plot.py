@@ -228,6 +228,8 @@ COLORS = {
     "Shampoo, default rate": (SECANT, "secant Shampoo, default rate"),
     "Shampoo": (STEP, "secant Shampoo, tuned"),
     "SOAP": (BF16, "secant SOAP"),
+    "torchzero LM": ("#8c6d31", "torchzero LM"),
+    "torchzero TrustCG": ("#bd9e39", "torchzero TrustCG"),
     "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
     "pytorch-minimize": ("#E69F00", "pytorch-minimize"),
     "scipy": ("#CC79A7", "scipy"),

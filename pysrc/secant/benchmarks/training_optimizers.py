@@ -190,11 +190,12 @@ _PEERS = (
 )
 #: Those of other packages: entry, module, package.
 _PACKAGE = ("pytorch_optimizer", "pytorch-optimizer")
+PACKAGED = "pytorch_optimizer Shampoo"
 #: Of that package's Shampoo: blocks and steps between refreshes as ours, from the start, grafted to RMSprop.
 _BLOCKS = {"block_size": 64, "preconditioning_compute_steps": 20, "start_preconditioning_step": 1, "graft_type": 3}
 _OTHERS = (
     (Entry("schedule-free AdamW", "peer", _schedule_free, _FINE, cosine=False), "schedulefree", "schedulefree"),
-    (Entry("pytorch_optimizer Shampoo", "peer", _pytorch_optimizer("ScalableShampoo", **_BLOCKS), _FINE), *_PACKAGE),
+    (Entry(PACKAGED, "peer", _pytorch_optimizer("ScalableShampoo", **_BLOCKS), _FINE), *_PACKAGE),
     (Entry("pytorch_optimizer SOAP", "peer", _pytorch_optimizer("SOAP"), _FINE), *_PACKAGE),
 )
 

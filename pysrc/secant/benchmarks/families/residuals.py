@@ -1,14 +1,16 @@
 """Residual problems: seconds to an error for every optimizer, and the time of the rows of a Jacobian.
 
 Equations are those of `residual_problems`, with the residuals that a user writes; the error is |u - exact| / |exact| at
-other points. Medians over three seeds of the network. Adam's rate is the best of `ADAM_RATES` on the first seed (with
-`--full`; else what a recorded run found), cosine over the seconds that it has.
+other points. Medians over three seeds of the network. Adam's rate is the best of `ADAM_RATES` on the first seed with
+`--full`, else `ADAM_RATE`; cosine over the seconds that it has. torchzero runs with `--full`, where it is installed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from secant.benchmarks.timing import Timed
 
 #: Rates of Adam that are tried.
 ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-#: The best of them.
+#: The one that is taken without trying: the best of them on most problems.
 ADAM_RATE = 1e-2
 #: Pairs that limited-memory methods keep.
 HISTORY = 100
@@ -36,6 +38,8 @@ WIDTHS = {DEEP: (2, 64, 48, 32, 16, 1)}
 SINC = "sinc, batches of 1,000"
 OURS = ("LevenbergMarquardt", "NaturalGradient", "BFGS", "LBFGS")
 PEERS = ("torch LBFGS", "Adam", "scipy L-BFGS-B")
+#: Of torchzero, both on its Gauss-Newton matrix.
+TORCHZERO = {"torchzero LM": "LevenbergMarquardt", "torchzero TrustCG": "TrustCG"}
 
 
 class Start:
@@ -143,6 +147,27 @@ class _Adam(_Trained):
         over()
 
 
+class _Torchzero(_Trained):
+    """A trust region of torchzero; its Jacobian is of batched backward passes."""
+
+    def __init__(self, start: Start, name: str) -> None:
+        super().__init__(start)
+        self.name = name
+
+    def run(self, over: Watching, seconds: float) -> None:
+        zero: Any = importlib.import_module("torchzero")
+        region = getattr(zero.m, TORCHZERO[self.name])(zero.m.GaussNewton())
+        optimizer = zero.Optimizer(self.start.parameters, region)
+
+        def closure(backward: bool = True) -> Tensor:
+            with torch.enable_grad():  # trials come without, and the residuals have derivatives of their own
+                return torch.cat([r.reshape(-1) for r in self.start.residuals()])
+
+        optimizer.step(closure)
+        while not over():
+            optimizer.step(closure)
+
+
 class _Scipy(_Trained):
     """scipy's L-BFGS-B on the flat vector, with gradients by autograd."""
 
@@ -189,9 +214,13 @@ class _Batches(_Trained):
 
 @dataclasses.dataclass(frozen=True)
 class Fit(Race):
-    """An equation, or the curve, to an error. `others`: optimizers besides Levenberg-Marquardt."""
+    """An equation, or the curve, to an error.
+
+    others: optimizers besides Levenberg-Marquardt. tunes: the rate of Adam is tried.
+    """
 
     others: tuple[str, ...] = ()
+    tunes: bool = False
 
     @property
     def title(self) -> str:
@@ -220,7 +249,18 @@ class Fit(Race):
             return _Ours(problem, name)
         if name == "torch LBFGS":
             return _TorchLBFGS(problem)
-        return _Adam(problem, ADAM_RATE) if name == "Adam" else _Scipy(problem)
+        if name in TORCHZERO:
+            return _Torchzero(problem, name)
+        if name == "Adam":
+            return _Adam(problem, best_rate(self.op, self.SECONDS[1], problem.device) if self.tunes else ADAM_RATE)
+        return _Scipy(problem)
+
+
+@functools.cache
+def best_rate(op: str, seconds: float, device: torch.device) -> float:
+    """Return the rate with which Adam comes to the smallest error on the first seed, in so many seconds."""
+    ends = {rate: _Adam(Start(op, 0, device), rate).until(0.0, seconds)[-1][1] for rate in ADAM_RATES}
+    return min(ends, key=lambda rate: math.inf if math.isnan(ends[rate]) else ends[rate])
 
 
 #: Networks whose rows are timed: residuals, parameters.
@@ -322,15 +362,21 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
     if quick:
         return [rows[0], [Fit("poisson-2d", 0.5)]]
     few: tuple[str, ...] = ("BFGS", "LBFGS", "torch LBFGS", "Adam") if full else ()
+    if full and importlib.util.find_spec("torchzero") is not None:
+        everyone = (*everyone, *TORCHZERO)
     return [
         *rows,
-        [Fit("poisson-2d", 1e-3, everyone), Fit("poisson-2d", 1e-4, everyone), Fit("poisson-2d", 1e-6)],
+        [
+            Fit("poisson-2d", 1e-3, everyone, full),
+            Fit("poisson-2d", 1e-4, everyone, full),
+            Fit("poisson-2d", 1e-6, tunes=full),
+        ],
         [Fit(SINC, 3.3e-7)],
-        [Fit("heat-1+1d", 1e-3, few), Fit("heat-1+1d", 1e-5)],
-        [Fit(DEEP, 1e-3, ("LBFGS", *few[2:]))],
-        [Fit("poisson-5d", 1e-3, few)],
-        [Fit("heat-4+1d", 1e-3, few)],
-        *([[Fit("reaction-2d", 1e-3, few)]] if full else []),
+        [Fit("heat-1+1d", 1e-3, few, full), Fit("heat-1+1d", 1e-5, tunes=full)],
+        [Fit(DEEP, 1e-3, ("LBFGS", *few[2:]), full)],
+        [Fit("poisson-5d", 1e-3, few, full)],
+        [Fit("heat-4+1d", 1e-3, few, full)],
+        *([[Fit("reaction-2d", 1e-3, few, full)]] if full else []),
     ]
 
 

@@ -30,6 +30,7 @@ from secant.benchmarks.training_optimizers import (
     NATURAL,
     OFTEN,
     OURS,
+    PACKAGED,
     RATES,
     RAW,
     Entry,
@@ -476,6 +477,10 @@ def _flagship_bars(rows: Sequence[Row], task: str, cases: Mapping[tuple[str, str
     for who, target in ((name, 1.2), (OFTEN, 2.5)):
         row = find(rows, adamw, who)
         bar(f"milliseconds a step in {who}{beside}", target, _of(row, "optimizer_ms"), unit=" ms")
+    package = find(rows, adamw, PACKAGED)
+    if package is not None:
+        share = _of(ours, "optimizer_ms") / _of(package, "optimizer_ms") if ours is not None else None
+        bar(f"milliseconds a step in {name} over those in {PACKAGED}, same blocks and refreshes", 1.0 / 3.0, share)
     return found
 
 
