@@ -76,7 +76,7 @@ METHODS: Mapping[str, _Method] = {
     "bfgs": _Method("BFGS", "gradient", {"update": "bfgs"}),
     "ssbroyden": _Method("BFGS", "gradient"),
     "newton": _Method("Newton", "loss"),
-    "newton-cg": _Method("NewtonCG", "loss"),
+    "newton-cg": _Method("NewtonCG", "loss", {"line_search_fn": "strong_wolfe", "forcing": 0.3}),
     "trust-ncg": _Method("TrustRegion", "loss", {"subproblem": "steihaug"}, _RADII),
     "trust-exact": _Method("TrustRegion", "loss", {"subproblem": "exact"}, _RADII),
     "cubic": _Method("CubicNewton", "loss"),
@@ -106,7 +106,7 @@ def minimize(
     | "l-bfgs-b" | projected, within bounds (`secant.solvers.lbfgs_b`); the default with bounds | gradient |
     | "bfgs", "ssbroyden" | `secant.optim.BFGS`, plain, and self-scaled Broyden | gradient |
     | "newton" | `secant.optim.Newton`, dense | Hessian |
-    | "newton-cg" | `secant.optim.NewtonCG` | products |
+    | "newton-cg" | `secant.optim.NewtonCG`, strong Wolfe search | products |
     | "trust-ncg", "trust-exact" | `secant.optim.TrustRegion`, by Steihaug's CG, and dense | products, Hessian |
     | "cubic" | `secant.optim.CubicNewton` | products |
 

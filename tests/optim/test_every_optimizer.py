@@ -93,6 +93,7 @@ OPTIMIZERS = [
     # Held back, so that a few steps do not end at the minimum.
     Case("newton", Newton, {"lr": 0.1, "max_iter": 2}, "loss", {}, {"lr": (0.05, -1.0), "modify": ("shift", "cut")}),
     Case("newton-cg", NewtonCG, {"lr": 0.1, "max_iter": 2}, "loss", {}, {"max_inner": (1, 0), "damping": (1.0, -1.0)}),
+    Case("newton-cg-wolfe", NewtonCG, {"lr": 0.1, "max_iter": 2, "line_search_fn": "strong_wolfe"}, "loss", {}, {}),
     Case("newton-cg-ggn", NewtonCG, {"lr": 0.1, "max_iter": 2, "curvature": "ggn", "preconditioner": "nystrom"},
          "outputs", {}, {"rank": (3, 0), "lr": (0.05, -1.0)}),
     Case("newton-cg-adaptive", NewtonCG, {"lr": 0.1, "max_iter": 2, "curvature": "ggn", "adaptive": True}, "outputs",

@@ -607,3 +607,87 @@ def test_a_loss_is_brought_to_the_host_once(name, monkeypatch):
     optimizer.step(lambda: rosenbrock([x]))
     evaluations = optimizer.state[x]["func_evals"]
     assert 2 < len(calls) <= evaluations + 1
+
+
+# NewtonCG's strong Wolfe search ---------------------------------------------------------------------------------------
+
+
+def _walk(line_search_fn, start, **options):
+    """Run to a gradient of 1e-6; return what was told, the parameters after each iteration, and the optimizer."""
+    x, told, places = parameter(start), [], []
+
+    def callback(iteration):
+        told.append(iteration)
+        places.append(x.detach().clone())
+
+    optimizer = NewtonCG(
+        [x], max_iter=1000, tolerance_grad=1e-6, line_search_fn=line_search_fn, callback=callback, **options
+    )
+    optimizer.step(lambda: rosenbrock([x]))
+    return told, places, optimizer
+
+
+def test_steps_satisfy_the_strong_wolfe_conditions(one_mode):
+    """Wherever the Hessian is positive definite; along negative curvature steps are shortened only."""
+    told, places, optimizer = _walk("strong_wolfe", [-1.2, 1.0] * 5)
+    assert optimizer.status is Status.CONVERGED
+    longer = judged = 0
+    for (before, after), iteration in zip(itertools.pairwise(places), told[1:], strict=True):
+        d = (after - before) / iteration.step
+        g, new_g = (torch.func.grad(lambda z: rosenbrock([z]))(z) for z in (before, after))
+        slope = float(g @ d)
+        if float(torch.linalg.eigvalsh(torch.func.hessian(lambda z: rosenbrock([z]))(before))[0]) <= 0.0:
+            continue
+        # The direction is known to a rounding of the parameters over the step.
+        slack = 1e-12 * float(new_g.norm() * after.norm()) / iteration.step
+        assert float(rosenbrock([after])) <= float(rosenbrock([before])) + 1e-4 * iteration.step * slope + 1e-15
+        assert abs(float(new_g @ d)) <= 0.9 * abs(slope) + slack
+        longer += iteration.step > 1.0
+        judged += 1
+    assert judged > 10
+    assert longer > 0
+
+
+def test_a_search_that_lengthens_saves_products_in_a_valley(one_mode):
+    """1,619 to 4,787 when this was written."""
+    products = {}
+    for search in ("backtracking", "strong_wolfe"):
+        told, _, optimizer = _walk(search, [-1.2, 1.0] * 50, forcing=0.3)
+        assert optimizer.status is Status.CONVERGED
+        products[search] = sum(iteration.inner for iteration in told)
+    assert products["strong_wolfe"] < 0.5 * products["backtracking"]
+
+
+def test_a_search_without_a_finite_trial_or_evaluations_stays(one_mode):
+    for limit, want in ((None, Status.NOT_FINITE), (2, Status.NOT_FINITE)):
+        x = parameter([1.0, 2.0])
+        start = x.detach().clone()
+        optimizer = NewtonCG([x], line_search_fn="strong_wolfe", max_eval=limit)
+        optimizer.step(lambda x=x, start=start: x.square().sum() + (0.0 if torch.equal(x.detach(), start) else math.nan))
+        assert optimizer.status is want
+        assert torch.equal(x.detach(), start)
+    # A step far too long, and one evaluation to see it.
+    x = parameter([-1.2, 1.0])
+    optimizer = NewtonCG([x], lr=100.0, line_search_fn="strong_wolfe", max_eval=2)
+    optimizer.step(lambda: rosenbrock([x]))
+    assert optimizer.status is Status.MAX_EVAL
+    assert x.tolist() == [-1.2, 1.0]
+    assert optimizer.state[x]["func_evals"] == 2
+
+
+def test_an_earlier_trial_of_a_search_is_gone_back_to(one_mode):
+    """Newton's step leads to where the slope is steeper, a longer one into a wall, and there is no time to look on."""
+    x, seen = parameter([0.0]), []
+
+    def loss():
+        seen.append(float(x))
+        beyond = torch.where(x <= 1.005, -1.5 - 2.0 * (x - 1.0), 100.0 + x)
+        return torch.where(x < 0.5, 0.5 * x * x - x, beyond).sum()
+
+    optimizer = NewtonCG([x], max_iter=1, max_eval=5, line_search_fn="strong_wolfe")
+    optimizer.step(loss)
+    assert seen[:2] == [0.0, 1.0]
+    assert min(seen[2:4]) > 1.005
+    assert seen[4:] == [1.0]
+    assert x.tolist() == [1.0]
+    assert optimizer.state[x]["func_evals"] == 5

@@ -17,7 +17,10 @@ from secant.curvature import EvaluatedPoint
 from secant.curvature._curvature import CurvatureOperator
 from secant.optim._point_optimizer import COMMON, Advance, PointOptimizer
 from secant.result import Status
+from secant.solvers.line_search import Trial, run, strong_wolfe
 
+#: Trials of a strong Wolfe search.
+_TRIALS = 25
 #: Of the decrease that a model promises, what a line search asks for.
 _SUFFICIENT = 1e-4
 #: Halvings of a step that leads to no finite loss, before it is shortened by more each time.
@@ -236,3 +239,47 @@ class CurvatureOptimizer(PointOptimizer, abc.ABC):
             rise = self._value(new) - value - t * slope
             t *= min(0.5, max(0.1, -0.5 * t * slope / rise)) if rise > 0.0 else 0.5
         return self._stay(Status.MAX_EVAL, inner)
+
+    def _search(self, point: EvaluatedPoint, d: Tensor, slope: float, *, inner: int = 0) -> Advance:
+        """Take a step t d that satisfies the strong Wolfe conditions, t = lr tried first; it may be longer.
+
+        A trial costs an evaluation and its gradient, which an accepted point needs anyway.
+
+        Args:
+            slope: g.d < 0.
+        """
+        own, value, finite = self._own, self._value(point), False
+        if self._lr == 0.0:
+            return self._stay(Status.SMALL_CHANGE, inner)
+        first = self._lr * d
+        if not self._is_felt(first):
+            return self._stay(Status.STALLED if bool(first.isfinite().all()) else Status.NOT_FINITE, inner)
+        if self._is_spent():
+            return self._stay(Status.MAX_EVAL, inner)
+        here: EvaluatedPoint | None = None
+        last = self._lr
+
+        def evaluate(t: float) -> Trial:
+            nonlocal here, last, finite
+            step = t * d
+            here, last = self._try(step), t
+            if here is None:
+                return Trial(t, math.nan, math.nan)
+            finite = finite or self._is_felt(step)
+            return Trial(t, self._value(here), float(here.gradient().double().dot(d.double())))
+
+        search = strong_wolfe(
+            Trial(0.0, value, slope),
+            evaluate(last),
+            size=float(d.abs().max()),
+            tolerance=self.param_groups[0]["tolerance_change"],
+            max_evaluations=int(max(1, min(_TRIALS, self._limit - own["func_evals"]))),  # one is kept to go back by
+            noise=self._noise(value),
+        )
+        t = run(search, evaluate).trial.t
+        if t == 0.0:
+            spent = Status.MAX_EVAL if own["func_evals"] + 1 >= self._limit else Status.STALLED
+            return self._stay(spent if finite else Status.NOT_FINITE, inner)
+        if t != last:  # an earlier trial was better, and the graph there is gone
+            here = self._try(t * d)
+        return self._stay(Status.NOT_FINITE, inner) if here is None else self._accept(here, t * d, t, inner)
