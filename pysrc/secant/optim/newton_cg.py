@@ -47,17 +47,18 @@ class NewtonCG(CurvatureOptimizer):
       state: it doubles after a whole step, and shrinks with a step that was shortened. So a saddle point is left at
       once, not by a constant factor per iteration.
     * **line_search_fn="strong_wolfe"** asks for a slope that has become flatter, too, and lengthens steps that are too
-      short: on long curved valleys (Rosenbrock's function in 100 variables) half to three quarters of the products. Each
-      trial costs a gradient. Steps along negative curvature are shortened only.
+      short: two thirds of the products on the problems of More, Garbow and Hillstrom. Each trial costs a gradient. Steps
+      along negative curvature are shortened only.
     * **adaptive=True** moves lambda by Levenberg and Marquardt's rule as Martens has it: with the gain ratio
 
           rho = (f(x) - f(x + t d)) / (q(0) - q(t d)),    q(s) = g.s + 1/2 s.B s,    t = lr,
 
-      (t is what was taken where a search has lengthened it) lambda is multiplied by 2/3 where rho > 3/4, and by 3/2 where rho < 1/4 or the step had to be shortened. f and g
-      are those of the batch of the gradient. It starts at `damping`, or where that is 0 at a tenth of g.Bg / g.g, and
-      is a number of the state. Where lambda keeps a step so short that its decrease is lost in the rounding of the
-      loss and the step is refused, the call ends with status STALLED, but lambda is multiplied by 2/3: the next call
-      goes on with a longer one. Steps along negative curvature leave it as it is.
+      where a search has lengthened the step with the t taken, lambda is multiplied by 2/3 where rho > 3/4, and by 3/2
+      where rho < 1/4 or the step had to be shortened. f and g are those of the batch of the gradient. It starts at
+      `damping`, or where that is 0 at a tenth of g.Bg / g.g, and is a number of the state. Where lambda keeps a step so
+      short that its decrease is lost in the rounding of the loss and the step is refused, the call ends with status
+      STALLED, but lambda is multiplied by 2/3: the next call goes on with a longer one. Steps along negative curvature
+      leave it as it is.
     * **preconditioner="kronecker"**, for networks of Linear layers, convolutions and embeddings and the curvature "ggn"
       or "fisher": the inverse of `secant.curvature.KFAC`, one Kronecker product of two small matrices per layer, of the
       batch of the curvature and one random vector above the outputs, for the time of about three products with B.
@@ -94,13 +95,13 @@ class NewtonCG(CurvatureOptimizer):
         TypeError, ValueError: an argument is invalid. In `step`: "kronecker" does not know the layers of the model.
 
     References:
-        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 7.1, p. 169, and 3.5, p. 60. Eisenstat and Walker, SIAM J. Sci.
-        Comput. 17 (1996). Royer and Wright, Complexity analysis of second-order line-search algorithms for smooth
-        nonconvex optimization, SIAM J. Optim. 28 (2018), for steps along negative curvature (the reach in place of a
-        Lipschitz constant is a heuristic). Frangella, Tropp, Udell, SIAM J. Matrix Anal. Appl. 44 (2023). Martens, Deep
-        learning via Hessian-free optimization, ICML (2010), section 4.1 (lambda; where it starts, and what becomes of
-        it where the loss tells nothing, are heuristics). Martens and Grosse, Optimizing neural networks with
-        Kronecker-factored approximate curvature, ICML (2015).
+        Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithms 7.1, p. 169, and 3.5, p. 60. Eisenstat and
+        Walker, SIAM J. Sci. Comput. 17 (1996). Royer and Wright, Complexity analysis of second-order line-search
+        algorithms for smooth nonconvex optimization, SIAM J. Optim. 28 (2018), for steps along negative curvature (the
+        reach in place of a Lipschitz constant is a heuristic). Frangella, Tropp, Udell, SIAM J. Matrix Anal. Appl. 44
+        (2023). Martens, Deep learning via Hessian-free optimization, ICML (2010), section 4.1 (lambda; where it starts,
+        and what becomes of it where the loss tells nothing, are heuristics). Martens and Grosse, Optimizing neural
+        networks with Kronecker-factored approximate curvature, ICML (2015).
 
     Example:
         >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(50, 3), torch.randint(2, (50,))
