@@ -47,7 +47,7 @@ class NewtonCG(CurvatureOptimizer):
       state: it doubles after a whole step, and shrinks with a step that was shortened. So a saddle point is left at
       once, not by a constant factor per iteration.
     * **line_search_fn="strong_wolfe"** asks for a slope that has become flatter, too, and lengthens steps that are too
-      short: two thirds of the products on the problems of More, Garbow and Hillstrom. Each trial costs a gradient. Steps
+      short: two thirds of the products on the problems of More, Garbow and Hillstrom. A trial costs a gradient. Steps
       along negative curvature are shortened only.
     * **adaptive=True** moves lambda by Levenberg and Marquardt's rule as Martens has it: with the gain ratio
 
