@@ -1,7 +1,7 @@
 """The `nvrtc` backend: `cuda.cu` compiled at run time by NVRTC through CuPy, launched by `plan.py`.
 
 It serves where `secant._cuda` was not built, or not for the device at hand. One module a pair of types of the steps,
-and one a type of the iteration, keep the first call short.
+and one a type of the iterations, keep the first call short.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def module_of(kernel: str) -> str:
-    """Return "f32_bf16" of "precond_tile_f32_bf16", and "schulz_f32" of "precond_newton_schulz_f32"."""
-    return "_".join(kernel.split("_")[-2:])
+    """Return "f32_bf16" of "precond_tile_f32_bf16", and "newton_f32" of "precond_newton_schulz_f32"."""
+    parts = kernel.split("_")
+    return f"newton_{parts[-1]}" if parts[1] == "newton" else "_".join(parts[-2:])
 
 
 def source(module: str) -> str:
-    """Return the text that NVRTC compiles for a pair of types, or for "schulz_f32": it includes nothing."""
+    """Return the text that NVRTC compiles for a pair of types, or for "newton_f32": it includes nothing."""
     first, second = module.split("_")
     steps = iterations = ""
-    if first == "schulz":
+    if first == "newton":
         iterations = f"X({second}, {_C_TYPES[second]})"
     else:
         steps = f"X({module}, {_C_TYPES[first]}, {_C_TYPES[second]})"
@@ -42,3 +43,4 @@ def source(module: str) -> str:
 _launcher = Launcher(_cuda_driver.RunTime(module_of, source))
 step = _launcher.step
 newton_schulz = _launcher.newton_schulz
+newton_inv_root = _launcher.newton_inv_root

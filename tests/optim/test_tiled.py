@@ -181,6 +181,38 @@ def test_fifty_steps_of_shampoo_are_those_of_the_paper(options):
     assert optimizer.skipped == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"exponent": 0.25, "block_size": 4}, {"graft": "none"}], ids=str)
+def test_fifty_steps_with_roots_by_products(options):
+    """What is damped is not the same in the last digits: |A| lies up to n^(1/64) above the largest eigenvalue."""
+    given = gradients(SHAPES)
+    options = {"lr": 0.01, "damping": 1e-9, "precondition_frequency": 5, **options}
+    exact, _ = run(lambda params: Shampoo(params, **options), given)
+    ours, optimizer = run(lambda params: Shampoo(params, root="newton", **options), given)
+    assert optimizer.skipped == 0
+    for x, y in zip(ours, exact, strict=True):
+        assert torch.isfinite(x).all()
+        assert (x - y).norm() <= 0.05 * (y - 1).norm()
+    full, _ = run(lambda params: Shampoo(params, **{**options, "block_size": 3}), gradients([(9, 9)]))
+    same, _ = run(lambda params: Shampoo(params, root="newton", **{**options, "block_size": 3}), gradients([(9, 9)]))
+    # Averages of full rank, the damping far below their smallest eigenvalues: one root.
+    torch.testing.assert_close(same[0], full[0], rtol=0, atol=1e-5)
+
+
+def test_averages_that_have_no_root_by_products_keep_the_old_one():
+    """Of an average with a negative eigenvalue beyond the damping nothing is made; the others have theirs."""
+    p = torch.nn.Parameter(torch.ones(6, 6, dtype=F64))
+    optimizer = Shampoo([p], root="newton")
+    p.grad = torch.eye(6, dtype=F64) + 0.1
+    optimizer.step()
+    state = optimizer.state[p]
+    before = {k: state[k].clone() for k in ("left_root", "right_root")}
+    state["left"][0, 0] = -1.0
+    state["right"].mul_(4.0)
+    optimizer.refresh()
+    assert torch.equal(state["left_root"], before["left_root"])
+    torch.testing.assert_close(state["right_root"], before["right_root"] / 2)
+
+
 @pytest.mark.parametrize("every", [1, 20])
 def test_fifty_steps_of_soap_are_those_of_the_paper(every):
     """Square tiles, whose averages have distinct eigenvalues from the first step on: one basis, but for signs."""
@@ -432,7 +464,8 @@ def test_processes_share_a_refresh(tmp_path):
 def test_options_that_do_not_fit():
     p = torch.zeros(3, 3, requires_grad=True)
     for name, value in [("block_size", 0), ("max_side", 0), ("graft", "lion"), ("exponent", 0.3), ("damping", 0.0),
-                        ("state_dtype", torch.float16), ("precondition_frequency", 0), ("one_sided", 1)]:  # fmt: skip
+                        ("root", "qr"), ("state_dtype", torch.float16), ("precondition_frequency", 0),
+                        ("one_sided", 1)]:  # fmt: skip
         with pytest.raises(ValueError, match=f"Shampoo: {name}: expected"):
             Shampoo([p], **{name: value})
     with pytest.raises(ValueError, match=r"Shampoo: state_dtype: expected None, bfloat16 or torch.float32"):

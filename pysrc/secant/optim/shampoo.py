@@ -33,6 +33,9 @@ class Shampoo(TiledOptimizer):
     tile to Adam are heuristics that were chosen on a small transformer and an autoencoder; a tile's length is Adam's,
     so that rates of AdamW are of the right order.
 
+    The roots are found by way of eigenvalues or, with `root="newton"`, by products of matrices alone, which a GPU does
+    best (`secant.ops.newton_inv_root`): lambda_max is then a norm that is larger by a factor of at most n^(1/64).
+
     A step whose gradient is not finite leaves the tile as it is, parameter and state, and is counted in `skipped`.
 
     The state is 4 + (n + 1) / n times the memory of matrices that are cut into tiles of n, which at n = 64 is
@@ -49,7 +52,8 @@ class Shampoo(TiledOptimizer):
         eps: a number > 0, Adam's.
         weight_decay: w, decoupled.
         exponent: e, of each side: 1/2, 1/4 or 1.
-        damping: a number > 0, relative to the largest eigenvalue.
+        damping: a number > 0, relative to the largest eigenvalue; for `root="newton"` at most 1e6.
+        root: "eigh" or "newton", see above.
         block_size: n, or None: whole sides.
         max_side: sides that are longer are cut even then.
         one_sided: precondition only the shorter side of each tile, the right one of squares.
@@ -70,7 +74,7 @@ class Shampoo(TiledOptimizer):
         Gupta, Koren, Singer, Shampoo: preconditioned stochastic tensor optimization, ICML 2018 (arXiv 1802.09568),
         Algorithm 1; Morwani et al., A new perspective on Shampoo's preconditioner, arXiv 2406.17748, section 3 (the
         exponent); Anil et al., Scalable second order optimization for deep learning, arXiv 2002.09018, sections 4 and 5
-        (blocks and grafting).
+        (blocks and grafting) and Algorithm 2 (the iteration).
 
     Example:
         >>> w = torch.zeros(2, 2, requires_grad=True)
@@ -86,6 +90,7 @@ class Shampoo(TiledOptimizer):
         **TiledOptimizer.OPTIONS,
         "exponent": Option("1/4, 1/2 or 1", lambda x: _checks.is_number(x) and x in (0.25, 0.5, 1.0)),
         "damping": _checks.positive_number(),
+        "root": _checks.one_of("eigh", "newton"),
         "graft": _checks.one_of(*GRAFTS),
     }
 
@@ -102,6 +107,7 @@ class Shampoo(TiledOptimizer):
         *,
         exponent: float = 0.5,
         damping: float = 1e-4,
+        root: str = "eigh",
         block_size: int | None = 64,
         max_side: int = 1024,
         one_sided: bool = False,
@@ -119,6 +125,7 @@ class Shampoo(TiledOptimizer):
             "eps": eps,
             "exponent": exponent,
             "damping": damping,
+            "root": root,
             "block_size": block_size,
             "max_side": max_side,
             "one_sided": one_sided,
@@ -134,6 +141,10 @@ class Shampoo(TiledOptimizer):
 
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
         corrected = group["beta_gram"] if self._graft(group) == NONE else None  # a graft undoes it
-        root = round(1 / group["exponent"])
-        ranks = self._process_group(group)
-        tiles.refresh(root=root, damping=group["damping"], beta_gram=corrected, process_group=ranks)
+        tiles.refresh(
+            root=round(1 / group["exponent"]),
+            damping=group["damping"],
+            beta_gram=corrected,
+            method=group["root"],
+            process_group=self._process_group(group),
+        )

@@ -51,6 +51,11 @@ class backend:
         with backend.watched():
             kernels.newton_schulz(*args)
 
+    @staticmethod
+    def newton_inv_root(*args: Any) -> None:
+        with backend.watched():
+            kernels.newton_inv_root(*args)
+
 
 @case(
     *((name, F32, F32) for name in NAMES),
@@ -123,6 +128,20 @@ def newton_schulz(batch: int, m: int, n: int, dtype: torch.dtype) -> None:
 @case()
 def newton_schulz_of_odd_matrices() -> None:
     precond.odd_matrices(backend, device=device)
+
+
+ROOTS = ((1, 1, 1), (3, 5, 5), (2, 9, 3), (1, 33, 40))
+
+
+@case(*((*size, 2, F32) for size in ROOTS), (2, 30, 30, 4, F32), (2, 17, 9, 1, F32), (2, 20, 7, 4, F64),
+      (2, 9, 9, 2, BF16), (1, 5, 5, 4, F16))  # fmt: skip
+def newton_inv_root(batch: int, n: int, rank: int, p: int, dtype: torch.dtype) -> None:
+    precond.newton_inv_root(backend, batch, n, rank, p, dtype, device=device)
+
+
+@case()
+def newton_inv_root_of_odd_matrices() -> None:
+    precond.odd_roots(backend, device=device)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ def test_newton_schulz(backend, dtype):
     precond.odd_matrices(backend, device=DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_newton_inv_root(backend, dtype):
+    for p in (1, 2, 4):
+        for batch, n, rank in ((1, 1, 1), (300, 5, 5), (2, 9, 3), (40, 32, 40), (4, 64, 20), (2, 100, 100)):
+            precond.newton_inv_root(backend, batch, n, rank, p, dtype, device=DEVICE)
+    precond.odd_roots(backend, device=DEVICE)
+
+
 @pytest.mark.parametrize("name", ["adam", "soap"])
 def test_graph_of_a_step(backend, name):
     """Captured once, replayed from the state of the start, with the bits of a call; nothing synchronises."""
