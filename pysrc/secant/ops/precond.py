@@ -17,7 +17,8 @@ from secant import _checks
 from secant.kernels.precond.contract import ADAM, APPLY, GRAFTS, GRAMS, NONE, Rule, Tensors
 from secant.kernels.precond.reference import coupled
 from secant.ops import _gate, _register
-from secant.ops.blocks import MAX_N, block_eigh, block_inv_root
+from secant.ops._blocks_dispatch import largest_eigenproblem
+from secant.ops.blocks import block_eigh, block_inv_root
 
 #: Coefficients of the quintic that Muon iterates (Jordan et al., 2024).
 MUON = (3.4445, -4.7750, 2.0315)
@@ -497,7 +498,7 @@ def _diagonal(a: Tensor) -> Tensor:
 
 def _eigh(a: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, which came out) of symmetric matrices; `near`: eigenvectors of what they were before."""
-    if a.shape[-1] <= MAX_N:
+    if a.shape[-1] <= largest_eigenproblem(a.device, a.dtype):
         w, v, info = block_eigh(a, vectors=near)
         return w, v, info == 0
     good = a.isfinite().all(-1).all(-1)
@@ -507,7 +508,7 @@ def _eigh(a: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor
 
 def _root(a: Tensor, root: int, damping: float) -> tuple[Tensor, Tensor]:
     """(roots, which came out) of symmetric matrices, damped relative to their largest eigenvalues."""
-    if a.shape[-1] <= MAX_N:
+    if a.shape[-1] <= largest_eigenproblem(a.device, a.dtype):
         x, info = block_inv_root(a, root, damping=("max", damping))
         return x, (info >= 0) & (_diagonal(a).amax(1) > 0)
     w, v, good = _eigh(a)
