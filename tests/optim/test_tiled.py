@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from secant.ops.precond import shares
 from secant.optim import SOAP, Shampoo
 from secant.optim._per_parameter import is_due
 
@@ -435,12 +436,17 @@ def test_a_refresh_by_hand():
     assert not torch.equal(before, optimizer.state[p]["left_root"])
 
 
+#: Each shares a refresh in one way of its own.
+SHARING = [(Shampoo, {}), (SOAP, {}), (Shampoo, {"root": "newton"}), (Shampoo, {"state_dtype": torch.bfloat16})]
+
+
 def _train_with_shares(rank, folder, given):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     found = []
-    for make in (Shampoo, SOAP):
-        ours, optimizer = run(lambda params, make=make: make(params, block_size=5, distribute=True), given)
+    for make, options in SHARING:
+        own = {"block_size": 5, **options}
+        ours, optimizer = run(lambda params, make=make, own=own: make(params, distribute=True, **own), given)
         found.append((ours, optimizer.state_dict()["state"]))
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -452,13 +458,28 @@ def test_processes_share_a_refresh(tmp_path):
     given = gradients([*SHAPES, (3, 3)], steps=9)
     torch.multiprocessing.spawn(_train_with_shares, (str(tmp_path), given), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
-    for k, make in enumerate((Shampoo, SOAP)):
-        alone, optimizer = run(lambda params, make=make: make(params, block_size=5), given)
+    for k, (make, options) in enumerate(SHARING):
+        own = {"block_size": 5, **options}
+        alone, optimizer = run(lambda params, make=make, own=own: make(params, **own), given)
         for rank in ranks:
             ours, state = rank[k]
             assert all(map(torch.equal, ours, alone))
             for i, own in optimizer.state_dict()["state"].items():
                 assert all(torch.equal(x, state[i][name]) for name, x in own.items())
+
+
+def test_matrices_are_shared_by_cost():
+    """Each has one owner, who has at most the dearest one more to do than the others; a large one waits for nobody."""
+    for sizes, ranks in (([(7, 64**3), (5, 32**3), (1, 128**3)], 3), ([(2, 1.0)], 5), ([(100, 8.0), (30, 1.0)], 7)):
+        found = shares(sizes, ranks)
+        for (count, _), owners in zip(sizes, found, strict=True):
+            assert sorted(itertools.chain(*owners)) == list(range(count))
+            assert all(x == sorted(x) for x in owners)
+        costs = [cost for _, cost in sizes]
+        loads = [sum(len(x[rank]) * cost for x, cost in zip(found, costs, strict=True)) for rank in range(ranks)]
+        assert max(loads) - min(loads) <= max(cost for _, cost in sizes)
+    # One of 128 costs what eight of 64 do: who has it has nothing else.
+    assert shares([(8, 64**3), (1, 128**3)], 2) == [[[], list(range(8))], [[0], []]]
 
 
 def test_options_that_do_not_fit():

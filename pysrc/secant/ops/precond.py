@@ -6,9 +6,10 @@ the kernels is in `kernels/precond/reference.py`.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ _DTYPES = _checks.REAL + _checks.HALF
 _ADAM_ENTRIES = 2048
 _STATES = ("exp_avg", "exp_avg_sq", "left", "right", "left_root", "right_root")
 _CPU = torch.device("cpu")
+#: Which matrices of a group are meant.
+_Places: TypeAlias = slice | Tensor
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -221,6 +224,7 @@ class Tiles:
         #: Whether every tensor has an average of squares, as Adam's steps and lengths need.
         self.second_moment = all(x.numel() for x in self._states[1])
         self._groups = self._by_size()
+        self._shares: dict[int, list[list[_Places]]] = {}
         self._lay_out()
 
     @staticmethod
@@ -312,11 +316,11 @@ class Tiles:
                 negative eigenvalues are what damping makes of them, and where it has not converged the root is left as
                 it was, too.
             beta_gram: None: without the correction by 1 - beta_gram^t, which a graft undoes.
-            process_group: None, or one whose processes all call this with equal averages: each finds the roots of every
-                so many matrices, the largest first, and all of them get all.
+            process_group: None, or one whose processes all call this with equal averages: each finds the roots of some
+                of the matrices, about equal in cost, and all get all of them, in one exchange.
         """
 
-        def of(group: _Side, a: Tensor, mine: slice, old: Tensor) -> tuple[Tensor, Tensor]:
+        def of(group: _Side, a: Tensor, mine: _Places, old: Tensor) -> tuple[Tensor, Tensor]:
             new, good = _root(a, root, damping) if method == "eigh" else _newton_root(a, root, damping)
             if beta_gram is not None:
                 new = new * group.corrections(beta_gram, 1 / root, a)[mine, None, None]
@@ -333,7 +337,7 @@ class Tiles:
             process_group: as for `refresh`.
         """
 
-        def of(group: _Side, a: Tensor, mine: slice, old: Tensor) -> tuple[Tensor, Tensor]:
+        def of(group: _Side, a: Tensor, mine: _Places, old: Tensor) -> tuple[Tensor, Tensor]:
             if group.padding is not None:  # larger than all others, so that what is not there comes last
                 _diagonal(a).add_(group.padding[mine] * (_diagonal(a).sum(1, keepdim=True) + 1))
             _, vectors, good = _eigh(a, old.to(a.dtype))
@@ -341,22 +345,35 @@ class Tiles:
 
         self._refresh(of, process_group)
 
-    def _refresh(self, of: Callable[[_Side, Tensor, slice, Tensor], tuple[Tensor, Tensor]], process_group: Any) -> None:
+    def _refresh(
+        self, of: Callable[[_Side, Tensor, _Places, Tensor], tuple[Tensor, Tensor]], process_group: Any
+    ) -> None:
         """Replace the roots by what a function makes of averages; those that are not good stay."""
-        size = 1 if process_group is None else process_group.size()
-        first = 0  # rank that has the first matrix of a group: one after the other has one more
-        for group in reversed(self._groups):
-            count = group.count
-            rank = 0 if process_group is None else (process_group.rank() - first) % size
-            mine = slice(rank, None, size)
+        ranks, rank = (1, 0) if process_group is None else (process_group.size(), process_group.rank())
+        places = self._places_of(ranks)
+        found = []
+        for group, of_ranks in zip(self._groups, places, strict=True):
+            mine = of_ranks[rank]
             old = group.roots_of(mine)
             if len(old):
                 new, good = of(group, group.averages_of(mine), mine, old)
                 old = torch.where(good[:, None, None], new.to(old.dtype), old)
-            if size > 1:
-                old = _interleaved(old, count, first, process_group)
-            first = (first + count) % size
-            group.scatter(old)
+            found.append(old)
+        if ranks > 1 and found:
+            found = _gathered(found, [group.count for group in self._groups], places, process_group)
+        for group, new in zip(self._groups, found, strict=True):
+            group.scatter(new)
+
+    def _places_of(self, ranks: int) -> list[list[_Places]]:
+        """Return which matrices of each group are whose."""
+        if ranks == 1:
+            return [[slice(None)] for _ in self._groups]
+        if ranks not in self._shares:
+            owners = shares([(group.count, group.n**3) for group in self._groups], ranks)
+            self._shares[ranks] = [
+                [torch.tensor(x, dtype=torch.int64, device=self.device) for x in of_ranks] for of_ranks in owners
+            ]
+        return self._shares[ranks]
 
     def _launch(self, grads: Sequence[Tensor], lr: float | Tensor, rule: Rule, phases: int) -> None:
         if phases & APPLY and not self.second_moment and (rule.rotate or rule.graft == ADAM):
@@ -451,7 +468,7 @@ class _Side:
         if min(real) < n:
             self.padding = (i >= torch.tensor(real)[:, None]).to(device, torch.float32)
 
-    def averages_of(self, mine: slice) -> Tensor:
+    def averages_of(self, mine: _Places) -> Tensor:
         """Return averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
         packed = (self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed))[mine]
         return packed.index_select(1, self._entries).view(-1, self.n, self.n).to(_arithmetic(packed.dtype))
@@ -466,7 +483,7 @@ class _Side:
                 parts.append(like.new_full((tiles,), (1 - beta ** t.item()) ** power))
         return torch.cat(parts)
 
-    def roots_of(self, mine: slice) -> Tensor:
+    def roots_of(self, mine: _Places) -> Tensor:
         """Return what was made of them, (tiles, n, n)."""
         return (self.roots[0] if len(self.roots) == 1 else torch.cat(self.roots))[mine]
 
@@ -475,16 +492,47 @@ class _Side:
         torch._foreach_copy_(self.roots, new.split(self._tiles))
 
 
-def _interleaved(mine: Tensor, count: int, first: int, process_group: Any) -> Tensor:
-    """Gather from all processes the matrices that they have in turn, `first` the rank of the first one."""
-    size = process_group.size()
-    most = -(-count // size)
-    padded = mine.new_zeros(most, *mine.shape[1:])
-    padded[: len(mine)] = mine
-    found = [torch.empty_like(padded) for _ in range(size)]
-    torch.distributed.all_gather(found, padded, group=process_group)
-    in_turn = torch.stack([found[(first + k) % size] for k in range(size)], 1)  # (most, ranks, n, n)
-    return in_turn.flatten(0, 1)[:count]
+def shares(sizes: Sequence[tuple[int, float]], ranks: int) -> list[list[list[int]]]:
+    """Share matrices out over processes, the dearest first, each to who has the least to do.
+
+    No process has more to do than another by more than one matrix costs.
+
+    Args:
+        sizes: how many matrices each group has, and what one costs.
+
+    Returns:
+        Of each group and process, which matrices of the group it has, ascending.
+
+    References:
+        Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969).
+    """
+    found: list[list[list[int]]] = [[[] for _ in range(ranks)] for _ in sizes]
+    loads = [(0.0, rank) for rank in range(ranks)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        count, cost = sizes[i]
+        for k in range(count):
+            load, rank = loads[0]
+            heapq.heapreplace(loads, (load + cost, rank))
+            found[i][rank].append(k)
+    return found
+
+
+def _gathered(mine: list[Tensor], counts: list[int], places: list[list[Any]], process_group: Any) -> list[Tensor]:
+    """Gather from all processes the matrices of each group that are theirs, in one exchange."""
+    ranks = process_group.size()
+    squares = [x.shape[-1] ** 2 for x in mine]
+    sizes = [[len(of_ranks[rank]) * n for of_ranks, n in zip(places, squares, strict=True)] for rank in range(ranks)]
+    own = torch.cat([x.reshape(-1) for x in mine])
+    padded = own.new_zeros(max(map(sum, sizes)))
+    padded[: len(own)] = own
+    received = [torch.empty_like(padded) for _ in range(ranks)]
+    torch.distributed.all_gather(received, padded, group=process_group)
+    found = [x.new_empty(count, *x.shape[1:]) for x, count in zip(mine, counts, strict=True)]
+    for rank, flat in enumerate(received):
+        parts = flat[: sum(sizes[rank])].split(sizes[rank])
+        for whole, of_ranks, part in zip(found, places, parts, strict=True):
+            whole[of_ranks[rank]] = part.view(-1, *whole.shape[1:])
+    return found
 
 
 def _pieces(size: int, pieces: int) -> list[int]:

@@ -60,9 +60,10 @@ class Shampoo(TiledOptimizer):
         precondition_frequency: see above.
         graft: whose length the step of a tile has: "adam", |A|; "sgd", |M^|; "rms", a root mean square of 0.2; "none",
             its own.
-        distribute: share the matrices of a refresh out over the processes of the default group, evenly by size, and
-            gather what each finds: all have to refresh the same parameters at the same steps, with equal gradients, as
-            they do under DistributedDataParallel. Without a process group it changes nothing.
+        distribute: share the matrices of a refresh out over the processes of the default group, by cost, n^3 each, and
+            gather what each finds in one exchange: all have to refresh the same parameters at the same steps, with
+            equal gradients, as they do under DistributedDataParallel. Steps are not shared: see docs/stochastic.md.
+            Without a process group it changes nothing.
         state_dtype: of the state: None, or torch.bfloat16.
         maximize, capturable: as for torch's Adam. A CUDA graph holds a step without a refresh: call `refresh` between
             replays.
