@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 #: What `step` does: update the Gram averages; all the rest. Both in one call read the gradient once.
@@ -51,6 +52,11 @@ class Rule(NamedTuple):
     graft: int
     rotate: bool
     maximize: bool
+
+
+def eps_of(rule: Rule, dtype: torch.dtype) -> float:
+    """Return the eps that a step of this dtype adds: none is less than the smallest normal number of the arithmetic."""
+    return max(rule.eps, torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).tiny)
 
 
 class Backend(Protocol):

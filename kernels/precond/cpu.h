@@ -28,7 +28,7 @@ struct PrecondStep {
   const PrecondLayout* layout;
   const void* lr_ptr;  // of a float or, where `wide_lr`, a double; null: `lr`
   bool wide_lr;
-  double lr, beta1, beta2, beta_gram, eps, weight_decay, rms;
+  double lr, beta1, beta2, beta_gram, eps, weight_decay, rms;  // eps > 0 in the arithmetic
   int graft;
   bool rotate, maximize;
   int phases;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from secant.kernels._cpu_support import available as available
 from secant.kernels._cpu_support import extension as _cpu
-from secant.kernels.precond.contract import FIXED_RMS, GROWTH, SQUARINGS, Rule, Tensors
+from secant.kernels.precond.contract import FIXED_RMS, GROWTH, SQUARINGS, Rule, Tensors, eps_of
 from secant.kernels.precond.reference import coupled
 from torch import Tensor
 
@@ -37,8 +37,8 @@ def step(
     _cpu.precond_step(
         _TYPES[params[0].dtype], tensors.exp_avg[0].dtype is torch.bfloat16, len(params),
         [x.data_ptr() for members in tensors for x in members], layout.data_ptr(), *rate,
-        rule.beta1, rule.beta2, rule.beta_gram, rule.eps, rule.weight_decay, FIXED_RMS, rule.graft, rule.rotate,
-        rule.maximize, phases, skipped.data_ptr(), threads,
+        rule.beta1, rule.beta2, rule.beta_gram, eps_of(rule, params[0].dtype), rule.weight_decay, FIXED_RMS, rule.graft,
+        rule.rotate, rule.maximize, phases, skipped.data_ptr(), threads,
     )  # fmt: skip
 
 

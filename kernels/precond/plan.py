@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from secant.kernels._cuda_driver import Driver, Launch
 from secant.kernels.precond import reference
-from secant.kernels.precond.contract import APPLY, FIXED_RMS, GROWTH, SQUARINGS, Rule, Tensors
+from secant.kernels.precond.contract import APPLY, FIXED_RMS, GROWTH, SQUARINGS, Rule, Tensors, eps_of
 from torch import Tensor
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -113,7 +113,8 @@ class Launcher:
                 parts["tile" if sides else "entries"].append(_Part(k, down * across, side))
         rate, address = scalar(lr, first.device)
         wide = isinstance(lr, Tensor) and lr.dtype is torch.float64
-        numbers = (rate, rule.beta1, rule.beta2, rule.beta_gram, rule.eps, rule.weight_decay, FIXED_RMS)
+        eps = eps_of(rule, first.dtype)
+        numbers = (rate, rule.beta1, rule.beta2, rule.beta_gram, eps, rule.weight_decay, FIXED_RMS)
         stream = self.driver.stream(index)
         for kind, members in parts.items():
             for start in range(0, len(members), TENSORS):

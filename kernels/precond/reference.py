@@ -41,7 +41,8 @@ What a tile does, with all entries of param, grad and the states in C, and b^ = 
          Adam:     V as in Shampoo, P = A
          W <- (1 - lr weight_decay) W - lr P
 
-A side that is not there multiplies by nothing. Norms are those of Frobenius over the tile.
+eps counts for the smallest normal number of C where it is less: where M and V are zero, A is. A side that is not there
+multiplies by nothing. Norms are those of Frobenius over the tile.
 
 What every backend owes:
 
@@ -78,6 +79,7 @@ from secant.kernels.precond.contract import (
     SQUARINGS,
     Rule,
     Tensors,
+    eps_of,
 )
 from torch import Tensor
 
@@ -210,7 +212,7 @@ def _step_one(
     if exp_avg_sq.numel():
         v = cut(exp_avg_sq.reshape(rows, columns).double(), down, across)
         v = rule.beta2 * v + (1 - rule.beta2) * (turned(g) if rotate else g).square()
-        adam = ((turned(m) if rotate else m) / corrected1) / ((v / corrected2).sqrt() + rule.eps)
+        adam = ((turned(m) if rotate else m) / corrected1) / ((v / corrected2).sqrt() + eps_of(rule, param.dtype))
     if rotate:
         p = turned(adam, back=True)
     elif has_left or has_right:

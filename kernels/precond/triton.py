@@ -21,7 +21,7 @@ from secant.kernels import _triton_support
 from secant.kernels._triton_support import load as _load
 from secant.kernels._triton_support import store as _store
 from secant.kernels.precond import reference
-from secant.kernels.precond.contract import APPLY, FIXED_RMS, GRAMS, GROWTH, SQUARINGS, Rule, Tensors
+from secant.kernels.precond.contract import APPLY, FIXED_RMS, GRAMS, GROWTH, SQUARINGS, Rule, Tensors, eps_of
 from secant.kernels.precond.plan import large_newton_inv_root, large_newton_schulz
 from torch import Tensor
 
@@ -438,7 +438,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
     """Update Gram averages and momenta, precondition, graft, and write the parameters back; see `reference.step`."""
     device, dtype = tensors.params[0].device, tensors.params[0].dtype
     arithmetic = tl.float64 if dtype is torch.float64 else tl.float32
-    rate = _scalar(lr, device)
+    rate, eps = _scalar(lr, device), eps_of(rule, dtype)
     with _triton_support.on(device):
         for k, place in enumerate(layout.tolist()):
             param, grad, exp_avg, exp_avg_sq, *sides, count = (members[k] for members in tensors)
@@ -448,7 +448,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
             if left_root is None and right_root is None:
                 if phases & APPLY:
                     _entries[(down * across,)](
-                        param, grad, exp_avg, exp_avg_sq, *numbers, rule.beta1, rule.beta2, rule.eps, rule.weight_decay,
+                        param, grad, exp_avg, exp_avg_sq, *numbers, rule.beta1, rule.beta2, eps, rule.weight_decay,
                         *place, MAXIMIZE=rule.maximize, BLOCK=_BLOCK, C=arithmetic, num_warps=4,
                     )  # fmt: skip
                 continue
@@ -470,7 +470,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
             )
             _tile[(programs,)](
                 param, grad, exp_avg, _given(exp_avg_sq), left, right, left_root, right_root, *numbers,
-                rule.beta1, rule.beta2, rule.beta_gram, rule.eps, rule.weight_decay, FIXED_RMS, scratch, tiles, *place,
+                rule.beta1, rule.beta2, rule.beta_gram, eps, rule.weight_decay, FIXED_RMS, scratch, tiles, *place,
                 GRAFT=rule.graft, ROTATE=rule.rotate, MAXIMIZE=rule.maximize, APPLY=bool(phases & APPLY),
                 C=arithmetic, ROWS=min(_ROWS, sizes["R"], sizes["W"]), num_warps=warps, **sizes,
             )  # fmt: skip

@@ -361,6 +361,30 @@ def zeros(backend: Any, dtype: torch.dtype, rule: Rule, device: Any = "cpu", **o
             torch.testing.assert_close(x, want.to(x.dtype))
 
 
+def without_eps(backend: Any, dtype: torch.dtype, rule: Rule, device: Any = "cpu", **options: Any) -> None:
+    """eps = 0: what has never had a gradient stays, and nothing is skipped; all else is as in the reference."""
+    rule = rule._replace(eps=0.0, weight_decay=0.0)
+    given, layout = tensors(dtype, arithmetic(dtype), rule, 6)
+    for name in ("grads", "exp_avg", "exp_avg_sq"):
+        for k, x in enumerate(getattr(given, name)):
+            turned = rule.rotate and (given.left_root[k].numel() or given.right_root[k].numel())
+            if x.numel() > 1 and not turned:  # rows of zeros; of a turned one no entry would be zero, but rounding
+                x.view(x.shape[0], -1)[: (x.shape[0] + 1) // 2] = 0
+            if k == 3:  # a tile of them
+                x.zero_()
+    got, skipped = run(backend, given, layout, rule, device=device, **options)
+    right, none = run(reference, widened(given), layout, rule)
+    assert skipped == none == 0
+    for k, (x, y, old) in enumerate(zip(got.params, right.params, given.params, strict=True)):
+        moved = (y - old.double()).abs().max()
+        most = 2e3 * unit(arithmetic(dtype)) * moved + 4 * unit(dtype) * y.abs().max()
+        assert bool(x.isfinite().all())
+        assert (x.double() - y).abs().max() <= most
+        if not (given.left_root[k].numel() or given.right_root[k].numel()):
+            half = (x.shape[0] + 1) // 2 if x.numel() > 1 else 0
+            assert torch.equal(x[:half], old[:half]) if half else True
+
+
 def newton_schulz(
     backend: Any, batch: int, m: int, n: int, dtype: torch.dtype, device: Any = "cpu", **options: Any
 ) -> None:

@@ -111,6 +111,11 @@ def zeros(name: str) -> None:
     precond.zeros(backend, F32, RULES[name], device=device)
 
 
+@case(("adam",), ("soap",))
+def no_eps(name: str) -> None:
+    precond.without_eps(backend, F32, RULES[name], device=device)
+
+
 @case()
 def lengths_of_grafted_steps() -> None:
     precond.fixed_length(backend, device=device)

@@ -25,6 +25,7 @@ from precond_cases import (
     run,
     tensors,
     two_phases,
+    without_eps,
     zeros,
 )
 
@@ -89,6 +90,12 @@ def test_zero_gradients(rule):
     for dtype in (F32, F64):
         zeros(cpu, dtype, rule)
         zeros(reference, dtype, rule)
+
+
+@ALL
+def test_no_eps(rule):
+    for dtype in (F32, F64, BF16):
+        without_eps(cpu, dtype, rule)
 
 
 def test_lengths_of_grafted_steps():

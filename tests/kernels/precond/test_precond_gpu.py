@@ -38,6 +38,7 @@ def test_hostile_input(backend, rule):
     precond.bad_steps(backend, device=DEVICE)
     precond.two_phases(backend, F32, rule, device=DEVICE)
     precond.zeros(backend, F32, rule, device=DEVICE)
+    precond.without_eps(backend, F32, rule, device=DEVICE)
     precond.fixed_length(backend, device=DEVICE)
 
 

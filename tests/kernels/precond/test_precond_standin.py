@@ -104,6 +104,11 @@ def test_zero_gradients(backend, name):
     precond.zeros(backend, F32, RULES[name])
 
 
+@pytest.mark.parametrize("name", ["adam", "soap"])
+def test_no_eps(backend, name):
+    precond.without_eps(backend, F32, RULES[name])
+
+
 def test_lengths_of_grafted_steps(backend):
     precond.fixed_length(backend)
 
