@@ -22,23 +22,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return _cuda_driver.run_time_supports(device)
 
 
-def module_of(kernel: str) -> str:
-    """Return "f32_bf16" of "precond_tile_f32_bf16", and "newton_f32" of "precond_newton_schulz_f32"."""
-    parts = kernel.split("_")
-    return f"newton_{parts[-1]}" if parts[1] == "newton" else "_".join(parts[-2:])
-
-
-def source(module: str) -> str:
-    """Return the text that NVRTC compiles for a pair of types, or for "newton_f32": it includes nothing."""
-    first, second = module.split("_")
-    steps = iterations = ""
-    if first == "newton":
-        iterations = f"X({second}, {_C_TYPES[second]})"
-    else:
-        steps = f"X({module}, {_C_TYPES[first]}, {_C_TYPES[second]})"
-    chosen = f"#define SECANT_PRECOND_STEPS(X) {steps}\n#define SECANT_PRECOND_ITERATIONS(X) {iterations}\n"
-    return _cuda_driver.source("precond", chosen)
-
+_modules = _cuda_driver.TypedModules("precond", "newton", _C_TYPES, "SECANT_PRECOND_STEPS", "SECANT_PRECOND_ITERATIONS")
+module_of, source = _modules.of, _modules.source
 
 _launcher = Launcher(_cuda_driver.RunTime(module_of, source))
 step = _launcher.step
