@@ -62,6 +62,7 @@ class backend:
     ("adam", F64, F64),
     ("soap", F64, F64),
     ("adam", F32, BF16),
+    ("adam", F64, BF16),
     ("soap", BF16, F32),
 )
 def step(name: str, dtype: torch.dtype, storage: torch.dtype) -> None:
