@@ -15,9 +15,11 @@ import torch
 from secant.kernels import _cuda_driver
 from secant.kernels.blocks import plan as blocks_plan
 from secant.kernels.hvp import plan as hvp_plan
+from secant.kernels.precond import plan as precond_plan
 
 import secant
 from secant import backends, ops
+from secant.ops.precond import ADAM, NONE, Rule
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 GPU = torch.device("cuda")
@@ -30,7 +32,7 @@ def kernels() -> list[str]:
     """List the names of all CUDA kernels, of every family."""
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
     lbfgs = [f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16")]
-    return [*lbfgs, *blocks_plan.kernels(), *hvp_plan.kernels()]
+    return [*lbfgs, *blocks_plan.kernels(), *hvp_plan.kernels(), *precond_plan.kernels()]
 
 
 def lbfgs(device: torch.device, *, every: bool) -> None:
@@ -90,7 +92,25 @@ def hvp(device: torch.device, *, every: bool) -> None:
             ops.gram(b)
 
 
-FAMILIES = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp}
+def precond(device: torch.device, *, every: bool) -> None:
+    """Call steps of tiles and of vectors with both kinds of state, orthogonalisation and roots."""
+    rules = [Rule(0.9, 0.95, 0.95, 1e-8, 0.1, graft, rotate, False) for graft, rotate in ((ADAM, False), (NONE, True))]
+    for dtype in (F32, F64, BF16, F16) if every else (F32,):
+        for storage in (None, BF16) if every else (None,):
+            params = [torch.randn(shape, device=device).to(dtype) for shape in ((33, 20), (7,))]
+            states = [ops.Tiles.new_state(p, dtype=storage) for p in params]
+            for state in states:
+                state["step"] += 1
+            tiles = ops.Tiles(params, states)
+            for rule in rules:
+                tiles.step([torch.randn_like(p) for p in params], lr=0.1, rule=rule)
+        x = torch.randn(3, 20, 20, device=device).to(dtype)
+        ops.newton_schulz(x)
+        for p in (1, 2, 4):
+            ops.newton_inv_root(x @ x.mT, p)
+
+
+FAMILIES = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp, "precond": precond}
 
 
 def watch() -> set[str]:

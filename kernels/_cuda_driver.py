@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -116,6 +116,35 @@ def source(family: str, definitions: str) -> str:
     """Return the text that NVRTC compiles: it includes nothing; `definitions` choose which kernels it has."""
     portable = (KERNELS / "cuda_portable.cuh").read_text().replace("#pragma once\n", "")
     return portable + definitions + device_code(family)
+
+
+class TypedModules:
+    """The modules of a family whose kernels end in a pair of types, but for those of one kind, which end in one type.
+
+    "lbfgs_update_warp_f32_bf16" is in the module "f32_bf16", "lbfgs_dense_f32" in "dense_f32": small ones keep the
+    first call short.
+
+    Args:
+        family: of kernels. kind: how the names of the latter begin, behind the family's. c_types: type of C by its name
+            in a kernel's. pairs, singles: the lists in the family's cuda*.cu that choose either.
+    """
+
+    def __init__(self, family: str, kind: str, c_types: Mapping[str, str], pairs: str, singles: str) -> None:
+        self._family, self._kind, self._c_types = family, kind, c_types
+        self._pairs, self._singles = pairs, singles
+
+    def of(self, kernel: str) -> str:
+        """Return the name of the module of a kernel."""
+        _, kind, *rest = kernel.split("_")
+        return f"{kind}_{rest[-1]}" if kind == self._kind else "_".join(rest[-2:])
+
+    def source(self, module: str) -> str:
+        """Return the text that NVRTC compiles for a module: it includes nothing."""
+        first, second = module.split("_")
+        single = f"X({second}, {self._c_types[second]})" if first == self._kind else ""
+        pair = "" if single else f"X({module}, {self._c_types[first]}, {self._c_types[second]})"
+        chosen = f"#define {self._pairs}(X) {pair}\n#define {self._singles}(X) {single}\n"
+        return source(self._family, chosen)
 
 
 class AheadOfTime:

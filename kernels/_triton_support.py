@@ -64,5 +64,5 @@ def rounded_to_bfloat16(x):
 def store(ptr, x, mask):
     """Store, rounding to nearest even."""
     if ptr.dtype.element_ty == tl.bfloat16:
-        x = rounded_to_bfloat16(x)
+        x = rounded_to_bfloat16(x.to(tl.float32))
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)

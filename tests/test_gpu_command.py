@@ -230,11 +230,13 @@ def test_commands_side_by_side(tmp_path):
 def test_the_smallest_calls_launch_every_kernel(monkeypatch):
     """By the planners alone, for the multiprocessors and the memory of three GPUs."""
     smallest, occupancy = (load(f"{name}_command", name) for name in ("gpu_smallest", "occupancy"))
+    from secant.kernels.precond import plan as precond_plan
+
     from secant import backends
 
     planners = {
         "lbfgs": occupancy.lbfgs_plan.Launcher, "blocks": occupancy.blocks_plan.Launcher,
-        "hvp": occupancy.hvp_plan.Launcher,
+        "hvp": occupancy.hvp_plan.Launcher, "precond": precond_plan.Launcher,
     }  # fmt: skip
     devices = (occupancy.H100_DEVICE, occupancy.Device(108, 163 << 10), occupancy.Device(148, 227 << 10))
     for name, device in zip(

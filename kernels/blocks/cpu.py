@@ -10,6 +10,9 @@ from secant.kernels._cpu_support import available as available
 from secant.kernels._cpu_support import extension as _cpu
 from torch import Tensor
 
+#: Largest n of `eigh`, `abs_inv` and `inv_root`.
+EIGEN_N = 128
+
 _ARITHMETIC = {torch.float32: 0, torch.float64: 1}
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -274,7 +274,7 @@ void eigh(const Blocks& c) {
         std::fill(basis, basis + n * n, std::numeric_limits<T>::quiet_NaN());
         continue;
       }
-      std::array<int, 64> order;
+      std::array<int, kLargest> order;
       std::iota(order.begin(), order.begin() + n, 0);
       std::stable_sort(order.begin(), order.begin() + n, [&](int i, int j) { return w[i][l] < w[j][l]; });
       for (int k = 0; k < n; ++k) {

@@ -6,7 +6,7 @@
 namespace SECANT_ISA {
 namespace blocks {
 
-constexpr int kLargest = 64;
+constexpr int kLargest = 128;  // of the eigenvalues; EIGEN_N of cpu.py
 
 // `info` of a clamped root that reached the cap on iterations: positive codes count eigenvalues there.
 constexpr int kNotConverged = -3;

@@ -3,7 +3,8 @@
 Every backend module of this family has `available`, `supports` and the five functions below, with these signatures. The
 public functions of `secant.ops.blocks` check and allocate; what arrives here is valid:
 
-* `a` is (B, n, n), B >= 1, 1 <= n <= 64, of dtype T in {float32, float64, bfloat16, float16}. Each block is contiguous
+* `a` is (B, n, n), B >= 1, 1 <= n <= 64 (of `eigh`, `abs_inv` and `inv_root` 128 where a module has an `EIGEN_N` that
+  says so, as this one and `cpu`), of dtype T in {float32, float64, bfloat16, float16}. Each block is contiguous
   and row-major, strides (any, n, 1); the stride between blocks is free, 0 and more than n * n included. B n^2 may
   exceed 2^31: indices are 64-bit.
 * `b` of `solve` is (B, n, k), k >= 1, of T: each (n, k) contiguous and row-major, the stride between them free.
@@ -62,6 +63,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+#: Largest n of `eigh`, `abs_inv` and `inv_root`.
+EIGEN_N = 128
 
 #: Sweeps after which a block is given up, as EISPACK and LAPACK cap QL iterations per eigenvalue: 6 to 10 are usual.
 SWEEPS = 30

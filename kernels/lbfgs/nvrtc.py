@@ -23,22 +23,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return _cuda_driver.run_time_supports(device)
 
 
-def module_of(kernel: str) -> str:
-    """Return the end of a kernel's name: "f32_bf16" of "lbfgs_update_warp_f32_bf16", or "dense_f32"."""
-    return "_".join(kernel.split("_")[-2:])
-
-
-def source(module: str) -> str:
-    """Return the text that NVRTC compiles for "f32_bf16", a pair of types, or "dense_f32": it includes nothing."""
-    first, second = module.split("_")
-    pair = dense = ""
-    if first == "dense":
-        dense = f"X({second}, {_C_TYPES[second]})"
-    else:
-        pair = f"X({module}, {_C_TYPES[first]}, {_C_TYPES[second]})"
-    chosen = f"#define SECANT_LBFGS_PAIRS(X) {pair}\n#define SECANT_LBFGS_DENSE(X) {dense}\n"
-    return _cuda_driver.source("lbfgs", chosen)
-
+_modules = _cuda_driver.TypedModules("lbfgs", "dense", _C_TYPES, "SECANT_LBFGS_PAIRS", "SECANT_LBFGS_DENSE")
+module_of, source = _modules.of, _modules.source
 
 _launcher = Launcher(_cuda_driver.RunTime(module_of, source))
 update = _launcher.update

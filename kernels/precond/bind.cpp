@@ -56,9 +56,18 @@ void precond_newton_schulz(int type, int64_t batch, int64_t m, int64_t n, uintpt
   kernels().newton_schulz[type](call);
 }
 
+void precond_newton_root(int type, int64_t batch, int64_t n, uintptr_t a, int p, int steps, int squarings,
+                         double damping, double tolerance, double growth, uintptr_t out, uintptr_t info, int threads) {
+  const secant::NewtonRoot call{
+      batch, n, ptr(a), p, steps, squarings, damping, tolerance, growth, ptr(out), ptr<int32_t>(info), threads};
+  py::gil_scoped_release release;
+  kernels().newton_root[type](call);
+}
+
 void define(py::module_& m) {
   m.def("precond_step", &precond_step);
   m.def("precond_newton_schulz", &precond_newton_schulz);
+  m.def("precond_newton_root", &precond_newton_root);
 }
 
 const secant::Family family(define);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 #: What `step` does: update the Gram averages; all the rest. Both in one call read the gradient once.
@@ -15,6 +16,12 @@ NONE, ADAM, SGD, RMS = range(4)
 
 #: Root mean square of the entries of a step that is grafted to "rms".
 FIXED_RMS = 0.2
+
+#: Squarings of a matrix, by which `newton_inv_root` learns how large its largest eigenvalue is.
+SQUARINGS = 5
+
+#: How much farther from I than the step before a step may be before `newton_inv_root` gives the matrix up.
+GROWTH = 1.2
 
 #: Columns of a layout.
 LAYOUT = ("rows", "columns", "down", "across", "row_stride", "column_stride")
@@ -47,6 +54,11 @@ class Rule(NamedTuple):
     maximize: bool
 
 
+def eps_of(rule: Rule, dtype: torch.dtype) -> float:
+    """Return the eps that a step of this dtype adds: none is less than the smallest normal number of the arithmetic."""
+    return max(rule.eps, torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).tiny)
+
+
 class Backend(Protocol):
     """The functions of a backend."""
 
@@ -57,3 +69,8 @@ class Backend(Protocol):
 
     def newton_schulz(self, x: Tensor, steps: int, a: float, b: float, c: float, eps: float, out: Tensor) -> None:
         """Iterate X <- a X + (b A + c A^2) X with A = X X^T, from x / |x|_F."""
+
+    def newton_inv_root(
+        self, a: Tensor, p: int, damping: float, steps: int, tolerance: float, out: Tensor, info: Tensor
+    ) -> None:
+        """out = (A + damping |A| I)^(-1/p) by the coupled Newton iteration; see the module for |A| and `info`."""

@@ -28,7 +28,7 @@ struct PrecondStep {
   const PrecondLayout* layout;
   const void* lr_ptr;  // of a float or, where `wide_lr`, a double; null: `lr`
   bool wide_lr;
-  double lr, beta1, beta2, beta_gram, eps, weight_decay, rms;
+  double lr, beta1, beta2, beta_gram, eps, weight_decay, rms;  // eps > 0 in the arithmetic
   int graft;
   bool rotate, maximize;
   int phases;
@@ -45,11 +45,22 @@ struct NewtonSchulz {
   int threads;  // 0: as many as pay off
 };
 
+struct NewtonRoot {
+  int64_t batch, n;
+  const void* a;  // of which the lower triangle is read
+  int p, steps, squarings;
+  double damping, tolerance, growth;
+  void* out;
+  int32_t* info;
+  int threads;  // 0: as many as pay off
+};
+
 // One entry for each dtype of tensors: float32 (0), float64 (1), bfloat16 (2), float16 (3); of `step`, for states in
 // the dtype of the arithmetic (0) and in bfloat16 (1).
 struct PrecondCpu {
   void (*step[4][2])(const PrecondStep&);
   void (*newton_schulz[4])(const NewtonSchulz&);
+  void (*newton_root[4])(const NewtonRoot&);
 };
 
 }  // namespace secant

@@ -19,6 +19,10 @@ void newton_schulz_f32(const secant::NewtonSchulz& c);  // cpu_newton_schulz.cpp
 void newton_schulz_f64(const secant::NewtonSchulz& c);
 void newton_schulz_bf16(const secant::NewtonSchulz& c);
 void newton_schulz_f16(const secant::NewtonSchulz& c);
+void newton_root_f32(const secant::NewtonRoot& c);  // cpu_newton_root.cpp
+void newton_root_f64(const secant::NewtonRoot& c);
+void newton_root_bf16(const secant::NewtonRoot& c);
+void newton_root_f16(const secant::NewtonRoot& c);
 
 }  // namespace precond
 }  // namespace SECANT_ISA

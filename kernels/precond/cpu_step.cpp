@@ -2,7 +2,6 @@
 // The contract is reference.step.
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "buffer.h"
@@ -261,8 +260,7 @@ struct Step {
 
   // A = M^ / (sqrt(V^) + eps), into `to` where there is one; its squared norm.
   T adam(const T* m, const T* v, int64_t size, T unbias1, T unbias2, T* to) const {
-    // No zero, by which the padding would be divided.
-    const V eps = splat(std::max(static_cast<T>(c.eps), std::numeric_limits<T>::min()));
+    const V eps = splat(static_cast<T>(c.eps));  // > 0, or the padding would be divided by zero
     V sum = {};
     for (int64_t k = 0; k < size; k += L) {
       const V a = unbias1 * load<V>(m + k) / (square_root<T>(unbias2 * load<V>(v + k)) + eps);

@@ -4,6 +4,7 @@
 //   precond_tile_S_Q           a block a tile of at most 64 x 64, for as many tensors as one parameter struct holds
 //   precond_entries_S_Q        a block a tile without sides, of any size
 //   precond_newton_schulz_S    a block a matrix of at most 64 x 64
+//   precond_newton_root_S      the same
 //
 // S is the type of parameters and gradients, Q that of the states, T that of the arithmetic. What is multiplied lies in
 // shared memory, three squares in rows of `line` numbers: the gradient, the momentum which becomes the step, and a
@@ -30,6 +31,12 @@ struct NewtonSchulz {
   double a, b, c, eps;
   i64 m, n, row, column;  // m <= n: of the matrix that is iterated, with its strides
   int steps, line;
+};
+
+struct NewtonRoot {
+  u64 a, out, info;
+  double damping, tolerance, growth;
+  int n, p, steps, squarings, line, unused;
 };
 
 namespace {
@@ -493,6 +500,128 @@ SECANT_DEVICE void newton_schulz(const NewtonSchulz& c, unsigned char* memory) {
   }
 }
 
+// |A|_F of a square in shared memory, for every thread; a barrier before and behind.
+template <class T>
+SECANT_DEVICE double frobenius(const T* a, int n, int line, double* board) {
+  double squares = 0.0;
+  SECANT_LOOP
+  for (int e = int(threadIdx.x); e < n * n; e += kBlock) {
+    const double value = double(a[e / n * line + e % n]);
+    squares += value * value;
+  }
+  return sqrt(block_sum(squares, board));
+}
+
+// a <- a b or, where `left`, b a.
+template <class T>
+SECANT_DEVICE void replace(T* a, const T* b, int n, int line, bool left) {
+  T sum[kEach][kEach];
+  multiply(sum, left ? b : a, line, 1, left ? static_cast<const T*>(a) : b, line, 1, n, n, n);
+  put(a, line, sum, n, n);
+}
+
+template <class S>
+SECANT_DEVICE void newton_root(const NewtonRoot& c, unsigned char* memory) {
+  typedef typename Arithmetic<S>::type T;
+  const int rank = int(threadIdx.x), n = c.n, line = c.line, size = n * n;
+  T* m = reinterpret_cast<T*>(memory);
+  T* x = m + n * line;
+  T* t = x + n * line;
+  double* board = reinterpret_cast<double*>(m + (3 * n * line + 1) / 2 * 2);
+  const S* from = reinterpret_cast<const S*>(c.a) + i64(blockIdx.x) * size;
+  S* to = reinterpret_cast<S*>(c.out) + i64(blockIdx.x) * size;
+  int* info = reinterpret_cast<int*>(c.info) + blockIdx.x;
+  T largest = T(0), wrong = T(0);  // wrong: zero, or NaN
+  SECANT_LOOP
+  for (int e = rank; e < size; e += kBlock) {
+    const int i = e / n, j = e % n;
+    const T value = T(widen(j <= i ? from[i * n + j] : from[j * n + i]));
+    const T magnitude = value < T(0) ? -value : value;
+    largest = magnitude > largest ? magnitude : largest;
+    wrong += value - value;
+    m[i * line + j] = value;
+  }
+  const double bad = block_sum(double(wrong), board);
+  SECANT_UNROLL
+  for (int o = 16; o > 0; o >>= 1) {
+    const T other = __shfl_xor_sync(kAll, largest, o);
+    largest = other > largest ? other : largest;
+  }
+  __syncthreads();  // the sum has been read
+  if (rank % 32 == 0) board[rank / 32] = double(largest);
+  __syncthreads();
+  double top = 0.0;
+  SECANT_UNROLL
+  for (int k = 0; k < kBlock / 32; ++k) top = board[k] > top ? board[k] : top;
+  if (bad != 0.0 || !(top > 0.0)) {  // NaN is not zero
+    SECANT_LOOP
+    for (int e = rank; e < size; e += kBlock) to[e] = Narrow<S>::from(T(0));
+    if (rank == 0) *info = bad != 0.0 ? -1 : 0;
+    return;
+  }
+  SECANT_LOOP
+  for (int e = rank; e < size; e += kBlock) {
+    T& value = m[e / n * line + e % n];
+    value = T(double(value) / top);
+    t[e / n * line + e % n] = value;
+  }
+  double factor = frobenius(t, n, line, board), norm = factor, power = 1.0;
+  SECANT_LOOP
+  for (int k = 0; k < c.squarings; ++k) {
+    SECANT_LOOP
+    for (int e = rank; e < size; e += kBlock) t[e / n * line + e % n] *= T(1.0 / factor);
+    __syncthreads();
+    replace(t, t, n, line, false);
+    factor = frobenius(t, n, line, board);
+    power /= 2.0;
+    norm *= exp(log(factor) * power);
+  }
+  const double z = (c.p + 1) / (2.0 * (1.0 + c.damping) * norm);
+  const T shift = T(c.damping * norm), part = T(1) / T(c.p);
+  SECANT_LOOP
+  for (int e = rank; e < size; e += kBlock) {
+    const int i = e / n, j = e % n;
+    T& value = m[i * line + j];
+    value = T(z) * (i == j ? value + shift : value);
+    x[i * line + j] = i == j ? T(1) : T(0);
+  }
+  int code = c.steps;
+  double last = -1.0;  // of no step yet
+  SECANT_LOOP
+  for (int k = 0; k < c.steps; ++k) {
+    SECANT_LOOP
+    for (int e = rank; e < size; e += kBlock) {
+      const int i = e / n, j = e % n;
+      t[i * line + j] = (i == j ? part : T(0)) - part * m[i * line + j];
+    }
+    const double error = c.p * frobenius(t, n, line, board);
+    if (last >= 0.0 && !(error <= c.growth * last)) {
+      code = k;
+      break;
+    }
+    last = error;
+    if (rank < n) t[rank * line + rank] += T(1);
+    __syncthreads();
+    replace(x, t, n, line, false);
+    if (error <= c.tolerance) {
+      code = 0;
+      break;
+    }
+    SECANT_LOOP
+    for (int q = c.p; q > 1; q /= 2) replace(t, t, n, line, false);
+    replace(m, t, n, line, true);
+  }
+  const double most = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  const double whole = c.p == 1 ? z / top : c.p == 2 ? sqrt(z / top) : sqrt(sqrt(z / top));
+  const T half = T((whole < most ? whole : most) / 2.0);
+  SECANT_LOOP
+  for (int e = rank; e < size; e += kBlock) {
+    const int i = e / n, j = e % n;
+    to[e] = Narrow<S>::from(half * (x[i * line + j] + x[j * line + i]));
+  }
+  if (rank == 0) *info = code;
+}
+
 }  // namespace
 
 #define SECANT_PRECOND_STEP_ENTRIES(TAG, S, Q)                                                      \
@@ -504,15 +633,20 @@ SECANT_DEVICE void newton_schulz(const NewtonSchulz& c, unsigned char* memory) {
     SECANT_DYNAMIC_SHARED(memory);                                                                  \
     precond_entries<S, Q>(a, memory);                                                               \
   }
-#define SECANT_PRECOND_ITERATION_ENTRIES(TAG, S)                                                     \
-  extern "C" __global__ void __launch_bounds__(256, 1) precond_newton_schulz_##TAG(NewtonSchulz a) { \
-    SECANT_DYNAMIC_SHARED(memory);                                                                   \
-    newton_schulz<S>(a, memory);                                                                     \
+#define SECANT_PRECOND_ITERATION_ENTRIES(TAG, S)                                                       \
+  extern "C" __global__ void __launch_bounds__(256, 1) precond_newton_schulz_##TAG(NewtonSchulz a) {   \
+    SECANT_DYNAMIC_SHARED(memory);                                                                     \
+    newton_schulz<S>(a, memory);                                                                       \
+  }                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256, 1) precond_newton_root_##TAG(const NewtonRoot a) { \
+    SECANT_DYNAMIC_SHARED(memory);                                                                     \
+    newton_root<S>(a, memory);                                                                         \
   }
 
 // Every kernel by name, for the tables of the host: X(kernel, parameter struct).
 #define SECANT_PRECOND_STEP_TABLE(X, TAG) X(precond_tile_##TAG, PrecondStep) X(precond_entries_##TAG, PrecondStep)
-#define SECANT_PRECOND_ITERATION_TABLE(X, TAG) X(precond_newton_schulz_##TAG, NewtonSchulz)
+#define SECANT_PRECOND_ITERATION_TABLE(X, TAG) \
+  X(precond_newton_schulz_##TAG, NewtonSchulz) X(precond_newton_root_##TAG, NewtonRoot)
 
 // A build may choose fewer by defining these before this file.
 #ifndef SECANT_PRECOND_STEPS

@@ -19,3 +19,4 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 _launcher = Launcher(_cuda_driver.AheadOfTime())
 step = _launcher.step
 newton_schulz = _launcher.newton_schulz
+newton_inv_root = _launcher.newton_inv_root

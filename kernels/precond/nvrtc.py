@@ -1,7 +1,7 @@
 """The `nvrtc` backend: `cuda.cu` compiled at run time by NVRTC through CuPy, launched by `plan.py`.
 
 It serves where `secant._cuda` was not built, or not for the device at hand. One module a pair of types of the steps,
-and one a type of the iteration, keep the first call short.
+and one a type of the iterations, keep the first call short.
 """
 
 from __future__ import annotations
@@ -22,23 +22,10 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return _cuda_driver.run_time_supports(device)
 
 
-def module_of(kernel: str) -> str:
-    """Return "f32_bf16" of "precond_tile_f32_bf16", and "schulz_f32" of "precond_newton_schulz_f32"."""
-    return "_".join(kernel.split("_")[-2:])
-
-
-def source(module: str) -> str:
-    """Return the text that NVRTC compiles for a pair of types, or for "schulz_f32": it includes nothing."""
-    first, second = module.split("_")
-    steps = iterations = ""
-    if first == "schulz":
-        iterations = f"X({second}, {_C_TYPES[second]})"
-    else:
-        steps = f"X({module}, {_C_TYPES[first]}, {_C_TYPES[second]})"
-    chosen = f"#define SECANT_PRECOND_STEPS(X) {steps}\n#define SECANT_PRECOND_ITERATIONS(X) {iterations}\n"
-    return _cuda_driver.source("precond", chosen)
-
+_modules = _cuda_driver.TypedModules("precond", "newton", _C_TYPES, "SECANT_PRECOND_STEPS", "SECANT_PRECOND_ITERATIONS")
+module_of, source = _modules.of, _modules.source
 
 _launcher = Launcher(_cuda_driver.RunTime(module_of, source))
 step = _launcher.step
 newton_schulz = _launcher.newton_schulz
+newton_inv_root = _launcher.newton_inv_root

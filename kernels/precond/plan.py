@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from secant.kernels._cuda_driver import Driver, Launch
 from secant.kernels.precond import reference
-from secant.kernels.precond.contract import APPLY, FIXED_RMS, Rule, Tensors
+from secant.kernels.precond.contract import APPLY, FIXED_RMS, GROWTH, SQUARINGS, Rule, Tensors, eps_of
 from torch import Tensor
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -24,10 +24,11 @@ BLOCK, SIDE = 256, 64  # threads; kEach * kApart, the largest side of what is mu
 TENSORS = 24  # of a launch
 MOST_BLOCKS = 2**31 - 1
 
-# struct PrecondTensor; PrecondStep without its tensors; NewtonSchulz.
+# struct PrecondTensor; PrecondStep without its tensors; NewtonSchulz; NewtonRoot.
 _TENSOR = struct.Struct("9Q5qd2i")
 _STEP = struct.Struct("2Q7d8i")
 _ITERATION = struct.Struct("2Q4d4q2i")
+_ROOT = struct.Struct("3Q3d6i")
 
 
 def kernels() -> list[str]:
@@ -36,7 +37,7 @@ def kernels() -> list[str]:
         f"{s}_{q}" for s, c in (("f32", "f32"), ("f64", "f64"), ("bf16", "f32"), ("f16", "f32")) for q in (c, "bf16")
     ]
     named = [f"precond_{kind}_{tag}" for kind in ("tile", "entries") for tag in steps]
-    return named + [f"precond_newton_schulz_{tag}" for tag in ("f32", "f64", "bf16", "f16")]
+    return named + [f"precond_newton_{kind}_{tag}" for kind in ("schulz", "root") for tag in NAMES.values()]
 
 
 def large_newton_schulz(x: Tensor, steps: int, a: float, b: float, c: float, eps: float, out: Tensor) -> None:
@@ -50,6 +51,15 @@ def large_newton_schulz(x: Tensor, steps: int, a: float, b: float, c: float, eps
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     out.copy_(y.mT if tall else y)
+
+
+def large_newton_inv_root(
+    a: Tensor, p: int, damping: float, steps: int, tolerance: float, out: Tensor, info: Tensor
+) -> None:
+    """Iterate matrices (B, n, n) by products of torch in the dtype of the arithmetic: see `reference`."""
+    x, code = reference.coupled(a if a.dtype is torch.float64 else a.float(), p, damping, steps, tolerance)
+    out.copy_(x)
+    info.copy_(code)
 
 
 class _Part(NamedTuple):
@@ -103,7 +113,8 @@ class Launcher:
                 parts["tile" if sides else "entries"].append(_Part(k, down * across, side))
         rate, address = scalar(lr, first.device)
         wide = isinstance(lr, Tensor) and lr.dtype is torch.float64
-        numbers = (rate, rule.beta1, rule.beta2, rule.beta_gram, rule.eps, rule.weight_decay, FIXED_RMS)
+        eps = eps_of(rule, first.dtype)
+        numbers = (rate, rule.beta1, rule.beta2, rule.beta_gram, eps, rule.weight_decay, FIXED_RMS)
         stream = self.driver.stream(index)
         for kind, members in parts.items():
             for start in range(0, len(members), TENSORS):
@@ -151,4 +162,18 @@ class Launcher:
         strides = (n, 1) if m <= n else (1, n)
         packed = _ITERATION.pack(x.data_ptr(), out.data_ptr(), a, b, c, eps, *sides, *strides, steps, sides[1] | 1)
         item = Launch(f"precond_newton_schulz_{NAMES[x.dtype]}", batch, 1, BLOCK, shared)
+        self.driver.launch(item, index, self.driver.stream(index), packed)
+
+    def newton_inv_root(
+        self, a: Tensor, p: int, damping: float, steps: int, tolerance: float, out: Tensor, info: Tensor
+    ) -> None:
+        """out = (A + damping |A| I)^(-1/p) by the coupled Newton iteration: see `reference.newton_inv_root`."""
+        batch, n, _ = a.shape
+        index, shared = a.device.index or 0, shared_bytes(n, 8 if a.dtype is torch.float64 else 4)
+        if n > SIDE or shared > self._room(index):
+            large_newton_inv_root(a, p, damping, steps, tolerance, out, info)
+            return
+        pointers = a.data_ptr(), out.data_ptr(), info.data_ptr()
+        packed = _ROOT.pack(*pointers, damping, tolerance, GROWTH, n, p, steps, SQUARINGS, n | 1, 0)
+        item = Launch(f"precond_newton_root_{NAMES[a.dtype]}", batch, 1, BLOCK, shared)
         self.driver.launch(item, index, self.driver.stream(index), packed)

@@ -41,7 +41,8 @@ What a tile does, with all entries of param, grad and the states in C, and b^ = 
          Adam:     V as in Shampoo, P = A
          W <- (1 - lr weight_decay) W - lr P
 
-A side that is not there multiplies by nothing. Norms are those of Frobenius over the tile.
+eps counts for the smallest normal number of C where it is less: where M and V are zero, A is. A side that is not there
+multiplies by nothing. Norms are those of Frobenius over the tile.
 
 What every backend owes:
 
@@ -50,6 +51,7 @@ What every backend owes:
   is, parameter and states; so is one whose |P|^2 is not finite, but that its Gram averages are updated. With APPLY
   such tiles are added to `skipped`.
 * GRAMS and APPLY in two calls are the two in one.
+* A matrix that is iterated depends on nothing but itself, likewise.
 * No function reads a value back to the host, none allocates by values, none has a temporary of the size of the model.
   (This module has one of the size of a tensor, in float64.)
 
@@ -58,13 +60,27 @@ References:
     Anil, Gupta, Koren, Regan, Singer, Scalable second order optimization for deep learning, 2020, section 4 (grafting).
     Vyas et al., SOAP: improving and stabilizing Shampoo using Adam, 2024, Algorithm 3.
     Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024 (the quintic iteration).
-    Higham, Functions of Matrices, section 8.3 (Newton-Schulz for the polar factor).
+    Higham, Functions of Matrices, section 8.3 (Newton-Schulz for the polar factor) and 7.3 (coupled Newton).
+    Guo and Higham, A Schur-Newton method for the matrix p-th root and its inverse, SIAM J. Matrix Anal. Appl. 28
+    (2006), equation (3.4).
 """
 
 from __future__ import annotations
 
 import torch
-from secant.kernels.precond.contract import ADAM, APPLY, FIXED_RMS, GRAMS, RMS, SGD, Rule, Tensors
+from secant.kernels.precond.contract import (
+    ADAM,
+    APPLY,
+    FIXED_RMS,
+    GRAMS,
+    GROWTH,
+    RMS,
+    SGD,
+    SQUARINGS,
+    Rule,
+    Tensors,
+    eps_of,
+)
 from torch import Tensor
 
 
@@ -129,7 +145,7 @@ def _real(size: int, pieces: int, device: torch.device) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.square().sum((1, 2), keepdim=True).sqrt()
+    return x.square().sum((-2, -1), keepdim=True).sqrt()
 
 
 def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phases: int, skipped: Tensor) -> None:
@@ -196,7 +212,7 @@ def _step_one(
     if exp_avg_sq.numel():
         v = cut(exp_avg_sq.reshape(rows, columns).double(), down, across)
         v = rule.beta2 * v + (1 - rule.beta2) * (turned(g) if rotate else g).square()
-        adam = ((turned(m) if rotate else m) / corrected1) / ((v / corrected2).sqrt() + rule.eps)
+        adam = ((turned(m) if rotate else m) / corrected1) / ((v / corrected2).sqrt() + eps_of(rule, param.dtype))
     if rotate:
         p = turned(adam, back=True)
     elif has_left or has_right:
@@ -246,3 +262,72 @@ def newton_schulz(x: Tensor, steps: int, a: float, b: float, c: float, eps: floa
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
     out.copy_(y.mT if tall else y)
+
+
+def newton_inv_root(a: Tensor, p: int, damping: float, steps: int, tolerance: float, out: Tensor, info: Tensor) -> None:
+    """out = (A + damping |A| I)^(-1/p) by the coupled Newton iteration; see `coupled`.
+
+    Args:
+        a: (B, n, n), B, n >= 1, of T, contiguous; the lower triangle is read. p: 1, 2 or 4. damping: > 0.
+        steps: >= 1. tolerance: of |M - I|_F.
+        out: as a, contiguous, no overlap. info: (B,), int32.
+    """
+    x, code = coupled(a.double(), p, damping, steps, tolerance)
+    out.copy_(x)
+    info.copy_(code)
+
+
+def coupled(a: Tensor, p: int, damping: float, steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Compute (X, code) for symmetric matrices (..., n, n), in their dtype, by functions that have derivatives.
+
+    |A| is the Schatten norm (sum_i |w_i|^64)^(1/64), from the Frobenius norms of A, A^2, ..., A^32: at least the
+    largest eigenvalue and at most n^(1/64) times it. From
+
+        M = z (A + damping |A| I),      X = I,      z = (p + 1) / (2 (1 + damping) |A|),
+
+    whose eigenvalues lie within (0, (p + 1) / 2] if those of A are not negative, at most `steps` times
+
+        T = ((p + 1) I - M) / p,      X <- X T,      M <- T^p M,
+
+    until |M - I|_F <= tolerance, which is seen before X takes the T of this M: its own error is then at most
+    (p + 1) / (2 p) tolerance^2. M grows at least by ((p + 1) / p)^p while it is small. The result is z^(1/p) X, its
+    symmetric part.
+
+    code is 0; -1 where a matrix has an entry that is not finite, with zeros in X; k > 0 where it was not there after k
+    steps, or left off since |M - I|_F grew by `GROWTH`, as it does where A + damping |A| I has a negative eigenvalue:
+    X is then what it was. Of a matrix of zeros X is zero. X has no NaN.
+    """
+    a = a.tril() + a.tril(-1).mT
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    top = a.detach().abs().amax((-2, -1), keepdim=True)  # the result does not depend on it
+    good = top.isfinite()
+    there = good & (top > 0)
+    m = torch.where(there, a / torch.where(there, top, 1.0), eye)
+    norm, power, t = _norm(m), 1.0, m
+    factor = norm
+    for _ in range(SQUARINGS):
+        t = t / factor
+        t = t @ t
+        factor, power = _norm(t), power / 2
+        norm = norm * factor**power
+    z = (p + 1) / (2 * (1 + damping) * norm)
+    m = z * (m + damping * norm * eye)
+    x = eye.expand_as(m)
+    active = torch.ones_like(there)
+    code = torch.full_like(top, steps, dtype=torch.int32)
+    last = torch.full_like(top, torch.inf)
+    for k in range(steps):
+        rest = (eye - m) / p
+        error = p * _norm(rest.detach())
+        grown = active & ~(error <= GROWTH * last)
+        code, active, last = torch.where(grown, k, code), active & ~grown, error
+        t = eye + rest
+        x = torch.where(active, x @ t, x)
+        reached = active & (error <= tolerance)
+        code, active = torch.where(reached, 0, code), active & ~reached
+        for _ in range(p.bit_length() - 1):
+            t = t @ t
+        m = torch.where(active, t @ m, m)
+    scale = (z.double() / top.double()).pow(1 / p).clamp(max=torch.finfo(a.dtype).max).to(a.dtype)
+    x = torch.where(there, (x + x.mT) / 2 * torch.where(there, scale, 1.0), 0.0)
+    return x, torch.where(there, code, torch.where(good, 0, -1))[..., 0, 0].int()

@@ -1,4 +1,4 @@
-"""Triton kernels of preconditioned steps and of the Newton-Schulz iteration; the contract is in `reference.py`.
+"""Triton kernels of preconditioned steps and of the Newton iterations; the contract is in `reference.py`.
 
 `_tile`: tiles of at most 64 x 64 (of float64 32 x 32), one a program at a time, and as many programs as fill the
 device. A program has room for four tiles in global memory, where it keeps what it multiplies: 16 rows and 16 terms at a
@@ -21,8 +21,8 @@ from secant.kernels import _triton_support
 from secant.kernels._triton_support import load as _load
 from secant.kernels._triton_support import store as _store
 from secant.kernels.precond import reference
-from secant.kernels.precond.contract import APPLY, FIXED_RMS, GRAMS, Rule, Tensors
-from secant.kernels.precond.plan import large_newton_schulz
+from secant.kernels.precond.contract import APPLY, FIXED_RMS, GRAMS, GROWTH, SQUARINGS, Rule, Tensors, eps_of
+from secant.kernels.precond.plan import large_newton_inv_root, large_newton_schulz
 from torch import Tensor
 
 #: Largest side of a tile, of a tile of float64, and of a matrix that is iterated.
@@ -346,6 +346,72 @@ def _newton_schulz(
     _store(out + at, y, mask)
 
 
+@triton.jit
+def _norm(x):
+    """|x|_F, in float64."""
+    wide = x.to(tl.float64)
+    return tl.sqrt(_squares(wide))
+
+
+@triton.jit
+def _newton_root(
+    a, out, info, n, steps, damping: tl.float64, tolerance: tl.float64, growth: tl.float64, most: tl.float64,
+    POWER: tl.constexpr, SQUARE: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Iterate one matrix of n rows in registers."""
+    start = tl.program_id(0).to(tl.int64) * n * n
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    inside = (i < n) & (j < n)
+    eye = tl.where((i == j) & inside, 1.0, 0.0).to(C)
+    x = _load(a + start + tl.maximum(i, j) * n + tl.minimum(i, j), inside, C)
+    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    finite = tl.sum(tl.sum(x - x, axis=1), axis=0) == 0.0  # else NaN
+    there = finite & (largest > 0.0)
+    top = tl.where(there, largest, 1.0)
+    m = tl.where(there, _over(x, top + tl.zeros_like(x)), eye)
+    factor = _norm(m)
+    size, part, t = factor, tl.full((), 1.0, tl.float64), m
+    for _ in tl.static_range(SQUARE):
+        t *= (1.0 / factor).to(C)
+        t = _dot(t, t)
+        factor = _norm(t)
+        part *= 0.5
+        size *= tl.exp(tl.log(factor) * part)
+    shift = tl.full((), damping, tl.float64)
+    z = (POWER + 1) / (2.0 * (1.0 + shift) * size)
+    m = z.to(C) * (m + (shift * size).to(C) * eye)
+    x = eye
+    k = 0
+    code = steps
+    last = tl.full((), float("inf"), tl.float64)
+    busy = tl.full((), 1, tl.int32)
+    while busy > 0:
+        t = (eye - m) * (1.0 / POWER)
+        error = POWER * _norm(t)
+        grown = (error <= growth * last).to(tl.int32) == 0
+        t += eye
+        x = tl.where(grown, x, _dot(x, t))
+        reached = (error <= tolerance) & (grown.to(tl.int32) == 0)
+        if POWER > 1:
+            t = _dot(t, t)
+        if POWER > 2:
+            t = _dot(t, t)
+        m = _dot(t, m)
+        code = tl.where(grown, k, tl.where(reached, 0, code))
+        last = error
+        k += 1
+        busy = tl.where(grown | reached | (k >= steps), 0, 1)
+    scale = z / top.to(tl.float64)
+    if POWER > 1:
+        scale = tl.sqrt(scale)
+    if POWER > 2:
+        scale = tl.sqrt(scale)
+    half = (tl.minimum(scale, tl.full((), most, tl.float64)) * 0.5).to(C)
+    x = tl.where(there, half * (x + tl.trans(x)), 0.0)
+    _store(out + start + i * n + j, x, inside)
+    tl.store(info + tl.program_id(0), tl.where(there, code, tl.where(finite, 0, -1)))
+
+
 _INTERPRETED = _triton_support.interpreted(_tile)
 
 
@@ -372,7 +438,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
     """Update Gram averages and momenta, precondition, graft, and write the parameters back; see `reference.step`."""
     device, dtype = tensors.params[0].device, tensors.params[0].dtype
     arithmetic = tl.float64 if dtype is torch.float64 else tl.float32
-    rate = _scalar(lr, device)
+    rate, eps = _scalar(lr, device), eps_of(rule, dtype)
     with _triton_support.on(device):
         for k, place in enumerate(layout.tolist()):
             param, grad, exp_avg, exp_avg_sq, *sides, count = (members[k] for members in tensors)
@@ -382,7 +448,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
             if left_root is None and right_root is None:
                 if phases & APPLY:
                     _entries[(down * across,)](
-                        param, grad, exp_avg, exp_avg_sq, *numbers, rule.beta1, rule.beta2, rule.eps, rule.weight_decay,
+                        param, grad, exp_avg, exp_avg_sq, *numbers, rule.beta1, rule.beta2, eps, rule.weight_decay,
                         *place, MAXIMIZE=rule.maximize, BLOCK=_BLOCK, C=arithmetic, num_warps=4,
                     )  # fmt: skip
                 continue
@@ -404,7 +470,7 @@ def step(tensors: Tensors, layout: Tensor, lr: float | Tensor, rule: Rule, phase
             )
             _tile[(programs,)](
                 param, grad, exp_avg, _given(exp_avg_sq), left, right, left_root, right_root, *numbers,
-                rule.beta1, rule.beta2, rule.beta_gram, rule.eps, rule.weight_decay, FIXED_RMS, scratch, tiles, *place,
+                rule.beta1, rule.beta2, rule.beta_gram, eps, rule.weight_decay, FIXED_RMS, scratch, tiles, *place,
                 GRAFT=rule.graft, ROTATE=rule.rotate, MAXIMIZE=rule.maximize, APPLY=bool(phases & APPLY),
                 C=arithmetic, ROWS=min(_ROWS, sizes["R"], sizes["W"]), num_warps=warps, **sizes,
             )  # fmt: skip
@@ -423,3 +489,18 @@ def newton_schulz(x: Tensor, steps: int, a: float, b: float, c: float, eps: floa
     warps = sizes["M"] * sizes["N"] // 256
     with _triton_support.on(x.device):
         _newton_schulz[(batch,)](x, out, short, long, *strides, steps, a, b, c, eps, num_warps=warps, **sizes)
+
+
+def newton_inv_root(a: Tensor, p: int, damping: float, steps: int, tolerance: float, out: Tensor, info: Tensor) -> None:
+    """out = (A + damping |A| I)^(-1/p) by the coupled Newton iteration; see `reference.newton_inv_root`."""
+    batch, n, _ = a.shape
+    if n > _ITERATED:
+        large_newton_inv_root(a, p, damping, steps, tolerance, out, info)
+        return
+    side = max(16, triton.next_power_of_2(n))
+    arithmetic, dtype = (tl.float64, torch.float64) if a.dtype is torch.float64 else (tl.float32, torch.float32)
+    with _triton_support.on(a.device):
+        _newton_root[(batch,)](
+            a, out, info, n, steps, damping, tolerance, GROWTH, torch.finfo(dtype).max,
+            POWER=p, SQUARE=SQUARINGS, N=side, C=arithmetic, num_warps=side * side // 256,
+        )  # fmt: skip

@@ -16,7 +16,7 @@ from secant.benchmarks import case as cases_module
 from secant.benchmarks import machine, report, training_optimizers
 from secant.benchmarks import measure as measuring
 from secant.benchmarks.case import PILOT, Row, everything, fastest, find
-from secant.benchmarks.families import blocks, curvature, lbfgs, newton, residuals
+from secant.benchmarks.families import blocks, curvature, lbfgs, newton, precond, residuals
 from secant.benchmarks.families.blocks import COPY, THRESHOLD, Case, Problem
 from secant.benchmarks.measure import measure
 from secant.benchmarks.timing import REPLAY, HostClock, Timing
@@ -373,6 +373,7 @@ def test_every_contender_has_a_colour():
     names = {*backends.ORDER, "matinvBatched", "cupy", "secant", "torch"}
     names = names.union(*(blocks.peers(case, CPU) for case in KINDS))
     names = names.union(*(lbfgs.peer_names(lbfgs.Case("two_loop", 9, batch=batch)) for batch in (0, 2)))
+    names = names.union(*(case.names(CPU) for case in precond.small_cases()))
     names = names.union(*(curvature._makers(curvature.Case("Hessian", 9, k)) for k in (1, 2)))
     names = names.union(residuals.OURS, residuals.PEERS, residuals.Rows("Jacobian", (2, 1)).names(CPU))
     names = names.union(newton.Autoencoder("a", 0.1).names(CPU), newton._MINIMIZERS)

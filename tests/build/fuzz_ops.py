@@ -339,6 +339,14 @@ def newton_schulz(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     return OPS["newton_schulz"], args
 
 
+def newton_inv_root(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    n = f.size()
+    x = f.normal(*f.pick(((), (0,), (1,), (5,), (2, 3))), n, n)
+    a = f.tensor((x @ x.mT / n + torch.eye(n, dtype=F64)).to(f.pick((F32, F64, BF16, F16))))
+    args = {"a": a, "p": f.pick((1, 2, 4)), "damping": f.number(1e-3), "steps": f.pick((None, 1, 60))}
+    return OPS["newton_inv_root"], args
+
+
 def precond_step(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The registered op, which a graph or anybody may call: lists of tensors, with sizes that may lead out of them."""
     dtype, block = f.pick((F32, F64, BF16, F16)), f.pick((2, 5, 64))
@@ -409,6 +417,7 @@ MAKERS: dict[str, Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, Any]]]]
     "paired_matmul": paired_matmul,
     "gram": gram,
     "history": history,
+    "newton_inv_root": newton_inv_root,
     "newton_schulz": newton_schulz,
     "precond_step": precond_step,
     "inverse_hessian": inverse_hessian,

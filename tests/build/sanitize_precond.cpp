@@ -7,6 +7,7 @@
 // After the kernels.
 #include "sanitize.h"
 
+using secant::NewtonRoot;
 using secant::NewtonSchulz;
 using secant::PrecondLayout;
 using secant::PrecondStep;
@@ -80,6 +81,16 @@ void newton_schulz(void (*kernel)(const NewtonSchulz&), int64_t batch, int64_t m
   kernel({batch, m, n, x.data(), 5, 3.4445, -4.775, 2.0315, 1e-7, out.data(), threads});
 }
 
+template <class S>
+void newton_root(void (*kernel)(const NewtonRoot&), int64_t batch, int64_t n, int p, int threads) {
+  auto a = numbers<S>(batch * n * n);
+  std::vector<S> out(a.size());
+  std::vector<int32_t> info(static_cast<size_t>(batch), 99);
+  if (batch > 2) a[static_cast<size_t>(n * n)] = Round<S>::from(std::numeric_limits<float>::infinity());
+  kernel({batch, n, a.data(), p, 30, 5, 1e-3, 1e-4, 1.2, out.data(), info.data(), threads});
+  if (batch > 2) expect(info[1] == -1, "a matrix that is not finite");
+}
+
 }  // namespace
 
 int main() {
@@ -94,6 +105,13 @@ int main() {
     step<f16, bf16>(precond::step_f16_bf16, threads);
     without_memory([=] { step<float, float>(precond::step_f32, threads, 4000); });
     without_memory([=] { newton_schulz<float>(precond::newton_schulz_f32, 3, 5, 9, threads); });
+    without_memory([=] { newton_root<float>(precond::newton_root_f32, 3, 9, 2, threads); });
+    for (int64_t n : {1, 3, 16, 17, 40}) {
+      newton_root<float>(precond::newton_root_f32, 3, n, 2, threads);
+      newton_root<double>(precond::newton_root_f64, 3, n, 4, threads);
+      newton_root<bf16>(precond::newton_root_bf16, 3, n, 1, threads);
+      newton_root<f16>(precond::newton_root_f16, 3, n, 4, threads);
+    }
     for (int64_t m : {1, 3, 16, 17, 40}) {
       for (int64_t n : {1, 4, 31, 64}) {
         newton_schulz<float>(precond::newton_schulz_f32, 3, m, n, threads);

@@ -60,7 +60,10 @@ def test_sanitizers_on_products(tmp_path, isa):
 def test_sanitizers_on_preconditioned_steps(tmp_path, isa):
     """The same for preconditioned steps and the Newton-Schulz iteration."""
     program = tmp_path / "sanitize_precond"
-    sources = ["tests/build/sanitize_precond.cpp", *(f"kernels/precond/cpu_{s}.cpp" for s in ("step", "newton_schulz"))]
+    sources = [
+        "tests/build/sanitize_precond.cpp",
+        *(f"kernels/precond/cpu_{s}.cpp" for s in ("step", "newton_schulz", "newton_root")),
+    ]
     compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -242,11 +242,11 @@ def test_runtime_source_of_hvp(tmp_path, module, kernels):
     ("module", "kernels"),
     [
         ("f32_bf16", ["precond_entries_f32_bf16", "precond_tile_f32_bf16"]),
-        ("schulz_f16", ["precond_newton_schulz_f16"]),
+        ("newton_f16", ["precond_newton_root_f16", "precond_newton_schulz_f16"]),
     ],
 )
 def test_runtime_source_of_precond(tmp_path, module, kernels):
-    """One module a pair of types, one a type of the iteration."""
+    """One module a pair of types, one a type of the iterations."""
     from secant.kernels.precond import nvrtc
 
     assert self_contained(tmp_path, nvrtc.source(module)) == kernels

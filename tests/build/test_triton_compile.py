@@ -34,7 +34,7 @@ KERNELS = {
     triton_dense: ("_pass", "_reduce", "_finish"),
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
     hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish", "_gram", "_gram_finish"),
-    precond: ("_tile", "_entries", "_newton_schulz"),
+    precond: ("_tile", "_entries", "_newton_schulz", "_newton_root"),
 }
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -392,3 +392,13 @@ def test_orthogonalisation_compiles_without_spills(gpu, tmp_path, m, n, dtype):
     precond.newton_schulz(x, 5, 3.0, -4.0, 2.0, 1e-7, x)
     assert [k.metadata.name for k in gpu[1]] == ["_newton_schulz"]
     check_resources(gpu, tmp_path, f"newton_schulz {m} {n} {dtype}", lambda registers: 0)
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "dtype"), [(32, 2, F32), (20, 4, F32), slowly(9, 1, BF16), slowly(32, 4, F64)], ids=str
+)
+def test_roots_compile_without_spills(gpu, tmp_path, n, p, dtype):
+    a, info = torch.zeros(3, n, n, dtype=dtype), torch.zeros(3, dtype=torch.int32)
+    precond.newton_inv_root(a, p, 1e-3, 20, 1e-4, a.clone(), info)
+    assert [k.metadata.name for k in gpu[1]] == ["_newton_root"]
+    check_resources(gpu, tmp_path, f"newton_root {n} {p} {dtype}", lambda registers: 0)

@@ -401,9 +401,13 @@ def test_out():
 
 def bad_calls():
     a, b = torch.eye(3).repeat(4, 1, 1), torch.ones(4, 3)
+
+    def solve(a):
+        return block_solve(a, b)
+
     for f, name in (
         (block_inv, "block_inv"),
-        (lambda a: block_solve(a, b), "block_solve"),
+        (solve, "block_solve"),
         (block_eigh, "block_eigh"),
         (lambda a: block_abs_inv(a, floor=1.0), "block_abs_inv"),
         (lambda a: block_inv_root(a, 2), "block_inv_root"),
@@ -424,12 +428,13 @@ def bad_calls():
             ValueError,
             "square blocks, shape (..., n, n), got shape (4, 2, 3)",
         )
-        for n in (0, 65):
+        largest = 64 if f in (block_inv, solve) else 128
+        for n in (0, largest + 1):
             yield (
                 f"{name} {n}",
                 lambda f=f, n=n: f(torch.ones(2, n, n)),
                 ValueError,
-                f"{name}: a: expected blocks of 1 to 64",
+                f"{name}: a: expected blocks of 1 to {largest}",
             )
     for f in (block_inv, lambda a, **kw: block_solve(a, b, **kw)):
         yield "assume", lambda f=f: f(a, assume="pd"), ValueError, "assume: expected 'spd' or 'general', got 'pd'"
@@ -709,3 +714,29 @@ def test_a_permuted_batch_gives_permuted_bits(name, n, batch, seed, half):
     same(f(a[order]), tuple(x[order] for x in f(a)))
     keep = order[: (batch + 1) // 2]
     same(f(a[keep]), tuple(x[keep] for x in f(a)))
+
+
+def test_larger_eigenproblems(monkeypatch):
+    """100 rows on the CPU, with derivatives; a backend that ends at 64 says so, and so does the op."""
+    a = indefinite(2, n=100)
+    w, v, info = block_eigh(a)
+    assert not info.any()
+    torch.testing.assert_close((v * w[:, None, :]) @ v.mT, a, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block_abs_inv(a, floor=1e-3)[0], (v / w.abs()[:, None, :]) @ v.mT, rtol=0, atol=1e-11)
+    p = spd(2, n=100)
+    root = block_inv_root(p, 2)[0]
+    torch.testing.assert_close(root @ root @ p, torch.eye(100, dtype=F64).expand(2, 100, 100))
+    torch.testing.assert_close(block_function(p, "sqrt")[0] @ block_function(p, "sqrt")[0], p)
+    leaf = p[0].clone().requires_grad_()
+    block_eigh(leaf)[0].log().sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.linalg.inv(p[0]))
+    monkeypatch.delattr(secant.backends.load("blocks", "cpu"), "EIGEN_N")
+    for call in (
+        lambda: block_eigh(a),
+        lambda: block_abs_inv(a, floor=1.0),
+        lambda: block_inv_root(a, 2),
+        lambda: block_function(a, "abs"),
+    ):
+        with pytest.raises(secant.BackendError, match=r"block_\w+: backend 'cpu' finds .* of at most 64 rows, got 100"):
+            call()
+    assert not block_eigh(a[:, :64, :64])[2].any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import secant
-from secant.ops import Tiles, newton_schulz
+from secant.ops import Tiles, newton_inv_root, newton_schulz
 from secant.ops.precond import ADAM, GRAFTS, MUON, Rule, matrix, tiling
 
 RULE = Rule(0.9, 0.95, 0.95, 1e-8, 0.0, ADAM, False, False)
@@ -75,6 +75,12 @@ WRONG = [
     (lambda: newton_schulz(p.clone().requires_grad_(), out=e.new_empty(4, 3)), ValueError, "out: expected None where"),
     (lambda: newton_schulz(p, out=p[:2]), ValueError, r"out: expected shape \(4, 3\)"),
     (lambda: newton_schulz(p, out=p.view(3, 4).t()), ValueError, "out: expected x itself or no overlap"),
+    (lambda: newton_inv_root(p, 2), ValueError, r"newton_inv_root: a: expected square matrices, shape \(..., n, n\)"),
+    (lambda: newton_inv_root(p[:0, :0], 2), ValueError, "newton_inv_root: a: expected square matrices"),
+    (lambda: newton_inv_root([1.0], 2), TypeError, "newton_inv_root: a: expected a torch.Tensor, got list"),
+    (lambda: newton_inv_root(p[:3], 3), ValueError, "newton_inv_root: p: expected 1, 2 or 4, got 3"),
+    (lambda: newton_inv_root(p[:3], 2, damping=0.0), ValueError, "damping: expected a number > 0, at most 1e6"),
+    (lambda: newton_inv_root(p[:3], 2, steps=0), ValueError, "steps: expected an integer, 1 to 500, got 0"),
 ]  # fmt: skip
 
 
@@ -127,6 +133,10 @@ def test_opcheck(rule):
     torch.library.opcheck(OP.precond_step.default, op_args(rule, shapes=((4, 3), (7, 6))))
     torch.library.opcheck(OP.precond_step.default, op_args(rule, 1, torch.tensor(0.1), shapes=((4, 3), (7, 6))))
     torch.library.opcheck(OP.newton_schulz.default, (torch.randn(2, 4, 3), 5, *MUON, 1e-7, torch.empty(2, 4, 3)))
+    info = torch.empty(2, dtype=torch.int32)
+    torch.library.opcheck(
+        OP.newton_inv_root.default, (torch.eye(3).repeat(2, 1, 1), 2, 1e-3, 30, 1e-4, torch.empty(2, 3, 3), info)
+    )
 
 
 def test_the_registered_op_takes_what_lies_anyhow():
@@ -198,6 +208,65 @@ def test_derivatives_of_the_orthogonalisation():
     zero = torch.zeros(2, 3, requires_grad=True)
     newton_schulz(zero).sum().backward()
     assert torch.isfinite(zero.grad).all()
+
+
+def graded(n, spread, dtype=torch.float64, seed=0):
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+    return ((q * torch.logspace(0, -spread, n, dtype=torch.float64)) @ q.T).to(dtype)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("damping", [1e-8, 1e-4, 0.1, 10.0])
+def test_roots_by_products_are_those_of_eigenvalues(p, damping):
+    """Of any batch and strides, and of either triangle but the lower one's."""
+    a = torch.stack([graded(n, spread)[:12, :12] for n, spread in ((12, 0.0), (12, 3.0), (12, 12.0))])
+    w, q = torch.linalg.eigh(a)
+    size = w.abs().pow(64).sum(-1, keepdim=True).pow(1 / 64)
+    want = (q * (w + damping * size).pow(-1 / p)[:, None, :]) @ q.mT
+    x, info = newton_inv_root(torch.stack((a, a), -1)[..., 0].unsqueeze(1), p, damping=damping)
+    assert x.shape == (3, 1, 12, 12)
+    assert info.shape == (3, 1)
+    assert not info.any()
+    # The bound of the docstring; the steps are at most 40 for 1e-8.
+    most = 12 * 2.0**-53 * (4 * (1 + 1 / damping) + 240)
+    for got, right in zip(x[:, 0], want, strict=True):
+        assert torch.linalg.matrix_norm(got - right, ord=2) <= most * torch.linalg.matrix_norm(right, ord=2)
+    torn = a + torch.ones(12, 12, dtype=torch.float64).triu(1)
+    assert torch.equal(newton_inv_root(torn, p, damping=damping)[0], x[:, 0])
+    assert newton_inv_root(a[:0], p)[0].shape == (0, 12, 12)
+
+
+def test_as_many_steps_as_a_root_needs():
+    """The default cap is enough for the smallest eigenvalue that there can be, and one third of it is not."""
+    from secant.ops.precond import _steps
+
+    for p in (1, 2, 4):
+        for damping in (1e-2, 1e-6):
+            a = torch.zeros(9, 9, dtype=torch.float64)
+            a[0, 0] = 1.0
+            cap = _steps(p, damping, math.sqrt(torch.finfo(a.dtype).eps) / 4)
+            assert newton_inv_root(a, p, damping=damping, steps=cap - 1)[1] == 0
+            assert newton_inv_root(a, p, damping=damping, steps=cap // 3)[1] == cap // 3
+
+
+def test_derivatives_of_a_root():
+    """Those of the root, of either mode, twice; codes as without them."""
+    a = graded(4, 1.0).requires_grad_()
+
+    def root(a):
+        return newton_inv_root(a + a.mT, 2, damping=0.05)[0]
+
+    x, info = newton_inv_root(a, 2, damping=0.05)
+    torch.testing.assert_close(x, newton_inv_root(a.detach(), 2, damping=0.05)[0], rtol=0, atol=1e-12)
+    assert info == 0
+    assert torch.autograd.gradcheck(root, a, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(root, a)
+    bad = torch.stack((torch.zeros(2, 2), torch.full((2, 2), math.inf), torch.eye(2))).requires_grad_()
+    x, info = newton_inv_root(bad, 4)
+    x.sum().backward()
+    assert info.tolist() == [0, -1, 0]
+    assert torch.isfinite(x).all()
+    assert torch.isfinite(bad.grad).all()
 
 
 def test_refresh_makes_inverse_roots():

@@ -50,6 +50,7 @@ CASES = {
     "gram, weighted": (lambda x: ops.gram(x, weight=T - 0.3), X),
     "gram, weight": (lambda w: ops.gram(X, weight=w), W),
     "newton_schulz": (lambda x: ops.newton_schulz(x, 2), randn(2, 4, 3)),
+    "newton_inv_root": (lambda a: ops.newton_inv_root(a, 4, damping=0.1)[0], A),
     "paired_matmul": (lambda a: ops.paired_matmul(a, V, bias=V[0]), X),
 }
 

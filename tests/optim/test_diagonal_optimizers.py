@@ -254,6 +254,42 @@ def test_a_closure_of_another_kind_is_named():
         AdaHessian([p], hessian_closure=1.0)
 
 
+@pytest.mark.parametrize("make", [AdaHessian, Sophia])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_checkpoint_before_the_first_step_takes_no_sample_away(make, resumed):
+    """A distributed checkpoint builds the state by a step with gradients of zero and lr = 0; the next one samples."""
+    loss, derivatives, start = separable()
+    params = [x.clone().requires_grad_() for x in start]
+    optimizer = make(params, lr=0.01, update_every=4)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    assert all(map(torch.equal, params, start))
+    if resumed:
+        state, optimizer = optimizer.state_dict(), make(params, lr=0.01, update_every=4)
+        optimizer.load_state_dict(state)
+    name = "hessian" if make is Sophia else "exp_hessian_sq"
+    needs = []
+    for _ in range(5):
+        needs.append(optimizer.needs_graph)
+        optimizer.zero_grad()
+        loss(params).backward(create_graph=optimizer.needs_graph)
+        optimizer.step()
+        if len(needs) == 1:
+            for i, (p, x) in enumerate(zip(params, start, strict=True)):
+                state, h = optimizer.state[p], derivatives(x, i)[1]
+                assert state["hessian_step"] == 1
+                h = h if make is Sophia else (h.mean((2, 3), keepdim=True) if h.dim() > 2 else h).square()
+                beta = optimizer.param_groups[0]["betas"][1]
+                torch.testing.assert_close(state[name], (1 - beta) * h)
+    assert needs == [True, False, False, True, False]  # steps 2 and 5 of the count
+
+
 def test_sophia_wants_to_be_told():
     p = torch.ones(3, requires_grad=True)
     optimizer = Sophia([p], estimator="gnb")

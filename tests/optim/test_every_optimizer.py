@@ -1134,10 +1134,10 @@ def test_a_distributed_checkpoint_continues(case, groups, tmp_path):
 SHARDED = ("sign", "muon", "sophia-g")
 
 
-@closure_free
+@of_kind("none", "twice")
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_a_parameter_of_many_processes(case, tmp_path):
-    """Its state is spread as it is, and its steps are those of a whole one; or it is refused."""
+    """Its state is spread as it is, and its steps are those of a whole one; or it is refused, in a later group too."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -1150,6 +1150,10 @@ def test_a_parameter_of_many_processes(case, tmp_path):
             if case.name not in SHARDED:
                 with pytest.raises(ValueError, match=rf"{case.make.__name__}: params\[0\]: expected .*, got a DTensor"):
                     case.make([p], **case.fixed)
+                optimizer = case.make([torch.nn.Parameter(torch.ones(2))], **case.fixed)
+                with pytest.raises(ValueError, match=rf"{case.make.__name__}: params\[1\]: expected .*, got a DTensor"):
+                    optimizer.add_param_group({"params": [p]})
+                assert len(optimizer.param_groups) == 1
                 continue
             q = torch.nn.Parameter(whole.detach().clone())
             for x in (p, q):

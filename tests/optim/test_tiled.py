@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from secant.ops.precond import shares
 from secant.optim import SOAP, Shampoo
 from secant.optim._per_parameter import is_due
 
@@ -179,6 +180,38 @@ def test_fifty_steps_of_shampoo_are_those_of_the_paper(options):
         assert (x - y).abs().max() < 1e-8
         assert (x - 1).abs().max() > 1e-3
     assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"exponent": 0.25, "block_size": 4}, {"graft": "none"}], ids=str)
+def test_fifty_steps_with_roots_by_products(options):
+    """What is damped is not the same in the last digits: |A| lies up to n^(1/64) above the largest eigenvalue."""
+    given = gradients(SHAPES)
+    options = {"lr": 0.01, "damping": 1e-9, "precondition_frequency": 5, **options}
+    exact, _ = run(lambda params: Shampoo(params, **options), given)
+    ours, optimizer = run(lambda params: Shampoo(params, root="newton", **options), given)
+    assert optimizer.skipped == 0
+    for x, y in zip(ours, exact, strict=True):
+        assert torch.isfinite(x).all()
+        assert (x - y).norm() <= 0.05 * (y - 1).norm()
+    full, _ = run(lambda params: Shampoo(params, **{**options, "block_size": 3}), gradients([(9, 9)]))
+    same, _ = run(lambda params: Shampoo(params, root="newton", **{**options, "block_size": 3}), gradients([(9, 9)]))
+    # Averages of full rank, the damping far below their smallest eigenvalues: one root.
+    torch.testing.assert_close(same[0], full[0], rtol=0, atol=1e-5)
+
+
+def test_averages_that_have_no_root_by_products_keep_the_old_one():
+    """Of an average with a negative eigenvalue beyond the damping nothing is made; the others have theirs."""
+    p = torch.nn.Parameter(torch.ones(6, 6, dtype=F64))
+    optimizer = Shampoo([p], root="newton")
+    p.grad = torch.eye(6, dtype=F64) + 0.1
+    optimizer.step()
+    state = optimizer.state[p]
+    before = {k: state[k].clone() for k in ("left_root", "right_root")}
+    state["left"][0, 0] = -1.0
+    state["right"].mul_(4.0)
+    optimizer.refresh()
+    assert torch.equal(state["left_root"], before["left_root"])
+    torch.testing.assert_close(state["right_root"], before["right_root"] / 2)
 
 
 @pytest.mark.parametrize("every", [1, 20])
@@ -403,12 +436,17 @@ def test_a_refresh_by_hand():
     assert not torch.equal(before, optimizer.state[p]["left_root"])
 
 
+#: Each shares a refresh in one way of its own.
+SHARING = [(Shampoo, {}), (SOAP, {}), (Shampoo, {"root": "newton"}), (Shampoo, {"state_dtype": torch.bfloat16})]
+
+
 def _train_with_shares(rank, folder, given):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     found = []
-    for make in (Shampoo, SOAP):
-        ours, optimizer = run(lambda params, make=make: make(params, block_size=5, distribute=True), given)
+    for make, options in SHARING:
+        own = {"block_size": 5, **options}
+        ours, optimizer = run(lambda params, make=make, own=own: make(params, distribute=True, **own), given)
         found.append((ours, optimizer.state_dict()["state"]))
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -420,8 +458,9 @@ def test_processes_share_a_refresh(tmp_path):
     given = gradients([*SHAPES, (3, 3)], steps=9)
     torch.multiprocessing.spawn(_train_with_shares, (str(tmp_path), given), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
-    for k, make in enumerate((Shampoo, SOAP)):
-        alone, optimizer = run(lambda params, make=make: make(params, block_size=5), given)
+    for k, (make, options) in enumerate(SHARING):
+        own = {"block_size": 5, **options}
+        alone, optimizer = run(lambda params, make=make, own=own: make(params, **own), given)
         for rank in ranks:
             ours, state = rank[k]
             assert all(map(torch.equal, ours, alone))
@@ -429,10 +468,25 @@ def test_processes_share_a_refresh(tmp_path):
                 assert all(torch.equal(x, state[i][name]) for name, x in own.items())
 
 
+def test_matrices_are_shared_by_cost():
+    """Each has one owner, who has at most the dearest one more to do than the others; a large one waits for nobody."""
+    for sizes, ranks in (([(7, 64**3), (5, 32**3), (1, 128**3)], 3), ([(2, 1.0)], 5), ([(100, 8.0), (30, 1.0)], 7)):
+        found = shares(sizes, ranks)
+        for (count, _), owners in zip(sizes, found, strict=True):
+            assert sorted(itertools.chain(*owners)) == list(range(count))
+            assert all(x == sorted(x) for x in owners)
+        costs = [cost for _, cost in sizes]
+        loads = [sum(len(x[rank]) * cost for x, cost in zip(found, costs, strict=True)) for rank in range(ranks)]
+        assert max(loads) - min(loads) <= max(cost for _, cost in sizes)
+    # One of 128 costs what eight of 64 do: who has it has nothing else.
+    assert shares([(8, 64**3), (1, 128**3)], 2) == [[[], list(range(8))], [[0], []]]
+
+
 def test_options_that_do_not_fit():
     p = torch.zeros(3, 3, requires_grad=True)
     for name, value in [("block_size", 0), ("max_side", 0), ("graft", "lion"), ("exponent", 0.3), ("damping", 0.0),
-                        ("state_dtype", torch.float16), ("precondition_frequency", 0), ("one_sided", 1)]:  # fmt: skip
+                        ("root", "qr"), ("state_dtype", torch.float16), ("precondition_frequency", 0),
+                        ("one_sided", 1)]:  # fmt: skip
         with pytest.raises(ValueError, match=f"Shampoo: {name}: expected"):
             Shampoo([p], **{name: value})
     with pytest.raises(ValueError, match=r"Shampoo: state_dtype: expected None, bfloat16 or torch.float32"):

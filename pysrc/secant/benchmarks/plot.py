@@ -208,6 +208,7 @@ COLORS = {
     "inv_ex": (TORCH, _LINALG),
     "solve_ex": (TORCH, _LINALG),
     "eigh": (TORCH, _LINALG),
+    "block_inv_root": (BF16, "secant, by eigenvalues"),
     "cholesky": ("#E69F00", "torch: cholesky_ex, then inverse or solve"),
     "matinvBatched": ("#CC79A7", "cuBLAS matinvBatched"),
     "cupy": ("#B22222", "cupy.linalg.inv"),

@@ -27,6 +27,9 @@ COLORS = {
     "softmax_hvp": "#CC79A7",
     "cross_entropy_hvp": "#8a8a8a",
     "gram": "#004d3a",
+    "precond_step": "#F0E442",
+    "newton_schulz": "#a6761d",
+    "newton_inv_root": "#b07aa1",
 }
 MARKERS = {"cpu": "o", "cuda": "o", "triton": "^", "nvrtc": "s"}
 #: Backends whose rows are of kernels.

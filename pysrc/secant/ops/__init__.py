@@ -13,7 +13,7 @@ from secant.ops.hvp import (
 )
 from secant.ops.inverse_hessian import InverseHessian
 from secant.ops.lbfgs import two_loop
-from secant.ops.precond import Tiles, newton_schulz
+from secant.ops.precond import Tiles, newton_inv_root, newton_schulz
 
 __all__ = [
     "InverseHessian",
@@ -29,6 +29,7 @@ __all__ = [
     "glm_hvp",
     "glm_value_grad",
     "gram",
+    "newton_inv_root",
     "newton_schulz",
     "paired_matmul",
     "softmax_hvp",

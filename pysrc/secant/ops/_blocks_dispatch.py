@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secant import backends
+from secant._errors import BackendError
 from secant.ops import _gate, _register
+
+#: Largest n that every backend serves, and that some serve where eigenvalues are found.
+MAX_N, MAX_EIGEN_N = 64, 128
 
 
 def _damped(a: Tensor, lam: Tensor | None, value: float | None, *rest: Any) -> tuple[Any, ...]:
@@ -152,8 +157,26 @@ def solve(
     return _finish(x, direct, out), info
 
 
+def largest_eigenproblem(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the largest n of which the backend that serves these blocks finds eigenvalues."""
+    found: int = getattr(backends.resolve("blocks", device, dtype), "EIGEN_N", MAX_N)
+    return found
+
+
+def _check_served(op: str, a: Tensor) -> None:
+    """Raise where the backend that serves these blocks has no eigenvalues of blocks so large."""
+    n = a.shape[-1]
+    if n > MAX_N and n > largest_eigenproblem(a.device, a.dtype):
+        backend = backends.resolve("blocks", a.device, a.dtype).__name__.rpartition(".")[2]
+        raise BackendError(
+            f"{op}: backend {backend!r} finds eigenvalues of blocks of at most {MAX_N} rows, got {n}: "
+            "use torch.linalg.eigh, or newton_inv_root for a root"
+        )
+
+
 def eigh(a: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(values, vectors, info) of a (..., n, n)."""
+    _check_served("block_eigh", a)
     values = torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
     vectors = _empty(a.shape, a)
     info = _codes(a)
@@ -168,6 +191,7 @@ def _hint(basis: Tensor | None) -> Tensor | None:
 
 def abs_inv(a: Tensor, floor: Tensor | None, value: float | None, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(V diag(1 / max(|w|, floor)) V^T, info) of a (..., n, n)."""
+    _check_served("block_abs_inv", a)
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():
@@ -185,6 +209,7 @@ def inv_root(
     basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """((A + damping)^(-1/p), info) of a (..., n, n)."""
+    _check_served("block_inv_root", a)
     x = _empty(a.shape, a)
     info = _codes(a)
     if a.numel():

@@ -1,10 +1,11 @@
-"""Many small matrices at once: inverse, solve, eigenvalues, and functions of eigenvalues, for n = 1..64.
+"""Many small matrices at once: inverse, solve, eigenvalues, and functions of eigenvalues, for n = 1..64 (128).
 
 The choice of method per size and the bytes that must move are in `kernels/blocks/README.md`; the contract between this
 module and the kernels is in `kernels/blocks/reference.py`.
 
 All functions here take blocks `a` of shape (..., n, n), 1 <= n <= 64, of float32, float64, bfloat16 or float16 (the
-last two are computed in float32), with any number of batch dimensions, empty ones included, and any strides. None
+last two are computed in float32), with any number of batch dimensions, empty ones included, and any strides. Those
+that find eigenvalues take n <= 128 on the CPU; on a GPU they raise a `secant.BackendError` beyond 64. None
 raises for the sake of a matrix: a block that has no result has NaN in the whole of its own output and says why in
 `info` (int32, of the batch's shape), and all other blocks are what they would be without it, bitwise. None reads a
 value back to the host. As in LAPACK, `info` speaks of the block: a result beyond the range of the dtype, such as the
@@ -30,7 +31,7 @@ from secant.ops import _batching, _gate, _register
 from secant.ops import _blocks_autograd as autograd
 from secant.ops import _blocks_dispatch as dispatch
 
-MAX_N = 64
+MAX_N = dispatch.MAX_N
 DTYPES = _checks.REAL + _checks.HALF
 
 MAX_POWER = 64
@@ -43,13 +44,13 @@ SpectralFunction: TypeAlias = (
 )
 
 
-def _check_blocks(op: str, a: Tensor) -> None:
+def _check_blocks(op: str, a: Tensor, largest: int = MAX_N) -> None:
     _checks.tensor(op, "a", a, DTYPES)
     shape = a.shape
     if len(shape) < 2 or shape[-1] != shape[-2]:
         raise _checks.fail(op, "a", "square blocks, shape (..., n, n)", f"shape {tuple(shape)}")
-    if not 1 <= shape[-1] <= MAX_N:
-        raise _checks.fail(op, "a", f"blocks of 1 to {MAX_N} rows", f"shape {tuple(shape)}")
+    if not 1 <= shape[-1] <= largest:
+        raise _checks.fail(op, "a", f"blocks of 1 to {largest} rows", f"shape {tuple(shape)}")
 
 
 def _check_vectors(op: str, vectors: Tensor | None, a: Tensor) -> Tensor | None:
@@ -278,8 +279,8 @@ def block_eigh(a: Tensor, *, vectors: Tensor | None = None) -> tuple[Tensor, Ten
     """Compute eigenvalues and eigenvectors of many small symmetric matrices, A = V diag(w) V^T.
 
     Args:
-        a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
-            triangle is read.
+        a: (..., n, n), symmetric, 1 <= n <= 128 (64 on GPUs), float32, float64, bfloat16 or float16, any strides; only
+            the lower triangle is read.
         vectors: as `a`, eigenvectors of blocks near these, such as V of an earlier call, to save time. A hint: the
             error is bounded alike whatever it holds (of float32, relative to the largest eigenvalue), and where it
             saves nothing it is not read. It does on the CPU for n < 24 (float64: 16), a third of the time.
@@ -301,6 +302,7 @@ def block_eigh(a: Tensor, *, vectors: Tensor | None = None) -> tuple[Tensor, Ten
     Raises:
         TypeError: `a` is no tensor, or of another dtype.
         ValueError: shape or layout do not fit.
+        BackendError: blocks are larger than the backend takes.
 
     References:
         Golub and Van Loan, Matrix Computations, 4th ed., section 8.5 (cyclic Jacobi); Demmel and Veselic, Jacobi's
@@ -311,7 +313,7 @@ def block_eigh(a: Tensor, *, vectors: Tensor | None = None) -> tuple[Tensor, Ten
         >>> w.round(decimals=5)
         tensor([1., 3.])
     """
-    _check_blocks("block_eigh", a)
+    _check_blocks("block_eigh", a, dispatch.MAX_EIGEN_N)
     basis = _check_vectors("block_eigh", vectors, a)
     if _gate.is_transformed(a):
         w, v, info = _batching.apply(autograd.Eigh, _real(a))
@@ -338,8 +340,8 @@ def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -
     """Compute functions of many small symmetric matrices: f(M) = V diag(f(w)) V^T for M = A + damping = V diag(w) V^T.
 
     Args:
-        a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
-            triangle is read.
+        a: (..., n, n), symmetric, 1 <= n <= 128 (64 on GPUs), float32, float64, bfloat16 or float16, any strides; only
+            the lower triangle is read.
         f: "exp"; "log" or "sqrt", of positive definite blocks; "abs"; ("power", p), -64 <= p <= 64: for integer p of
             any block (p < 0: without an eigenvalue of zero), else of positive definite ones; or your own (f, df) or
             (f, df, d2f): callables that map a float64 tensor of any shape to the function, its derivative and its
@@ -362,6 +364,7 @@ def block_function(a: Tensor, f: SpectralFunction, *, damping: Damping = None) -
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
+        BackendError: blocks are larger than the backend takes.
         ValueError: shape, layout, `f` or `damping` do not fit.
 
     References:
@@ -389,7 +392,7 @@ def _block_function_of_held(a: Tensor, key: int, damping: Damping) -> tuple[Tens
 @_register.whole
 def _block_function(a: Tensor, f: SpectralFunction, damping: Damping) -> tuple[Tensor, Tensor]:
     op = "block_function"
-    _check_blocks(op, a)
+    _check_blocks(op, a, dispatch.MAX_EIGEN_N)
     rule = _check_function(op, f)
     lam, value, scaled = _check_damping(op, damping, a)
     m = autograd.damped(_real(a), lam, value, scaled)
@@ -408,8 +411,8 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor, vectors: Tensor | None = 
     negative curvature is reversed, and none is longer than the gradient / floor.
 
     Args:
-        a: (..., n, n), symmetric and possibly indefinite, 1 <= n <= 64, float32, float64, bfloat16 or float16, any
-            strides; only the lower triangle is read.
+        a: (..., n, n), symmetric and possibly indefinite, 1 <= n <= 128 (64 on GPUs), float32, float64, bfloat16 or
+            float16, any strides; only the lower triangle is read.
         floor: a positive finite number, or a tensor of such numbers of a shape that broadcasts to the batch's.
         vectors: as `a`, eigenvectors of blocks near these, as in `block_eigh`.
 
@@ -423,6 +426,7 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor, vectors: Tensor | None = 
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
+        BackendError: blocks are larger than the backend takes.
         ValueError: shape, layout or `floor` do not fit, or `floor` requires grad.
 
     References:
@@ -435,7 +439,7 @@ def block_abs_inv(a: Tensor, *, floor: float | Tensor, vectors: Tensor | None = 
         tensor([5.0000e-01, 1.0000e+03])
     """
     op = "block_abs_inv"
-    _check_blocks(op, a)
+    _check_blocks(op, a, dispatch.MAX_EIGEN_N)
     basis = _check_vectors(op, vectors, a)
     least: Tensor | None = None
     value: float | None = None
@@ -466,8 +470,8 @@ def block_inv_root(
     block of zeros, has the root 0, as in a pseudoinverse: what is preconditioned with it stays where it is.
 
     Args:
-        a: (..., n, n), symmetric, 1 <= n <= 64, float32, float64, bfloat16 or float16, any strides; only the lower
-            triangle is read.
+        a: (..., n, n), symmetric, 1 <= n <= 128 (64 on GPUs), float32, float64, bfloat16 or float16, any strides; only
+            the lower triangle is read.
         p: 1, 2 or 4.
         damping: None, lambda, or ("scale", lambda) for A + lambda diag(A); lambda is a number >= 0 or a tensor of a
             shape that broadcasts to the batch's. Or ("max", eps), see above; eps is a positive number or such a tensor.
@@ -488,6 +492,7 @@ def block_inv_root(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
+        BackendError: blocks are larger than the backend takes.
         ValueError: shape, layout, `p` or `damping` do not fit.
 
     References:
@@ -502,7 +507,7 @@ def block_inv_root(
         tensor([0.4975, 5.0000])
     """
     op = "block_inv_root"
-    _check_blocks(op, a)
+    _check_blocks(op, a, dispatch.MAX_EIGEN_N)
     if not isinstance(p, int) or isinstance(p, bool) or p not in (1, 2, 4):
         raise _checks.fail(op, "p", "1, 2 or 4", _checks.show(p))
     lam, value, scaled, clamped = _check_root_damping(op, damping, a)

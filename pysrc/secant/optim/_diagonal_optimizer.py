@@ -18,6 +18,9 @@ from secant.optim._per_parameter import Batch, PerParameterOptimizer, wide
 class DiagonalOptimizer(PerParameterOptimizer):
     """Base of the optimizers that sample the diagonal of the Hessian at step 1 and every `update_every` steps.
 
+    A parameter of which there is no sample yet gets one at its next step: a step with gradients of zero and without a
+    rate, by which a checkpoint builds the state, takes none.
+
     A sample is z * (H z) with entries of z that are 1 or -1 with equal odds: its mean is the diagonal, exactly
     (Hutchinson). H z is the derivative of g.z, so that gradients need their graph: `backward(create_graph=True)`, or a
     `hessian_closure`, which is another computation, of a smaller batch perhaps. The graphs are freed by the step.
@@ -47,6 +50,7 @@ class DiagonalOptimizer(PerParameterOptimizer):
     hessian_closure: Callable[[], Any] | None = None
     process_group: Any = "auto"
     _samples: dict[int, Tensor]
+    _sampled: set[int]  # parameters that are known to have had a sample
     _next: int | None = None  # the number that the next parameter gets; None: the state has to be asked
 
     def __init__(
@@ -62,16 +66,17 @@ class DiagonalOptimizer(PerParameterOptimizer):
             raise TypeError(
                 f"{self._name}: hessian_closure: expected a function or None, got {_checks.show(hessian_closure)}"
             )
-        self.hessian_closure, self.process_group, self._samples = hessian_closure, process_group, {}
+        self.hessian_closure, self.process_group = hessian_closure, process_group
+        self._samples, self._sampled = {}, set()
         super().__init__(params, defaults, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._samples, self._next = {}, None
+        self._samples, self._sampled, self._next = {}, set(), None
 
     def _take(self, given: dict[str, Any]) -> None:
         super()._take(given)
-        self._next = None
+        self._sampled, self._next = set(), None
 
     @property
     def is_second_order(self) -> bool:  # type: ignore[override]
@@ -88,7 +93,7 @@ class DiagonalOptimizer(PerParameterOptimizer):
 
     def _is_next(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Tell whether the next step of a parameter that has a state takes a sample."""
-        return self._is_due(self.state[p]["step"].item() + 1, group)
+        return self._is_due(p, self.state[p]["step"].item() + 1, group)
 
     def _check_gradients(self) -> None:
         if not self.needs_graph:
@@ -110,14 +115,22 @@ class DiagonalOptimizer(PerParameterOptimizer):
         if options["capturable"] and options["update_every"] != 1:
             raise _checks.fail(op, "update_every", "1 where steps are counted on the device", options["update_every"])
 
-    @staticmethod
-    def _is_due(t: Any, group: dict[str, Any]) -> bool:
-        return group["update_every"] == 1 or t % group["update_every"] == 1
+    def _is_due(self, p: Tensor, t: Any, group: dict[str, Any]) -> bool:
+        """Tell whether the t-th step of a parameter takes a sample."""
+        return group["update_every"] == 1 or t % group["update_every"] == 1 or not self._has_sample(p)
+
+    def _has_sample(self, p: Tensor) -> bool:
+        if id(p) in self._sampled:
+            return True
+        if self.state[p]["hessian_step"].item() == 0:
+            return False
+        self._sampled.add(id(p))
+        return True
 
     def _begin(self, batches: list[Batch]) -> None:
         self._samples = {}
         due = [
-            (batch, [p for p, t in zip(batch.params, batch.counts, strict=True) if self._is_due(t, batch.group)])
+            (batch, [p for p, t in zip(batch.params, batch.counts, strict=True) if self._is_due(p, t, batch.group)])
             for batch in batches
         ]
         due = [(batch, params) for batch, params in due if params]

@@ -53,8 +53,9 @@ class KFAC(PerParameterOptimizer):
 
     **What is not there.** A parameter without a gradient waits. A layer whose passes were not seen (unused, or its
     gradient set by hand) keeps its factors, and so do all whose x or g is not finite; a layer that has no inverse yet
-    takes Adam's steps, as the last one of `nn.MultiheadAttention` always does, which is never called itself. An inverse
-    that cannot be found is not used.
+    takes Adam's steps. So do both layers of `nn.MultiheadAttention` always: its products are taken within one function,
+    between which no hook of a module stands (g of the projections of queries, keys and values is nowhere to be seen),
+    and its last layer is never called itself. An inverse that cannot be found is not used.
 
     **What it costs.** Factors take (I^2 + O^2) / (3 I O) of the time of a layer's own passes where they are found; more
     for convolutions, whose patches are formed. `factor_every=5` takes a fifth of that.

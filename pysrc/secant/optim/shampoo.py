@@ -33,6 +33,9 @@ class Shampoo(TiledOptimizer):
     tile to Adam are heuristics that were chosen on a small transformer and an autoencoder; a tile's length is Adam's,
     so that rates of AdamW are of the right order.
 
+    The roots are found by way of eigenvalues or, with `root="newton"`, by products of matrices alone, which a GPU does
+    best (`secant.ops.newton_inv_root`): lambda_max is then a norm that is larger by a factor of at most n^(1/64).
+
     A step whose gradient is not finite leaves the tile as it is, parameter and state, and is counted in `skipped`.
 
     The state is 4 + (n + 1) / n times the memory of matrices that are cut into tiles of n, which at n = 64 is
@@ -49,16 +52,18 @@ class Shampoo(TiledOptimizer):
         eps: a number > 0, Adam's.
         weight_decay: w, decoupled.
         exponent: e, of each side: 1/2, 1/4 or 1.
-        damping: a number > 0, relative to the largest eigenvalue.
+        damping: a number > 0, relative to the largest eigenvalue; for `root="newton"` at most 1e6.
+        root: "eigh" or "newton", see above.
         block_size: n, or None: whole sides.
         max_side: sides that are longer are cut even then.
         one_sided: precondition only the shorter side of each tile, the right one of squares.
         precondition_frequency: see above.
         graft: whose length the step of a tile has: "adam", |A|; "sgd", |M^|; "rms", a root mean square of 0.2; "none",
             its own.
-        distribute: share the matrices of a refresh out over the processes of the default group, evenly by size, and
-            gather what each finds: all have to refresh the same parameters at the same steps, with equal gradients, as
-            they do under DistributedDataParallel. Without a process group it changes nothing.
+        distribute: share the matrices of a refresh out over the processes of the default group, by cost, n^3 each, and
+            gather what each finds in one exchange: all have to refresh the same parameters at the same steps, with
+            equal gradients, as they do under DistributedDataParallel. Steps are not shared: see docs/stochastic.md.
+            Without a process group it changes nothing.
         state_dtype: of the state: None, or torch.bfloat16.
         maximize, capturable: as for torch's Adam. A CUDA graph holds a step without a refresh: call `refresh` between
             replays.
@@ -70,7 +75,7 @@ class Shampoo(TiledOptimizer):
         Gupta, Koren, Singer, Shampoo: preconditioned stochastic tensor optimization, ICML 2018 (arXiv 1802.09568),
         Algorithm 1; Morwani et al., A new perspective on Shampoo's preconditioner, arXiv 2406.17748, section 3 (the
         exponent); Anil et al., Scalable second order optimization for deep learning, arXiv 2002.09018, sections 4 and 5
-        (blocks and grafting).
+        (blocks and grafting) and Algorithm 2 (the iteration).
 
     Example:
         >>> w = torch.zeros(2, 2, requires_grad=True)
@@ -86,6 +91,7 @@ class Shampoo(TiledOptimizer):
         **TiledOptimizer.OPTIONS,
         "exponent": Option("1/4, 1/2 or 1", lambda x: _checks.is_number(x) and x in (0.25, 0.5, 1.0)),
         "damping": _checks.positive_number(),
+        "root": _checks.one_of("eigh", "newton"),
         "graft": _checks.one_of(*GRAFTS),
     }
 
@@ -102,6 +108,7 @@ class Shampoo(TiledOptimizer):
         *,
         exponent: float = 0.5,
         damping: float = 1e-4,
+        root: str = "eigh",
         block_size: int | None = 64,
         max_side: int = 1024,
         one_sided: bool = False,
@@ -119,6 +126,7 @@ class Shampoo(TiledOptimizer):
             "eps": eps,
             "exponent": exponent,
             "damping": damping,
+            "root": root,
             "block_size": block_size,
             "max_side": max_side,
             "one_sided": one_sided,
@@ -134,6 +142,10 @@ class Shampoo(TiledOptimizer):
 
     def _refresh(self, tiles: ops.Tiles, group: dict[str, Any]) -> None:
         corrected = group["beta_gram"] if self._graft(group) == NONE else None  # a graft undoes it
-        root = round(1 / group["exponent"])
-        ranks = self._process_group(group)
-        tiles.refresh(root=root, damping=group["damping"], beta_gram=corrected, process_group=ranks)
+        tiles.refresh(
+            root=round(1 / group["exponent"]),
+            damping=group["damping"],
+            beta_gram=corrected,
+            method=group["root"],
+            process_group=self._process_group(group),
+        )

@@ -47,9 +47,10 @@ class SOAP(TiledOptimizer):
         max_side: sides that are longer are cut even then.
         one_sided: turn only the shorter side of each tile, the right one of squares.
         precondition_frequency: see above.
-        distribute: share the matrices of a refresh out over the processes of the default group, evenly by size, and
-            gather what each finds: all have to refresh the same parameters at the same steps, with equal gradients, as
-            they do under DistributedDataParallel. Without a process group it changes nothing.
+        distribute: share the matrices of a refresh out over the processes of the default group, by cost, n^3 each, and
+            gather what each finds in one exchange: all have to refresh the same parameters at the same steps, with
+            equal gradients, as they do under DistributedDataParallel. Steps are not shared: see docs/stochastic.md.
+            Without a process group it changes nothing.
         state_dtype: of the state: None, or torch.bfloat16.
         maximize, capturable: as for torch's Adam. A CUDA graph holds a step without a refresh: call `refresh` between
             replays.

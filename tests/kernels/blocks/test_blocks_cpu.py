@@ -104,6 +104,40 @@ def test_eigen_ratios(n, dtype):
     assert bm.orthogonality_ratio(v) < bm.THRESHOLD
 
 
+#: Beyond what the other functions take: a vector more than 64, odd, between, and the largest.
+LARGE = [65, 79, 96, 127, 128]
+
+
+@real
+@pytest.mark.parametrize("n", LARGE)
+def test_larger_eigenproblems(n, dtype):
+    """LAPACK's ratios; functions against those of torch's eigenvalues; graded blocks, which Jacobi takes, too."""
+    a = stacked(bm.symmetric_families(n, dtype))
+    w, v, info = bm.run_eigh(cpu, a)
+    assert not info.any()
+    assert (w.diff(dim=-1) >= 0).all()
+    assert bm.eigen_ratio(a, w, v) < bm.THRESHOLD
+    assert bm.orthogonality_ratio(v) < bm.THRESHOLD
+    graded, _ = bm.badly_scaled(n, dtype)
+    w, v, info = bm.run_eigh(cpu, graded)
+    assert not info.any()
+    assert bm.eigen_ratio(graded, w, v) < bm.THRESHOLD
+    spd = bm.random_spd(n, dtype, 5, 100.0)
+    w, v = torch.linalg.eigh(spd.double())
+    eps = torch.finfo(dtype).eps
+    for x, f in (
+        (bm.run_abs_inv(cpu, spd, 0.1), 1 / w.abs().clamp(min=0.1)),
+        (bm.run_inv_root(cpu, spd, 2), w.rsqrt()),
+        (bm.run_inv_root(cpu, spd, 4, 1e-2, clamped=True), (w + 1e-2 * w[:, -1:]).pow(-0.25)),
+    ):
+        want = (v * f[:, None, :]) @ v.mT
+        assert not x[1].any()
+        assert torch.equal(x[0], x[0].mT)
+        # An eigenvalue is off by at most 30 n eps ||A||, and |f'| is at most f / w.
+        limit = 30 * n * eps * float((w[:, -1:] / w).max() * f.max()) + 30 * eps * float(f.max())
+        assert (x[0].double() - want).abs().max() <= limit
+
+
 @some_sizes
 def test_small_eigenvalues_of_a_definite_block_are_relatively_right(n):
     """Jacobi's privilege (Demmel and Veselic, 1992): the error is eps times the condition of the scaled matrix.

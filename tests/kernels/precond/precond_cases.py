@@ -361,6 +361,30 @@ def zeros(backend: Any, dtype: torch.dtype, rule: Rule, device: Any = "cpu", **o
             torch.testing.assert_close(x, want.to(x.dtype))
 
 
+def without_eps(backend: Any, dtype: torch.dtype, rule: Rule, device: Any = "cpu", **options: Any) -> None:
+    """eps = 0: what has never had a gradient stays, and nothing is skipped; all else is as in the reference."""
+    rule = rule._replace(eps=0.0, weight_decay=0.0)
+    given, layout = tensors(dtype, arithmetic(dtype), rule, 6)
+    for name in ("grads", "exp_avg", "exp_avg_sq"):
+        for k, x in enumerate(getattr(given, name)):
+            turned = rule.rotate and (given.left_root[k].numel() or given.right_root[k].numel())
+            if x.numel() > 1 and not turned:  # rows of zeros; of a turned one no entry would be zero, but rounding
+                x.view(x.shape[0], -1)[: (x.shape[0] + 1) // 2] = 0
+            if k == 3:  # a tile of them
+                x.zero_()
+    got, skipped = run(backend, given, layout, rule, device=device, **options)
+    right, none = run(reference, widened(given), layout, rule)
+    assert skipped == none == 0
+    for k, (x, y, old) in enumerate(zip(got.params, right.params, given.params, strict=True)):
+        moved = (y - old.double()).abs().max()
+        most = 2e3 * unit(arithmetic(dtype)) * moved + 4 * unit(dtype) * y.abs().max()
+        assert bool(x.isfinite().all())
+        assert (x.double() - y).abs().max() <= most
+        if not (given.left_root[k].numel() or given.right_root[k].numel()):
+            half = (x.shape[0] + 1) // 2 if x.numel() > 1 else 0
+            assert torch.equal(x[:half], old[:half]) if half else True
+
+
 def newton_schulz(
     backend: Any, batch: int, m: int, n: int, dtype: torch.dtype, device: Any = "cpu", **options: Any
 ) -> None:
@@ -403,3 +427,86 @@ def odd_matrices(backend: Any, device: Any = "cpu") -> None:
     torch.testing.assert_close(out[2:4], whole[2:4], rtol=1e-4, atol=1e-5)
     assert bool(out[4].isnan().all())
     assert torch.equal(out[[0, 5]], whole[[0, 5]])
+
+
+def gram_matrices(batch: int, n: int, rank: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Symmetric matrices of a rank with eigenvalues over four decades; what is above the diagonal is poison."""
+    draw = torch.Generator().manual_seed(seed + 1000 * n + rank)
+    g = torch.randn(batch, n, rank, generator=draw, dtype=F64) * torch.logspace(0, -2, rank, dtype=F64)
+    a = (g @ g.mT).to(dtype)
+    upper = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return torch.where(upper, torch.tensor(math.nan, dtype=dtype), a)
+
+
+def whole(a: Tensor) -> Tensor:
+    """The symmetric matrices of these lower triangles, in float64."""
+    return a.double().tril() + a.double().tril(-1).mT
+
+
+def damped(a: Tensor, damping: float) -> Tensor:
+    """A + damping |A| I, from the eigenvalues."""
+    w = torch.linalg.eigvalsh(whole(a)).abs()
+    top = w.amax(-1, keepdim=True)
+    size = top * (w / top).pow(64).sum(-1, keepdim=True).pow(1 / 64)
+    return whole(a) + damping * size[..., None] * torch.eye(a.shape[-1], dtype=F64)
+
+
+def newton_inv_root(
+    backend: Any, batch: int, n: int, rank: int, p: int, dtype: torch.dtype, device: Any = "cpu", **options: Any
+) -> None:
+    """Roots of Gram matrices of any rank within the bound of the docstring of `ops.newton_inv_root`.
+
+    The damping is far above what rounding to their dtype makes of their zero eigenvalues.
+    """
+    damping = 1e-3 if dtype is arithmetic(dtype) else 0.1
+    a = gram_matrices(batch, n, rank, dtype)
+    out = torch.full(a.shape, math.nan, dtype=dtype, device=device)
+    info = torch.full((batch,), 99, dtype=torch.int32, device=device)
+    u = unit(arithmetic(dtype))
+    steps = 40
+    backend.newton_inv_root(a.to(device), p, damping, steps, math.sqrt(u / 8), out, info, **options)
+    got = out.cpu().double()
+    assert info.tolist() == [0] * batch
+    assert torch.equal(got, got.mT)
+    w, q = torch.linalg.eigh(damped(a, damping))
+    want = (q * w.pow(-1 / p)[:, None, :]) @ q.mT
+    k = 1 + 1 / damping
+    keep = 0.0 if dtype is arithmetic(dtype) else unit(dtype) * math.sqrt(n)  # of the 2-norm, by rows
+    # An error of n u |A| in A, and those of A + damping |A| I, of products and of M at each step.
+    most = n * u * (4 * k + 6 * steps) + keep + 64 * 2.0**-53 * k
+    error = torch.linalg.matrix_norm(got - want, ord=2) / torch.linalg.matrix_norm(want, ord=2)
+    assert error.max() <= most, f"{float(error.max()):.3g} of {most:.3g}"
+
+
+def odd_roots(backend: Any, device: Any = "cpu") -> None:
+    """Zero, tiny, huge, not finite, indefinite, and not there yet: never NaN, each with its code, none in another's."""
+
+    def root(a: Tensor, steps: int = 40) -> tuple[Tensor, Tensor]:
+        out = torch.full(a.shape, math.nan, device=device)
+        info = torch.full((len(a),), 99, dtype=torch.int32, device=device)
+        backend.newton_inv_root(a.to(device), 2, 1e-3, steps, 8.6e-5, out, info)
+        return out.cpu(), info.cpu()
+
+    a = gram_matrices(8, 12, 12, F32)
+    clean, codes = root(a)
+    assert codes.tolist() == [0] * 8
+    b = a.clone()
+    b[1] = 0
+    b[2] *= 2.0**-60
+    b[3] *= 2.0**60
+    b[4, 3, 3] = math.nan
+    b[5, 7, 2] = math.inf
+    b[6] = torch.diag(torch.tensor([1.0, -0.5] + [0.25] * 10))
+    got, codes = root(b)
+    assert bool(got.isfinite().all())
+    assert codes[[0, 1, 2, 3, 4, 5, 7]].tolist() == [0, 0, 0, 0, -1, -1, 0]
+    assert codes[6] > 0
+    assert torch.equal(got[[0, 7]], clean[[0, 7]])
+    assert not got[[1, 4, 5]].any()
+    # A power of four in A is one of two in its root, exactly.
+    assert torch.equal(got[2], clean[2] * 2.0**30)
+    assert torch.equal(got[3], clean[3] * 2.0**-30)
+    early, codes = root(a, 3)
+    assert codes.tolist() == [3] * 8
+    assert bool(early.isfinite().all())
+    assert not torch.equal(early, clean)

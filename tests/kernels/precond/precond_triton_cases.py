@@ -51,12 +51,18 @@ class backend:
         with backend.watched():
             kernels.newton_schulz(*args)
 
+    @staticmethod
+    def newton_inv_root(*args: Any) -> None:
+        with backend.watched():
+            kernels.newton_inv_root(*args)
+
 
 @case(
     *((name, F32, F32) for name in NAMES),
     ("adam", F64, F64),
     ("soap", F64, F64),
     ("adam", F32, BF16),
+    ("adam", F64, BF16),
     ("soap", BF16, F32),
 )
 def step(name: str, dtype: torch.dtype, storage: torch.dtype) -> None:
@@ -106,6 +112,11 @@ def zeros(name: str) -> None:
     precond.zeros(backend, F32, RULES[name], device=device)
 
 
+@case(("adam",), ("soap",))
+def no_eps(name: str) -> None:
+    precond.without_eps(backend, F32, RULES[name], device=device)
+
+
 @case()
 def lengths_of_grafted_steps() -> None:
     precond.fixed_length(backend, device=device)
@@ -123,6 +134,20 @@ def newton_schulz(batch: int, m: int, n: int, dtype: torch.dtype) -> None:
 @case()
 def newton_schulz_of_odd_matrices() -> None:
     precond.odd_matrices(backend, device=device)
+
+
+ROOTS = ((1, 1, 1), (3, 5, 5), (2, 9, 3), (1, 33, 40))
+
+
+@case(*((*size, 2, F32) for size in ROOTS), (2, 30, 30, 4, F32), (2, 17, 9, 1, F32), (2, 20, 7, 4, F64),
+      (2, 9, 9, 2, BF16), (1, 5, 5, 4, F16))  # fmt: skip
+def newton_inv_root(batch: int, n: int, rank: int, p: int, dtype: torch.dtype) -> None:
+    precond.newton_inv_root(backend, batch, n, rank, p, dtype, device=device)
+
+
+@case()
+def newton_inv_root_of_odd_matrices() -> None:
+    precond.odd_roots(backend, device=device)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,15 @@ from precond_cases import (
     bad_tiles,
     compare,
     fixed_length,
+    gram_matrices,
+    newton_inv_root,
     newton_schulz,
     odd_matrices,
+    odd_roots,
     run,
     tensors,
     two_phases,
+    without_eps,
     zeros,
 )
 
@@ -88,6 +92,12 @@ def test_zero_gradients(rule):
         zeros(reference, dtype, rule)
 
 
+@ALL
+def test_no_eps(rule):
+    for dtype in (F32, F64, BF16):
+        without_eps(cpu, dtype, rule)
+
+
 def test_lengths_of_grafted_steps():
     fixed_length(cpu)
     fixed_length(reference)
@@ -135,3 +145,32 @@ def test_newton_schulz(dtype):
 def test_newton_schulz_of_odd_matrices():
     odd_matrices(cpu)
     odd_matrices(reference)
+
+
+@DTYPES
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_newton_inv_root(dtype, p):
+    for batch, n, rank in ((1, 1, 1), (3, 5, 5), (2, 9, 3), (4, 16, 16), (1, 33, 40), (2, 64, 20), (1, 100, 100)):
+        newton_inv_root(cpu, batch, n, rank, p, dtype)
+    newton_inv_root(reference, 3, 9, 5, p, dtype)
+    if dtype is F32:
+        newton_inv_root(cpu, 2, 200, 200, p, dtype)  # by torch's products
+
+
+def test_newton_inv_root_of_odd_matrices():
+    odd_roots(cpu)
+    odd_roots(reference)
+
+
+def test_threads_and_neighbours_change_no_bit_of_a_root():
+    a = gram_matrices(7, 20, 20, F32)
+    found = []
+    for threads in (1, 2, 3):
+        out, info = torch.empty_like(a), torch.empty(7, dtype=torch.int32)
+        cpu.newton_inv_root(a, 4, 1e-3, 40, 8.6e-5, out, info, threads=threads)
+        found.append(out)
+    out, info = torch.empty_like(a[:1]), torch.empty(1, dtype=torch.int32)
+    cpu.newton_inv_root(a[3:4].contiguous(), 4, 1e-3, 40, 8.6e-5, out, info)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0][3], out[0])

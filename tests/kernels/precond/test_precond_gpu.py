@@ -38,6 +38,7 @@ def test_hostile_input(backend, rule):
     precond.bad_steps(backend, device=DEVICE)
     precond.two_phases(backend, F32, rule, device=DEVICE)
     precond.zeros(backend, F32, rule, device=DEVICE)
+    precond.without_eps(backend, F32, rule, device=DEVICE)
     precond.fixed_length(backend, device=DEVICE)
 
 
@@ -46,6 +47,14 @@ def test_newton_schulz(backend, dtype):
     for batch, m, n in ((1, 1, 1), (300, 5, 9), (2, 9, 5), (40, 64, 64), (2, 33, 17), (3, 16, 70), (2, 300, 200)):
         precond.newton_schulz(backend, batch, m, n, dtype, device=DEVICE)
     precond.odd_matrices(backend, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_newton_inv_root(backend, dtype):
+    for p in (1, 2, 4):
+        for batch, n, rank in ((1, 1, 1), (300, 5, 5), (2, 9, 3), (40, 32, 40), (4, 64, 20), (2, 100, 100)):
+            precond.newton_inv_root(backend, batch, n, rank, p, dtype, device=DEVICE)
+    precond.odd_roots(backend, device=DEVICE)
 
 
 @pytest.mark.parametrize("name", ["adam", "soap"])

@@ -104,6 +104,11 @@ def test_zero_gradients(backend, name):
     precond.zeros(backend, F32, RULES[name])
 
 
+@pytest.mark.parametrize("name", ["adam", "soap"])
+def test_no_eps(backend, name):
+    precond.without_eps(backend, F32, RULES[name])
+
+
 def test_lengths_of_grafted_steps(backend):
     precond.fixed_length(backend)
 
@@ -144,6 +149,9 @@ def test_nothing_is_read_back(backend):
         x = torch.randn(2, 5, 70)
         backend.newton_schulz(x, 2, 3.0, -4.0, 2.0, 1e-7, x)
         backend.newton_schulz(x[:, :, :9].contiguous(), 2, 3.0, -4.0, 2.0, 1e-7, x[:, :, :9].clone())
+        for n in (5, 70):
+            a, info = torch.eye(n).repeat(2, 1, 1), torch.zeros(2, dtype=torch.int32)
+            backend.newton_inv_root(a, 2, 1e-3, 3, 1e-4, torch.empty_like(a), info)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
@@ -158,6 +166,19 @@ def test_newton_schulz_of_odd_matrices(backend):
     precond.odd_matrices(backend)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_newton_inv_root(backend, dtype, p):
+    sizes = ((1, 1, 1), (3, 5, 5), (2, 9, 3), (1, 33, 40)) + (((1, 64, 20), (1, 70, 70)) if dtype is F32 else ())
+    for batch, n, rank in sizes:
+        precond.newton_inv_root(backend, batch, n, rank, p, dtype)
+    assert len(backend.driver.log) == len(sizes) - (dtype is F32)
+
+
+def test_newton_inv_root_of_odd_matrices(backend):
+    precond.odd_roots(backend)
+
+
 def test_members_of_the_structs():
     """The planner packs what cuda.cu reads: members of the same types in the same order."""
     text, code = _cuda_driver.device_code("precond"), {"u64": "Q", "i64": "q", "double": "d", "int": "i"}
@@ -165,6 +186,7 @@ def test_members_of_the_structs():
         ("PrecondTensor", plan._TENSOR),
         ("PrecondStep", plan._STEP),
         ("NewtonSchulz", plan._ITERATION),
+        ("NewtonRoot", plan._ROOT),
     ):
         body = re.sub(r"//[^\n]*", "", re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL).group(1))
         groups = re.findall(r"(u64|i64|double|int) ([^;]+);", body)
@@ -211,6 +233,7 @@ def test_address_sanitizer():
         [
             "test_bad_roots_cost_a_step",
             "test_newton_schulz_of_odd_matrices",
+            "test_newton_inv_root_of_odd_matrices",
             "test_a_step_is_that_of_the_reference[soap]",
         ],
     )
