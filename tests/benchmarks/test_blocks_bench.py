@@ -375,7 +375,9 @@ def test_every_contender_has_a_colour():
     names = names.union(*(lbfgs.peer_names(lbfgs.Case("two_loop", 9, batch=batch)) for batch in (0, 2)))
     names = names.union(*(case.names(CPU) for case in precond.small_cases()))
     names = names.union(*(curvature._makers(curvature.Case("Hessian", 9, k)) for k in (1, 2)))
-    names = names.union(residuals.OURS, residuals.PEERS, residuals.TORCHZERO, residuals.Rows("Jacobian", (2, 1)).names(CPU))
+    names = names.union(
+        residuals.OURS, residuals.PEERS, residuals.TORCHZERO, residuals.Rows("Jacobian", (2, 1)).names(CPU)
+    )
     names = names.union(newton.Autoencoder("a", 0.1).names(CPU), newton._MINIMIZERS)
     trained = {"Shampoo", "Shampoo, default rate", "SOAP", "torch Muon", "AdamW"}  # the others take what is spare
     assert trained <= {*training_optimizers.every_name()}
