@@ -45,6 +45,11 @@ struct Point {
   double t, value, slope;
 };
 
+// Member by member: a choice between two structs would put both into local memory.
+SECANT_DEVICE Point either(bool first, const Point& a, const Point& b) {
+  return {first ? a.t : b.t, first ? a.value : b.value, first ? a.slope : b.slope};
+}
+
 // As torch's minimum(maximum(t, low), high): what is not a number stays so.
 SECANT_DEVICE double clamped(double t, double low, double high) {
   t = t < low ? low : t;
@@ -53,7 +58,7 @@ SECANT_DEVICE double clamped(double t, double low, double high) {
 
 SECANT_DEVICE double cubic_minimizer(const Point& p, const Point& q, double low, double high) {
   const bool ordered = p.t <= q.t;
-  const Point a = ordered ? p : q, b = ordered ? q : p;
+  const Point a = either(ordered, p, q), b = either(ordered, q, p);
   const double width = minus(b.t, a.t);
   const double d1 = plus(plus(a.slope, b.slope), over(times(3.0, minus(a.value, b.value)), width));
   const double square = minus(times(d1, d1), times(a.slope, b.slope));
@@ -113,7 +118,7 @@ SECANT_DEVICE bool shrink(const SearchCall& a, const Machine& m, const Point& lo
     t = plus(low.t, times(fraction, minus(high.t, low.t)));
   } else {
     const bool in_order = (flags & kLowIsFirst) != 0;
-    t = minimizer(in_order ? low : high, in_order ? high : low, left, right, noise);
+    t = minimizer(either(in_order, low, high), either(in_order, high, low), left, right, noise);
     // Trials may come within a tenth of the width of an end once, and are then put a tenth away from it.
     const double margin = times(0.1, width);
     const bool inside = minus(right, t) >= margin && minus(t, left) >= margin;
@@ -147,7 +152,7 @@ SECANT_DEVICE int advanced(const SearchCall& a, const Machine& m, double value, 
       const bool same = noisy && now.value == start_value && now.slope == start_slope;
       return now.value < plus(start_value, noise) && !same ? kTakesNew : kTakesStart;
     }
-    const Point last = used == 1 ? Point{0.0, start_value, start_slope} : point(m, kLast);
+    const Point last = either(used == 1, {0.0, start_value, start_slope}, point(m, kLast));
     const bool rises = !decreases || (used > 2 && now.value >= plus(last.value, noise));
     if (!rises && is_flat) return kTakesNew;
     if (!(rises || now.slope >= 0.0)) {
@@ -159,7 +164,7 @@ SECANT_DEVICE int advanced(const SearchCall& a, const Machine& m, double value, 
       return kGoesOn;
     }
     const bool first_lower = last.value <= now.value;
-    low = first_lower ? last : now, high = first_lower ? now : last;
+    low = either(first_lower, last, now), high = either(first_lower, now, last);
     flags = kZooms | (first_lower ? kLowIsFirst : 0);
     number(m, kFraction) = 1.0, count(m, kBlind) = 0;
     keeps = !first_lower;
@@ -169,8 +174,8 @@ SECANT_DEVICE int advanced(const SearchCall& a, const Machine& m, double value, 
     if (noisy && now.value == low.value && now.slope == low.slope) return chosen(m, low, noise);
     if (!decreases || now.value >= plus(low.value, noise)) {
       const bool swaps = (flags & kLowIsFirst) != 0 ? now.value < low.value : now.value <= low.value;
-      high = swaps ? low : now;
-      low = swaps ? now : low;
+      high = either(swaps, low, now);
+      low = either(swaps, now, low);
       if (swaps) flags ^= kLowIsFirst;
       keeps = swaps;
     } else if (is_flat) {
