@@ -160,14 +160,11 @@ class BatchedSearch:
         >>> x = torch.tensor([[4.0], [-1.0]], dtype=torch.float64)      # f = x^2 / 2, by steepest descent
         >>> search = secant.ops.BatchedSearch(x, x[:, 0] ** 2 / 2, x, gtol=1e-6)
         >>> while bool((search.status < 0).any()):
-        ...     trial = search.trial.clone()
-        ...     search.advance(trial[:, 0] ** 2 / 2, trial)
-        ...     g = search.g.neg_().neg_()
-        ...     search.d.copy_(-g) is search.d
-        ...     search.begin(-(g * g).sum(1), g.abs().amax(1))
-        True
+        ...     search.advance(search.trial[:, 0] ** 2 / 2, search.trial)
+        ...     _ = search.d.copy_(-search.g)
+        ...     search.begin(-(search.g**2).sum(1), search.g.abs().amax(1))
         >>> search.x.flatten().tolist(), search.nfev.tolist()
-        ([0.0, 0.0], [2, 2])
+        ([0.0, 0.0], [3, 2])
     """
 
     def __init__(
