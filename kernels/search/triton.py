@@ -1,7 +1,9 @@
 """Triton kernels of line searches; the contract is in `reference.py`.
 
-One launch a call: a program has some problems, whose machines are masked arithmetic of vectors as in the reference, and
-goes over their rows in pieces. Nothing is fused (`enable_fp_fusion`), so that the decisions are those of every backend.
+One launch a call: a program of one warp has 32 problems, one for each thread, which runs the machine as masked
+arithmetic, as in the reference, and goes over its own rows entry by entry: 32 rows lie in the cache while that lasts.
+(With rows shared by threads the compiler lays the machine out as it does the rows, many problems a thread, and spills.)
+Nothing is fused (`enable_fp_fusion`), so that the decisions are those of every backend.
 What a program has read it may overwrite once all of its threads have read it: hence the barrier before each store.
 """
 
@@ -16,8 +18,8 @@ from secant.kernels import _triton_support
 from secant.kernels.search.contract import Rule, Search
 from torch import Tensor
 
-#: Entries of the rows that a program has at a time, and of one row; problems of a program at most.
-_ENTRIES, _COLUMNS, _PROBLEMS = 1024, 256, 64
+#: Problems of a program.
+_PROBLEMS = 32
 
 
 def available() -> str | None:
@@ -95,7 +97,7 @@ def _seats(rows, count, batch, P: tl.constexpr):
 def _advance(
     x, g, d, kept, trial, step, numbers, counts, rows, value, grad, count, batch, n,
     c1: tl.float64, c2: tl.float64, tolerance: tl.float64, ftol: tl.float64, max_trials, max_iter, max_nfev,
-    P: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Take what the trials of P problems brought."""
     i, p, here = _seats(rows, count, batch, P)
@@ -104,14 +106,10 @@ def _advance(
     status = tl.load(counter + 3 * apart, mask=here, other=0)
     flags = tl.load(counter + 2 * apart, mask=here, other=0)
     here = here & (status == -1) & ((flags & 8) == 0)
-    columns = tl.arange(0, N)
     slope = tl.zeros([P], tl.float64)
-    for first in range(0, n, N):
-        k = first + columns
-        mask = here[:, None] & (k < n)[None, :]
-        a = tl.load(grad + i[:, None] * n + k[None, :], mask=mask, other=0.0).to(tl.float64)
-        b = tl.load(d + p[:, None] * n + k[None, :], mask=mask, other=0.0).to(tl.float64)
-        slope += tl.sum(a * b, axis=1)
+    for k in range(0, n):
+        a = tl.load(grad + i * n + k, mask=here, other=0.0).to(tl.float64)
+        slope += a * tl.load(d + p * n + k, mask=here, other=0.0).to(tl.float64)
 
     start, start_slope = tl.load(number, mask=here, other=0.0), tl.load(number + apart, mask=here, other=0.0)
     t, noise = tl.load(number + 2 * apart, mask=here, other=0.0), tl.load(number + 14 * apart, mask=here, other=0.0)
@@ -257,37 +255,33 @@ def _advance(
     goes_on, moved, keeps = here & _not(done), here & moved, here & keeps
     from_grad = takes_new | keeps
     along = tl.where(goes_on, t, length).to(x.dtype.element_ty)
-    for first in range(0, n, N):
-        k = first + columns
-        inner_mask = (k < n)[None, :]
-        at = p[:, None] * n + k[None, :]
-        fresh = tl.load(grad + i[:, None] * n + k[None, :], mask=here[:, None] & inner_mask, other=0.0)
-        of_kept = tl.load(kept + at, mask=(moved & _not(from_grad))[:, None] & inner_mask, other=0.0)
-        old = tl.load(x + at, mask=(goes_on | moved)[:, None] & inner_mask, other=0.0)
-        there = old + along[:, None] * tl.load(d + at, mask=(goes_on | moved)[:, None] & inner_mask, other=0.0)
-        tl.store(kept + at, fresh, mask=(keeps & goes_on)[:, None] & inner_mask)
-        tl.store(g + at, tl.where(from_grad[:, None], fresh, of_kept), mask=moved[:, None] & inner_mask)
-        tl.store(x + at, there, mask=moved[:, None] & inner_mask)
-        tl.store(trial + at, there, mask=goes_on[:, None] & inner_mask)
+    goes_or_moved = goes_on | moved
+    for k in range(0, n):
+        at = p * n + k
+        fresh = tl.load(grad + i * n + k, mask=here, other=0.0)
+        of_kept = tl.load(kept + at, mask=moved & _not(from_grad), other=0.0)
+        there = tl.load(x + at, mask=goes_or_moved, other=0.0)
+        there += along * tl.load(d + at, mask=goes_or_moved, other=0.0)
+        tl.store(kept + at, fresh, mask=keeps & goes_on)
+        tl.store(g + at, tl.where(from_grad, fresh, of_kept), mask=moved)
+        tl.store(x + at, there, mask=moved)
+        tl.store(trial + at, there, mask=goes_on)
 
 
 @triton.jit(do_not_specialize=["count", "batch", "slope_stride", "g_max_stride", "t_stride"])
 def _begin(
     x, d, trial, step, numbers, counts, rows, slope, slope_stride, g_max, g_max_stride, t, t_stride, count, batch, n,
-    eps: tl.float64, gtol: tl.float64, P: tl.constexpr, N: tl.constexpr,
+    eps: tl.float64, gtol: tl.float64, P: tl.constexpr,
 ):  # fmt: skip
     """Test P problems, and begin their next searches."""
     _, p, here = _seats(rows, count, batch, P)
     apart = tl.zeros([1], tl.int64) + batch
     number, counter = numbers + p, counts + p
     here = here & ((tl.load(counter + 2 * apart, mask=here, other=0) & 8) != 0)
-    columns = tl.arange(0, N)
     size = tl.zeros([P], tl.float64)
-    for first in range(0, n, N):
-        k = first + columns
-        mask = here[:, None] & (k < n)[None, :]
-        size_of = tl.max(tl.abs(tl.load(d + p[:, None] * n + k[None, :], mask=mask, other=0.0)), axis=1)
-        size = tl.where(size_of.to(tl.float64) > size, size_of.to(tl.float64), size)
+    for k in range(0, n):
+        size_of = tl.abs(tl.load(d + p * n + k, mask=here, other=0.0)).to(tl.float64)
+        size = tl.where(size_of > size, size_of, size)
 
     status, length = tl.load(counter + 3 * apart, mask=here, other=0), tl.load(step + p, mask=here, other=0.0)
     start = tl.load(number, mask=here, other=0.0)
@@ -313,46 +307,38 @@ def _begin(
     tl.store(number + 13 * apart, size, mask=begins)
     tl.store(number + 14 * apart, eps * tl.abs(start), mask=begins)
     along = first_t.to(x.dtype.element_ty)
-    for first in range(0, n, N):
-        k = first + columns
-        mask = here[:, None] & (k < n)[None, :]
-        at = p[:, None] * n + k[None, :]
-        old = tl.load(x + at, mask=mask, other=0.0)
-        there = old + along[:, None] * tl.load(d + at, mask=mask, other=0.0)
-        tl.store(trial + at, tl.where(begins[:, None], there, old), mask=mask)
+    for k in range(0, n):
+        at = p * n + k
+        old = tl.load(x + at, mask=here, other=0.0)
+        there = old + along * tl.load(d + at, mask=here, other=0.0)
+        tl.store(trial + at, tl.where(begins, there, old), mask=here)
 
 
 _INTERPRETED = _triton_support.interpreted(_advance)
 
 
-def _sizes(n: int) -> dict[str, int]:
-    """Choose the problems and the columns of a program."""
-    columns = min(_COLUMNS, triton.next_power_of_2(n))
-    return {"P": min(_PROBLEMS, _ENTRIES // columns), "N": columns}
-
-
 def advance(search: Search, value: Tensor, grad: Tensor, rows: Tensor | None, rule: Rule) -> None:
     """Take what the trials brought: see `reference.advance`."""
     batch, n = search.x.shape
-    count, sizes = batch if rows is None else len(rows), _sizes(n)
+    count = batch if rows is None else len(rows)
     if count == 0:
         return
     with _triton_support.on(search.x.device):
-        _advance[(triton.cdiv(count, sizes["P"]),)](
+        _advance[(triton.cdiv(count, _PROBLEMS),)](
             *search, rows, value, grad, count, batch, n, rule.c1, rule.c2, rule.tolerance, rule.ftol,
-            rule.max_trials, rule.max_iter, rule.max_nfev, num_warps=4, enable_fp_fusion=False, **sizes,
+            rule.max_trials, rule.max_iter, rule.max_nfev, P=_PROBLEMS, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def begin(search: Search, slope: Tensor, g_max: Tensor, t: Tensor | None, rows: Tensor | None, rule: Rule) -> None:
     """Test the problems that stepped, and begin the next searches: see `reference.begin`."""
     batch, n = search.x.shape
-    count, sizes = batch if rows is None else len(rows), _sizes(n)
+    count = batch if rows is None else len(rows)
     if count == 0:
         return
     scalars: list[Any] = [y for x in (slope, g_max, t) for y in (x, 0 if x is None else x.stride(0))]
     with _triton_support.on(search.x.device):
-        _begin[(triton.cdiv(count, sizes["P"]),)](
+        _begin[(triton.cdiv(count, _PROBLEMS),)](
             search.x, search.d, search.trial, search.step, search.numbers, search.counts, rows, *scalars, count, batch,
-            n, rule.eps, rule.gtol, num_warps=4, enable_fp_fusion=False, **sizes,
+            n, rule.eps, rule.gtol, P=_PROBLEMS, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
