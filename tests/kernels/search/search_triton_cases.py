@@ -58,17 +58,17 @@ def a_call(dtype: torch.dtype, seed: int) -> None:
 
 @case()
 def steps_of_the_generator() -> None:
-    search.steps_of_the_generator(backend, search.SETTINGS[::14], device=device)
+    search.steps_of_the_generator(backend, search.SETTINGS[::20], device=device)
 
 
 @case()
 def random_lines() -> None:
-    search.random_lines(backend, 50, device=device)
+    search.random_lines(backend, 30, device=device)
 
 
 @case()
 def every_size() -> None:
-    search.sizes(backend, device=device)
+    search.sizes(backend, 1030 if device.type == "cuda" else 64, device=device)
 
 
 @case()
@@ -83,7 +83,7 @@ def statuses() -> None:
 
 @case()
 def long_slopes() -> None:
-    search.long_slopes(backend, device=device)
+    search.long_slopes(backend, device, 5000 if device.type == "cuda" else 300)
 
 
 @case()
