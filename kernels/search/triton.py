@@ -107,7 +107,7 @@ def _advance(
     flags = tl.load(counter + 2 * apart, mask=here, other=0)
     here = here & (status == -1) & ((flags & 8) == 0)
     slope = tl.zeros([P], tl.float64)
-    for k in range(0, n):
+    for k in range(n):
         a = tl.load(grad + i * n + k, mask=here, other=0.0).to(tl.float64)
         slope += a * tl.load(d + p * n + k, mask=here, other=0.0).to(tl.float64)
 
@@ -256,7 +256,7 @@ def _advance(
     from_grad = takes_new | keeps
     along = tl.where(goes_on, t, length).to(x.dtype.element_ty)
     goes_or_moved = goes_on | moved
-    for k in range(0, n):
+    for k in range(n):
         at = p * n + k
         fresh = tl.load(grad + i * n + k, mask=here, other=0.0)
         of_kept = tl.load(kept + at, mask=moved & _not(from_grad), other=0.0)
@@ -279,7 +279,7 @@ def _begin(
     number, counter = numbers + p, counts + p
     here = here & ((tl.load(counter + 2 * apart, mask=here, other=0) & 8) != 0)
     size = tl.zeros([P], tl.float64)
-    for k in range(0, n):
+    for k in range(n):
         size_of = tl.abs(tl.load(d + p * n + k, mask=here, other=0.0)).to(tl.float64)
         size = tl.where(size_of > size, size_of, size)
 
@@ -307,7 +307,7 @@ def _begin(
     tl.store(number + 13 * apart, size, mask=begins)
     tl.store(number + 14 * apart, eps * tl.abs(start), mask=begins)
     along = first_t.to(x.dtype.element_ty)
-    for k in range(0, n):
+    for k in range(n):
         at = p * n + k
         old = tl.load(x + at, mask=here, other=0.0)
         there = old + along * tl.load(d + at, mask=here, other=0.0)
