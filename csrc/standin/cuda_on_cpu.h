@@ -412,6 +412,13 @@ inline float __uint_as_float(u32 x) { return secant_standin::from_bits<float>(x)
 inline u32 __float_as_uint(float x) { return u32(secant_standin::to_bits(x)); }
 inline double __longlong_as_double(i64 x) { return secant_standin::from_bits<double>(uint64_t(x)); }
 inline i64 __double_as_longlong(double x) { return i64(secant_standin::to_bits(x)); }
+// Rounded to nearest one by one: the stand-in is built without optimisation, which fuses nothing.
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __ddiv_rn(double x, double y) { return x / y; }
+inline double __dsqrt_rn(double x) { return std::sqrt(x); }
 using std::exp;
 using std::fabs;
 using std::log;

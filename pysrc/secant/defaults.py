@@ -37,10 +37,12 @@ TABLE = (
     Default("cpu", "blocks", "cpu", "bench/results/cpu-xeon-2core-blocks.json"),
     Default("cpu", "hvp", "cpu", "bench/results/cpu-xeon-2core-hvp.json"),
     Default("cpu", "precond", "cpu", UNMEASURED),
+    Default("cpu", "search", "cpu", UNMEASURED),
     Default("cuda", "lbfgs", "cuda", UNMEASURED),
     Default("cuda", "blocks", "cuda", UNMEASURED),
     Default("cuda", "hvp", "cuda", UNMEASURED),
     Default("cuda", "precond", "cuda", UNMEASURED),
+    Default("cuda", "search", "cuda", UNMEASURED),
 )
 
 

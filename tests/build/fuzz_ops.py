@@ -386,6 +386,31 @@ def precond_step(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
     return run, {"params": made, "grads": grads}
 
 
+def search(f: Fuzzer) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Line searches, from rounds with hostile values and rows; or the registered op on a state that does not fit."""
+    n, b, dtype = f.size(), f.pick((1, 2, 5, 40)), f.pick((F32, F64))
+    count = f.pick((b, b, 1))
+    rows = None if count == b else torch.tensor([f.random.randrange(b)])
+    if rows is not None and f.spoil(0.3):
+        rows[0] = f.pick((*INDICES, b, 2**62, -(2**63)))
+    start = [f.normal(b, n, dtype=dtype), f.normal(b), f.normal(b, n, dtype=dtype)]
+    broken = f.random.randrange(8) if f.spoil(0.1) else None
+
+    def run(value: Any, grad: Any, slope: Any, c1: Any, max_trials: Any) -> Tensor:
+        own = OPS["BatchedSearch"](*start, c1=c1, max_trials=max_trials)
+        if broken is not None:
+            state = [x[..., :-1] if i == broken else x for i, x in enumerate(own._search)]
+            torch.ops.secant.search_advance(*state, *start[1:], None, *own._rule)
+        for _ in range(3):
+            own.advance(value, grad, rows)
+            own.begin(slope, slope, None, rows)
+        return own.trial
+
+    args = {"value": f.tensor(f.normal(count)), "grad": f.tensor(f.normal(count, n, dtype=dtype))}
+    args |= {"slope": f.tensor(-f.normal(b).abs()), "c1": f.number(1e-4), "max_trials": f.number(25)}
+    return run, args
+
+
 def first(result: Any) -> list[Tensor]:
     return [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
 
@@ -420,6 +445,7 @@ MAKERS: dict[str, Callable[[Fuzzer], tuple[Callable[..., Any], dict[str, Any]]]]
     "newton_inv_root": newton_inv_root,
     "newton_schulz": newton_schulz,
     "precond_step": precond_step,
+    "search": search,
     "inverse_hessian": inverse_hessian,
 } | {
     name: blocks(name)
@@ -447,7 +473,7 @@ def run_case(seed: int) -> str:
         assert f.hostile, f"{name} refused a valid call: {refusal}"
         assert ": expected" in str(refusal) or isinstance(refusal, secant.BackendError), f"{name}: {refusal!r}"
         return "refused"
-    if f.hostile or name in ("history", "block_eigh"):
+    if f.hostile or name in ("history", "block_eigh", "search"):
         return "returned"
     for got, want in zip(first(result), reference(op, args), strict=True):
         if got.dtype is torch.int32:

@@ -47,11 +47,11 @@ double entry<double>() {
   return std::normal_distribution<double>()(random_bits);
 }
 template <>
-bf16 entry<bf16>() {
+[[maybe_unused]] bf16 entry<bf16>() {
   return Round<bf16>::from(entry<float>());
 }
 template <>
-f16 entry<f16>() {
+[[maybe_unused]] f16 entry<f16>() {
   return Round<f16>::from(entry<float>());
 }
 

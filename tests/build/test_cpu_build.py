@@ -70,6 +70,17 @@ def test_sanitizers_on_preconditioned_steps(tmp_path, isa):
     assert done.stdout == "clean\n"
 
 
+@pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
+def test_sanitizers_on_line_searches(tmp_path, isa):
+    """The same for the searches of many problems."""
+    program = tmp_path / "sanitize_search"
+    sources = ["tests/build/sanitize_search.cpp", "kernels/search/cpu.cpp"]
+    compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "clean\n"
+
+
 @pytest.mark.slow  # minutes to compile
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
 def test_sanitizers_on_blocks(tmp_path, isa):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("lbfgs", "blocks", "hvp", "precond")
+FAMILIES = ("lbfgs", "blocks", "hvp", "precond", "search")
 MINIMUM = 80
 PTXAS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror"
 REGISTERS = 65536  # of a multiprocessor
@@ -106,6 +106,7 @@ def parse(report: str) -> dict[str, dict[str, int]]:
         pytest.param("hvp", marks=pytest.mark.slow),
         "hvp, sm_90 sm_100",
         "precond",
+        "search",
     ],
 )
 def measured(request, tmp_path_factory):
@@ -131,6 +132,8 @@ def threads_and_blocks(kernel: str) -> tuple[int, int]:
         return plan.BLOCK, 2
     if kernel.startswith("precond_"):
         return 256, 1 if "newton" in kernel else 2
+    if kernel.startswith("search_"):
+        return 128, 4
     # 8 warps hide what a multiprocessor's latencies are; plan.py counts on shared memory for as many.
     return (64, 4) if re.search(r"_b\d+_f\d+$", kernel) else (128, 2)
 
@@ -148,6 +151,10 @@ def expected_kernels(family: str) -> list[str]:
         from secant.kernels.precond import plan as precond_plan
 
         return sorted(precond_plan.kernels())
+    if family == "search":
+        from secant.kernels.search import plan as search_plan
+
+        return sorted(search_plan.kernels())
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
     pairs = [f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16")]
     return sorted([*pairs, "lbfgs_dense_f32", "lbfgs_dense_f64"])
@@ -251,6 +258,28 @@ def test_runtime_source_of_precond(tmp_path, module, kernels):
 
     assert self_contained(tmp_path, nvrtc.source(module)) == kernels
     assert {nvrtc.module_of(kernel) for kernel in kernels} == {module}
+
+
+def test_runtime_source_of_search(tmp_path):
+    """One module a type of points."""
+    from secant.kernels.search import nvrtc
+
+    kernels = ["search_advance_f32", "search_begin_f32"]
+    assert self_contained(tmp_path, nvrtc.source("f32")) == kernels
+    assert {nvrtc.module_of(kernel) for kernel in kernels} == {"f32"}
+
+
+def test_nothing_is_fused_in_line_searches(tmp_path):
+    """Every multiplication and addition of the machine is one instruction of its own; sums of slopes may be fused."""
+    from secant.kernels.search import nvrtc
+
+    self_contained(tmp_path, nvrtc.source("f64"))
+    ptx = (tmp_path / "runtime.ptx").read_text()
+    begin = ptx[ptx.index(".entry search_begin_f64") :]
+    advance = ptx[ptx.index(".entry search_advance_f64") : ptx.index(".entry search_begin_f64")]
+    assert "mul.rn.f64" in begin
+    assert "fma" not in begin
+    assert len(re.findall(r"fma\.rn\.f64", advance)) <= 5  # the loop over the products, unrolled by four, and its rest
 
 
 if __name__ == "__main__":

@@ -88,10 +88,12 @@ needs_sanitizer = pytest.mark.skipif(
 
 @needs_sanitizer
 def test_under_the_address_sanitizer(tmp_path):
-    fuzz_sanitized(build(tmp_path, ["lbfgs", "hvp", "precond"]), "--cases", "2000", "--skip", "block")
+    fuzz_sanitized(build(tmp_path, ["lbfgs", "hvp", "precond", "search"]), "--cases", "2000", "--skip", "block")
 
 
 @needs_sanitizer
 @pytest.mark.slow
 def test_longer_under_the_address_sanitizer(tmp_path):
-    fuzz_sanitized(build(tmp_path, ["lbfgs", "hvp", "blocks", "precond"]), "--seed", "100", "--cases", "20000")
+    fuzz_sanitized(
+        build(tmp_path, ["lbfgs", "hvp", "blocks", "precond", "search"]), "--seed", "100", "--cases", "20000"
+    )

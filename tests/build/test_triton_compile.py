@@ -17,6 +17,8 @@ import torch
 from lbfgs_update import call_update
 from precond_cases import RULES as STEPS
 from precond_cases import tensors as stepped
+from search_cases import RULE as SEARCH
+from search_cases import a_state as searches
 
 triton = pytest.importorskip("triton")
 
@@ -27,6 +29,7 @@ from secant.kernels.lbfgs import triton_dense  # noqa: E402
 from secant.kernels.lbfgs.contract import EXTRAS, RULES, Dense, Pair, State  # noqa: E402
 from secant.kernels.precond import triton as precond  # noqa: E402
 from secant.kernels.precond.contract import APPLY, GRAMS  # noqa: E402
+from secant.kernels.search import triton as search  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 KERNELS = {
@@ -35,6 +38,7 @@ KERNELS = {
     blocks: ("_inv_lanes", "_inv_tile", "_solve_lanes", "_solve_tile", "_eigh_lanes", "_eigh_tile"),
     hvp: ("_pass", "_between", "_finish", "_cross_entropy", "_product", "_product_finish", "_gram", "_gram_finish"),
     precond: ("_tile", "_entries", "_newton_schulz", "_newton_root"),
+    search: ("_advance", "_begin"),
 }
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -402,3 +406,17 @@ def test_roots_compile_without_spills(gpu, tmp_path, n, p, dtype):
     precond.newton_inv_root(a, p, 1e-3, 20, 1e-4, a.clone(), info)
     assert [k.metadata.name for k in gpu[1]] == ["_newton_root"]
     check_resources(gpu, tmp_path, f"newton_root {n} {p} {dtype}", lambda registers: 0)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(10, F64), (10, F32), slowly(1, F64), slowly(1000, F64)], ids=str)
+def test_line_searches_compile_without_spills(gpu, tmp_path, n, dtype):
+    state, (value, grad) = searches(100, n, dtype, 0)
+    rows = torch.arange(50)
+    search.advance(state, value, grad, None, SEARCH)
+    search.advance(state, value[:50], grad[:50], rows, SEARCH)
+    search.begin(state, state.numbers[0], state.numbers[1], None, rows, SEARCH)
+    search.begin(state, state.numbers[0], state.numbers[1], state.step, None, SEARCH)
+    assert [k.metadata.name for k in gpu[1]] == ["_advance"] * 2 + ["_begin"] * 2
+    # Nothing is fused, in the code for the device neither.
+    assert all("fma.rn.f64" not in k.asm["ptx"] and not k.metadata.enable_fp_fusion for k in gpu[1])
+    check_resources(gpu, tmp_path, f"search {n} {dtype}", lambda registers: 0)

@@ -19,6 +19,7 @@ from secant import backends, ops
 from secant.benchmarks import peers
 from secant.benchmarks.case import no_compile
 from secant.benchmarks.families import blocks, hvp, lbfgs
+from secant.solvers.batched_lbfgs import batched_lbfgs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -153,6 +154,29 @@ def test_products_of_fresh_inputs(name, device, op, dtype, poisoned):
                 limit = max(limit, 8 * torch.finfo(dtype).eps)
             call = next(x for x in case.contenders(problem, no_compile) if x.name == name).probe
             assert problem.error(call()) < limit, (SEED, case)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+def test_searches_of_fresh_inputs(name, device, dtype, poisoned):
+    """Minima of convex quartics, which are where the gradient is."""
+    draw = random.Random(f"{SEED} search {dtype}")
+    torch.manual_seed(draw.getrandbits(31))
+    b, n = draw.randint(1, 400), draw.randint(1, 40)
+    centers = torch.randn(b, n, dtype=dtype, device=device)
+
+    def evaluate(x, index):
+        y = x - centers[index]
+        return (y**4 / 4 + y * y / 2).sum(1), y**3 + y
+
+    with use("search", name, device), use("lbfgs", name, device):
+        tolerance = 1e-3 if dtype is F32 else 1e-9
+        found = batched_lbfgs(evaluate, torch.randn(b, n, dtype=dtype, device=device), gtol=tolerance, max_nfev=500)
+        assert bool((found.status == secant.Status.CONVERGED).all()), (SEED, b, n)
+        # |g| >= |y| componentwise; of x and the centers the difference has two roundings.
+        bound = tolerance + 4 * torch.finfo(dtype).eps * float(centers.abs().max() + 1)
+        assert float((found.x - centers).abs().max()) <= bound, (SEED, b, n)
 
 
 def rademacher(*shape, dtype=F32, device):

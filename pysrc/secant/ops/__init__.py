@@ -14,8 +14,10 @@ from secant.ops.hvp import (
 from secant.ops.inverse_hessian import InverseHessian
 from secant.ops.lbfgs import two_loop
 from secant.ops.precond import Tiles, newton_inv_root, newton_schulz
+from secant.ops.search import BatchedSearch
 
 __all__ = [
+    "BatchedSearch",
     "InverseHessian",
     "LBFGSHistory",
     "Tiles",

@@ -3,7 +3,8 @@
 In each round every problem that goes on makes one trial of its line search; all are evaluated in one call. Problems
 whose search has ended take the step, offer its pair to their history and begin the next; for the others the pair is
 zero, which no history accepts, and their direction is computed again to the same bits. So a round is the same work for
-all, whatever each is doing. What has stopped is not evaluated any more, and is taken out once it is a quarter.
+all, whatever each is doing, in three launches beside the evaluation, and no value is read back. Every few rounds the
+host looks which go on: what has stopped is not evaluated any more, and is taken out once it is a quarter.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from secant.ops.history import LBFGSHistory
-from secant.result import Status
-from secant.solvers.batched_search import BatchedStrongWolfe
+from secant.ops.search import BatchedSearch
 
 #: Problems of which fewer go on than this share are taken out of the state, too.
 _FULL = 0.75
-_RUNNING = -1
+#: Rounds between two looks of the host at a device other than itself.
+_ROUNDS = 8
 
 #: (x (b, n), places among all (b,)) -> f (b,) and its gradients (b, n), without a graph.
 BatchedFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -37,25 +38,6 @@ class BatchedMinimum(NamedTuple):
     nfev: Tensor
 
 
-class _Running(NamedTuple):
-    """What is known of the problems in the state; of a line search, also the best trial but for the last."""
-
-    problem: Tensor  # its place among all
-    x: Tensor
-    value: Tensor
-    g: Tensor  # contiguous: written by the history
-    d: Tensor
-    t_kept: Tensor
-    value_kept: Tensor
-    g_kept: Tensor
-    status: Tensor
-    nit: Tensor
-    nfev: Tensor
-
-    def take(self, places: Tensor) -> _Running:
-        return _Running(*(x.index_select(0, places) for x in self))
-
-
 def batched_lbfgs(
     evaluate: BatchedFunction,
     x0: Tensor,
@@ -65,6 +47,7 @@ def batched_lbfgs(
     ftol: float = 0.0,
     max_iter: int = 15_000,
     max_nfev: int = 15_000,
+    check_every: int | None = None,
     tell: Callable[[int], object] | None = None,
 ) -> BatchedMinimum:
     """Minimize B functions of n variables by L-BFGS with a strong Wolfe search for each.
@@ -75,6 +58,8 @@ def batched_lbfgs(
         x0: (B, n), float32 or float64.
         history_size: pairs. gtol: on the largest component of a gradient. ftol: see `secant.minimize`.
         max_iter, max_nfev: of each problem; evaluations are counted after each search.
+        check_every: rounds after which the host looks which problems go on; those that stop in between are evaluated
+            till then, for nothing. None: 1 on a CPU, 8 on a device for which the host would have to wait.
         tell: is told how many have stopped, where that has changed.
 
     Returns:
@@ -85,87 +70,37 @@ def batched_lbfgs(
         Liu and Nocedal, On the limited memory BFGS method for large scale optimization, Math. Program. 45 (1989).
     """
     b, n = x0.shape
-    device, eps = x0.device, torch.finfo(x0.dtype).eps
-    every = torch.arange(b, device=device)
-    value, g = evaluate(x0, every)
-    value, counts = value.double(), torch.zeros(b, dtype=torch.int32, device=device)
-    usable = value.isfinite() & g.isfinite().all(-1)
-    status = torch.where(usable, _RUNNING, int(Status.NOT_FINITE))
-    status = torch.where(usable & (g.abs().amax(-1) <= gtol), int(Status.CONVERGED), status).to(torch.int32)
-    g = torch.where(usable[:, None], g, 0.0).contiguous()
-    now = _Running(
-        every, x0.clone(), value, g, -g, torch.zeros_like(value), value, g.clone(), status, counts, counts + 1
-    )
-    whole = BatchedMinimum(x0.clone(), value.clone(), g.clone(), status.clone(), counts.clone(), counts + 1)
+    device = x0.device
+    value, g = evaluate(x0, torch.arange(b, device=device))
+    search = BatchedSearch(x0, value, g, gtol=gtol, ftol=ftol, max_iter=max_iter, max_nfev=max_nfev)
     history = LBFGSHistory(n, history_size, batch=b, dtype=x0.dtype, device=device)
-    search = BatchedStrongWolfe(b, device)
-    first = (1.0 / g.double().abs().sum(-1)).clamp_max(1.0)
-    slope = -g.double().square().sum(-1)
-    search.begin(status == _RUNNING, value, slope, first, g.double().abs().amax(-1), eps * value.abs())
-
-    told, places = 0, (now.status == _RUNNING).nonzero()[:, 0]
+    previous = search.g.clone()  # of the history: what g was before the step
+    problem = torch.arange(b, device=device)
+    whole = BatchedMinimum(*(torch.empty_like(y) for y in _ends(search)))
+    rounds = check_every or (1 if device.type == "cpu" else _ROUNDS)
+    told = 0
     while True:
-        if len(places) < len(now.problem):
-            stopped = (now.status != _RUNNING).nonzero()[:, 0]
-            which = now.problem[stopped]
-            for target, part in zip(whole, (now.x, now.value, now.g, now.status, now.nit, now.nfev), strict=True):
-                target[which] = part[stopped]
-            ended = b - len(places)
-            if tell is not None and ended > told:
-                told = ended
-                tell(told)
+        places = (search.status < 0).nonzero()[:, 0]
+        ended = b - len(places)
+        if tell is not None and ended > told:
+            told = ended
+            tell(told)
+        if len(places) < _FULL * len(problem) or len(places) == 0:
+            for target, part in zip(whole, _ends(search), strict=True):
+                target[problem] = part
             if len(places) == 0:
                 return whole
-            if len(places) < _FULL * len(now.problem):
-                now, history = now.take(places), history.take(places)
-                search.take(places)
-                places = torch.arange(len(places), device=device)
+            search, history, previous = search.take(places), history.take(places), previous[places]
+            problem = problem[places]
+        all_go_on = len(problem) == b - ended
+        rows, which = (None, problem) if all_go_on else (places, problem[places])
+        for _ in range(rounds):
+            # A function may keep what it is given.
+            trial = search.trial.clone() if rows is None else search.trial[rows]
+            search.advance(*evaluate(trial, which), rows)
+            stats = history.step(search.g, previous, search.d, search.step)  # previous becomes g, and d the next one
+            search.begin(stats.gd, stats.g_max, rows=rows)
 
-        t = search.t
-        trial = now.x + t.to(x0.dtype)[:, None] * now.d
-        if len(places) == len(now.problem):
-            new_value, new_g = evaluate(trial, now.problem)
-            new_value = new_value.double()
-        else:
-            some_values, some_g = evaluate(trial[places], now.problem[places])
-            new_value = torch.full_like(now.value, torch.nan).index_copy_(0, places, some_values.double())
-            new_g = now.g.index_copy(0, places, some_g)
-        running = now.status == _RUNNING
-        outcome = search.advance(new_value, (new_g * now.d).sum(-1).double())
-        nfev = now.nfev + running
 
-        keeps = outcome.keeps_new
-        t_kept = torch.where(keeps, t, now.t_kept)
-        value_kept = torch.where(keeps, new_value, now.value_kept)
-        g_kept = torch.where(keeps[:, None], new_g, now.g_kept)
-        done = outcome.done & running
-        if not bool(done.any()):
-            now = now._replace(t_kept=t_kept, value_kept=value_kept, g_kept=g_kept, nfev=nfev)
-            continue
-        new, back = outcome.takes_new, outcome.takes_start
-        t = torch.where(new, t, torch.where(back, 0.0, t_kept))
-        t = torch.where(done, t, 0.0)
-        moved = t > 0.0
-        x = torch.where(moved[:, None], now.x + t.to(x0.dtype)[:, None] * now.d, now.x)
-        value = torch.where(moved, torch.where(new, new_value, value_kept), now.value)
-        g = torch.where(moved[:, None], torch.where(new[:, None], new_g, g_kept), now.g)
-        nit = now.nit + moved
-        stats = history.step(g, now.g, now.d, t)  # now.g becomes g, and now.d the next direction
-
-        size = torch.maximum(torch.maximum(value.abs(), now.value.abs()), torch.ones_like(value))
-        status = torch.where(done & (nfev >= max_nfev), int(Status.MAX_EVAL), now.status)
-        status = torch.where(done & (nit >= max_iter), int(Status.MAX_ITER), status)
-        status = torch.where(done & ~(stats.gd < 0.0), int(Status.NO_DESCENT), status)
-        status = torch.where(done & ~moved, int(Status.STALLED), status)
-        if ftol > 0.0:
-            little = moved & ((value - now.value).abs() <= ftol * size)
-            status = torch.where(little, int(Status.SMALL_CHANGE), status)
-        status = torch.where(moved & (stats.g_max <= gtol), int(Status.CONVERGED), status).to(torch.int32)
-        going = done & (status == _RUNNING)
-        ones = torch.ones_like(value)
-        search.begin(going, value, stats.gd, ones, now.d.abs().amax(-1).double(), eps * value.abs())
-        now = _Running(
-            now.problem, x, value, now.g, now.d, torch.where(going, 0.0, t_kept), torch.where(going, value, value_kept),
-            torch.where(going[:, None], g, g_kept), status, nit, nfev,
-        )  # fmt: skip
-        places = (status == _RUNNING).nonzero()[:, 0]
+def _ends(search: BatchedSearch) -> BatchedMinimum:
+    return BatchedMinimum(search.x, search.value, search.g, search.status, search.nit, search.nfev)
