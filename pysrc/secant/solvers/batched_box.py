@@ -1,8 +1,9 @@
 """Quasi-Newton within bounds on many problems at once: the minimum of a model on the variables that are free.
 
 Each problem holds the variables at a bound that -g points beyond, and minimizes its model in the others. What goes
-beyond a bound there is put on it, and the rest is minimized once more, as it is now. What comes out is projected, and a
-line search goes towards it. All this is masks and small systems: nothing is sorted.
+beyond a bound there is put on it, and the rest is minimized once more, as it is now. What comes out is projected; the
+way to the first bound is taken instead where the model is lower there. A line search goes towards it. All this is masks
+and small systems: nothing is sorted.
 
 Up to 64 variables the model is a dense matrix B, scaled by itself, and each problem solves B_FF d_F = -(g + B d)_F. For
 more it is the pairs of L-BFGS, whose y is zero where s is: while the held variables stay, these are the pairs of f on
@@ -45,8 +46,8 @@ class _InBox(abc.ABC):
         assert sides is not None
         gamma = self._learn(steps.s, steps.y).to(x.dtype)[:, None]
         held = ((x <= sides.lower) & (g > 0.0)) | ((x >= sides.upper) & (g < 0.0))
-        d = self._minimize(g, torch.zeros_like(x), held)
-        goal = x + d
+        straight = self._minimize(g, torch.zeros_like(x), held)
+        goal = x + straight
         out = (goal < sides.lower) | (goal > sides.upper)
         beyond = torch.where(out, sides.project(goal) - x, 0.0)
         d = torch.where(out, beyond, self._minimize(g, beyond, held | out))
@@ -55,6 +56,10 @@ class _InBox(abc.ABC):
             self.forget(lost)  # rounding has left a model without a minimum
         plain = sides.project(x - gamma * g) - x
         d = sides.project(x + d) - x
+        # Where the box cuts too much off, the way to the first bound may be better.
+        share = sides.longest(x, straight).clamp_max(1.0).to(x.dtype)
+        cut = share[:, None] * straight
+        d = torch.where((self._value(g, d) <= self._value(g, cut))[:, None], d, cut)
         poor = ~((g * d).sum(-1) <= _LEAST * (g * plain).sum(-1))
         d = torch.where(poor[:, None], plain, d)
         shut = sides.lower.isfinite().all(-1) & sides.upper.isfinite().all(-1)
@@ -68,6 +73,10 @@ class _InBox(abc.ABC):
     @abc.abstractmethod
     def _minimize(self, g: Tensor, d: Tensor, held: Tensor) -> Tensor:
         """Minimize the model in the variables that are not held, where the others move by d; these get zero."""
+
+    def _value(self, g: Tensor, d: Tensor) -> Tensor:
+        """Return what the model says of d, (b,), or the slope where it is not known."""
+        return (g * d).sum(-1)
 
     @abc.abstractmethod
     def _knows(self) -> Tensor:
@@ -116,6 +125,9 @@ class _Dense(_InBox):
         system = torch.where(free[:, :, None] & free[:, None], self._matrix, 0.0)
         system.diagonal(dim1=-2, dim2=-1).add_(held)
         return block_solve(system, right)[0]
+
+    def _value(self, g: Tensor, d: Tensor) -> Tensor:
+        return (d * (g + 0.5 * (self._matrix * d[:, None]).sum(-1))).sum(-1)
 
     def _knows(self) -> Tensor:
         return self._count > 0

@@ -202,6 +202,8 @@ def batched_descent(
     max_trials: int = 25,
     c1: float = 1e-4,
     tolerance: float = 1e-9,
+    compact: bool = True,
+    record: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
     tell: Callable[[int], object] | None = None,
 ) -> BatchedMinimum:
     """Minimize B functions of n variables by strong Wolfe searches along the directions of a method.
@@ -215,6 +217,9 @@ def batched_descent(
         gtol: on the largest component of a gradient, with bounds of P(x - g) - x. ftol: see `secant.minimize`.
         max_iter, max_nfev: of each problem; evaluations are counted after each search. max_trials: of one search.
         c1: of sufficient decrease. tolerance: a bracket in which no variable moves by as much ends the search.
+        compact: whether what has stopped may be taken out of the state; else `directions` stays one object.
+        record: told values, sizes of gradients and steps t, (B,) float64 each, where any problem has taken a step (t is
+            zero where it has not); a true value stops all. Not with compact.
         tell: is told how many have stopped, where that has changed.
     """
     b = len(x0)
@@ -274,7 +279,7 @@ def batched_descent(
         places = ends.settle(now)
         if len(places) == 0:
             return ends.found
-        if few(places, now.problem):
+        if compact and few(places, now.problem):
             now, directions = now.take(places), directions.take(places)
             sides = None if sides is None else sides.take(places)
             value = now.value
@@ -326,6 +331,8 @@ def batched_descent(
         if ftol > 0.0:
             status = torch.where(moved & (now.value - value <= ftol * size), int(Status.SMALL_CHANGE), status)
         status = torch.where(moved & (slack <= gtol), int(Status.CONVERGED), status).to(torch.int32)
+        if record is not None and bool(moved.any()) and record(value, slack.double(), t):
+            status = torch.where(status == RUNNING, int(Status.STOPPED), status).to(torch.int32)
         steps = Steps(now.problem, x, g, x - now.x, g - now.g, done & (status == RUNNING), sides)
         line, first, status = chosen(steps, status)
         going = done & (status == RUNNING)
