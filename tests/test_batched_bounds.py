@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_batched_minimize import rosenbrock, starts
 
 import secant
 from secant import Status
 from secant.benchmarks import hock_schittkowski
-from test_batched_minimize import rosenbrock, starts
 
 F64 = torch.float64
 INF = math.inf

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from test_batched_minimize import rosenbrock, starts, with_gradient
 
 import secant
 from secant import Status
 from secant.benchmarks import mgh
 from secant.solvers.batched_newton import eigenvalues
 from secant.solvers.batched_trust_region import within
-from test_batched_minimize import rosenbrock, starts, with_gradient
 
 F64 = torch.float64
 FIELDS = ("x", "fun", "jac", "status", "nit", "nfev")
@@ -293,5 +293,5 @@ def test_wrong_arguments_are_named(change, words):
 @pytest.mark.parametrize("call", [secant.minimize, secant.least_squares])
 def test_vmap_is_told_of_batch(call):
     fun = (lambda x: (x**2).sum()) if call is secant.minimize else (lambda x: x)
-    with pytest.raises(ValueError, match="x0: expected a tensor outside of torch.func transforms .*batch=True"):
+    with pytest.raises(ValueError, match=r"x0: expected a tensor outside of torch.func transforms .*batch=True"):
         torch.func.vmap(lambda x: call(fun, x).x)(torch.ones(3, 2))

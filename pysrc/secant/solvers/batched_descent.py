@@ -116,7 +116,7 @@ def optimality(x: Tensor, g: Tensor, sides: Sides | None) -> Tensor:
     return step.abs().amax(-1)
 
 
-class Running(Protocol):
+class _Known(Protocol):
     """What is known of the problems in a state; see `BatchedMinimum`."""
 
     @property
@@ -142,11 +142,11 @@ class Ends:
         now: all of them, at the start. tell: is told how many have stopped, where that has changed.
     """
 
-    def __init__(self, now: Running, tell: Callable[[int], object] | None) -> None:
+    def __init__(self, now: _Known, tell: Callable[[int], object] | None) -> None:
         self.found = BatchedMinimum(*(part.clone() for part in self._parts(now)))
         self._told, self._tell = 0, tell
 
-    def settle(self, now: Running) -> Tensor:
+    def settle(self, now: _Known) -> Tensor:
         """Write down what has stopped, and return the places of what goes on."""
         running = now.status == RUNNING
         places = running.nonzero()[:, 0]
@@ -162,11 +162,11 @@ class Ends:
         return places
 
     @staticmethod
-    def _parts(now: Running) -> tuple[Tensor, ...]:
+    def _parts(now: _Known) -> tuple[Tensor, ...]:
         return now.x, now.value, now.g, now.status, now.nit, now.nfev
 
 
-def evaluated(evaluate: BatchedFunction, x: Tensor, now: Running, places: Tensor) -> tuple[Tensor, Tensor]:
+def evaluated(evaluate: BatchedFunction, x: Tensor, now: _Known, places: Tensor) -> tuple[Tensor, Tensor]:
     """Evaluate at x what goes on; the value of the rest is NaN."""
     if len(places) == len(now.problem):
         value, g = evaluate(x, now.problem)

@@ -1,4 +1,4 @@
-"""Newton's method on many problems at once: Hessians with their eigenvalues made positive, and strong Wolfe searches."""
+"""Newton's method on many problems at once: Hessians whose eigenvalues are made positive, and strong Wolfe searches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BatchedHessian = Callable[[Tensor, Tensor], Tensor]
 
 
 def eigenvalues(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose symmetric matrices (b, n, n) in float64, (b, n) ascending and (b, n, n); NaN where one is not finite."""
+    """Decompose symmetric matrices (b, n, n) in float64, (b, n) ascending and (b, n, n); NaN where not finite."""
     a = hessian.double()
     a = 0.5 * (a + a.mT)
     if a.shape[-1] <= MAX_N:
