@@ -224,3 +224,51 @@ def test_wrong_bounds_are_named(bounds, words):
 def test_another_method_knows_no_bounds():
     with pytest.raises(ValueError, match="bounds: expected None: 'l-bfgs' knows no bounds"):
         secant.minimize(rosenbrock, torch.zeros(3, 2), method="l-bfgs", bounds=[(0, 1)] * 2, batch=True)
+
+
+def test_more_variables_than_a_dense_matrix_has():
+    """With pairs, for 80 variables, on a coupled quadratic: the conditions of a minimum, and each problem as alone."""
+    b, n = 12, 80
+    draw = torch.Generator().manual_seed(4)
+    curvature = torch.logspace(0, 1.5, n, dtype=F64)
+    center, x0 = (torch.randn(b, n, dtype=F64, generator=draw) for _ in range(2))
+    lower, upper = -torch.rand(b, n, dtype=F64, generator=draw), torch.rand(b, n, dtype=F64, generator=draw)
+    lower[:, 7], upper[:, 9], upper[:, 11] = -INF, INF, lower[:, 11]
+
+    def fun(x, *, index):
+        r = x - center[index]
+        return 0.5 * (curvature * r**2).sum(-1) + 2.0 * (r[:, 1:] - r[:, :-1]).square().sum(-1)
+
+    options = {"gtol": 1e-8, "ftol": 0.0}
+    found = secant.minimize(fun, x0, bounds=(lower, upper), batch=True, options=options)
+    assert found.status.tolist() == [Status.CONVERGED] * b
+    assert bool(((found.x >= lower) & (found.x <= upper)).all())
+    step = (found.x - found.jac).clamp(lower, upper) - found.x
+    assert float(step.abs().max()) <= 1.1e-8  # gtol, and the rounding of x - g to x
+    assert 0 < int(((found.x == lower) | (found.x == upper)).sum()) < b * n
+    few = found.nfev.double().mean()
+    for i in (0, 11):
+        place = torch.tensor([i])
+        alone = secant.minimize(
+            lambda x, *, index, place=place: fun(x, index=place[index]), x0[i : i + 1],
+            bounds=(lower[i : i + 1], upper[i : i + 1]), batch=True, options=options,
+        )  # fmt: skip
+        for name in FIELDS:
+            assert torch.equal(found[name][i : i + 1], alone[name]), name
+    assert few < 100
+
+
+def test_pairs_of_some_problems_are_forgotten():
+    history = secant.LBFGSHistory(4, 3, batch=5, dtype=F64)
+    draw = torch.Generator().manual_seed(0)
+    s, g = (torch.randn(5, 4, generator=draw, dtype=F64) for _ in range(2))
+    history.append(s, 2.0 * s)
+    before = history.direction(g)
+    which = torch.tensor([True, False, False, True, False])
+    history.forget(which)
+    assert history.count.tolist() == [0, 1, 1, 0, 1]
+    after = history.direction(g)
+    assert torch.equal(after[which], -g[which])
+    assert torch.equal(after[~which], before[~which])
+    with pytest.raises(ValueError, match=r"forget: which: expected a bool tensor \(5,\)"):
+        history.forget(which[:3])
