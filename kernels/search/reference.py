@@ -22,7 +22,7 @@ public functions of `secant.ops.search` check and allocate; what arrives here is
 `advance`, of the rows whose status is RUNNING and whose flags have no ENDED:
 
     phi' = grad . d in float64; a value or phi' that is not finite counts as infinitely high
-    nfev <- nfev + 1; the trial (t, value, phi') goes through the machine (`_machine`)
+    nfev <- nfev + 1; the trial (t, value, phi') goes through the machine (`machine`)
     where it is to be kept: kept_t, kept_value, kept <- t, value, grad
     where the search goes on: step <- 0, trial <- x + t d for the next t
     where it ends:
@@ -119,7 +119,7 @@ class _Points(NamedTuple):
         return _Points(*(torch.where(mask, x, y) for x, y in zip(self, other, strict=True)))
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """What a trial has brought.
 
     done: the search has ended. takes_new, takes_start: it ended with this trial, or with the start; else with what was
@@ -136,7 +136,7 @@ def _points(numbers: Tensor, row: int) -> _Points:
     return _Points(*numbers[row : row + 3])
 
 
-def _machine(numbers: Tensor, counts: Tensor, value: Tensor, slope: Tensor, rule: Rule) -> _Outcome:
+def machine(numbers: Tensor, counts: Tensor, value: Tensor, slope: Tensor, rule: Rule) -> Outcome:
     """Take the values and slopes at t, and move the state, (17, b) and (6, b), on; see `strong_wolfe`."""
     finite = value.isfinite() & slope.isfinite()
     t, noise = numbers[T].clone(), numbers[NOISE]
@@ -212,7 +212,7 @@ def _machine(numbers: Tensor, counts: Tensor, value: Tensor, slope: Tensor, rule
     takes_start = (ran_out & ~lower) | (ends & ~gained)
     # An end may be this very trial.
     keeps_new = grows | better | swaps | (enters & ~first_lower)
-    return _Outcome(takes_new | takes_start | ends, takes_new, takes_start, keeps_new)
+    return Outcome(takes_new | takes_start | ends, takes_new, takes_start, keeps_new)
 
 
 def _minimizer(a: _Points, b: _Points, least: Tensor, most: Tensor, noise: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def advance(search: Search, value: Tensor, grad: Tensor, rows: Tensor | None, ru
     here = here & (counts[STATUS] == RUNNING) & ((counts[FLAGS] & ENDED) == 0)
     t, old = numbers[T].clone(), numbers[VALUE].clone()
     kept_t = torch.where(counts[USED] == 0, 0.0, numbers[KEPT_T])
-    outcome = _machine(numbers, counts, value, (grad.double() * d.double()).sum(-1), rule)
+    outcome = machine(numbers, counts, value, (grad.double() * d.double()).sum(-1), rule)
     numbers[KEPT_T] = torch.where(outcome.keeps_new, t, kept_t)
     numbers[KEPT_VALUE] = torch.where(outcome.keeps_new, value, numbers[KEPT_VALUE])
     _put(search.kept, at, here & outcome.keeps_new, grad)

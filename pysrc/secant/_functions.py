@@ -42,6 +42,10 @@ def start(op: str, x0: object) -> tuple[Tensor, Form]:
         TypeError, ValueError: it is no tensor, array or list of real numbers, or it is empty.
     """
     if isinstance(x0, Tensor):
+        if torch._C._functorch.is_batchedtensor(x0):
+            # What a run decides by its values is not the same for all that vmap maps over.
+            expected = "a tensor outside of torch.func transforms (for many problems at once, batch=True)"
+            raise _checks.fail(op, "x0", expected, "one inside torch.func.vmap")
         x = _checks.tensor(op, "x0", x0, _checks.REAL).detach().clone(memory_format=torch.contiguous_format)
         form = Form(False, x.shape, x.dtype, x.device)
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks, optim
-from secant._batches import batched_minimize
+from secant._batches import BATCHED, batched_minimize
 from secant._checks import Option
 from secant._fits import LOSS, batched_fit
 from secant._functions import Form, Objective, Residuals, forgiven, start
@@ -97,6 +97,7 @@ def minimize(
     callback: Callable[..., Any] | None = None,
     options: Mapping[str, Any] | None = None,
     batch: bool = False,
+    offsets: Any = None,
 ) -> OptimizeResult:
     """Minimize a function of one tensor or array, in the shape of `scipy.optimize.minimize`.
 
@@ -133,10 +134,17 @@ def minimize(
             initial_trust_radius (|x0|, 1 where that is 0), max_trust_radius (1000), eta (0.01) ("trust-...").
 
         batch: whether x0, (B, n), holds many problems that have nothing to do with each other: `fun` then maps (B, n)
-            to (B,), row for row, and is written in torch. Method "l-bfgs" (the default there): each problem has its own
-            pairs, strong Wolfe search, end and failure, and all that go on are evaluated together. A `fun` with a
-            parameter `index`, which it gets by name, is called for those alone that go on: x (b, n) and their places
-            (b,). maxiter and maxfun are of each problem.
+            to (B,), row for row, and is written in torch. Methods "l-bfgs" (the default), "l-bfgs-b" (with bounds),
+            "bfgs", "newton" and "trust-exact": each problem has its own model, strong Wolfe search or radius, end and
+            failure, and all that go on are evaluated together. A `fun` with a parameter `index`, which it gets by name,
+            is called for those alone that go on: x (b, n) and their places (b,). hess gives (B, n, n); without it n
+            backward passes make it. bounds: n pairs for all problems; or what has `lb` and `ub`, or a tuple (lower,
+            upper) with a tensor or array, that broadcast to (B, n). maxiter and maxfun are of each problem. Up to 64
+            variables "l-bfgs-b" keeps a dense matrix there, and maxcor does not matter.
+        offsets: with batch, B + 1 integers from 0 to the length of x0, which is then flat: problem i has the entries
+            offsets[i] to offsets[i + 1]. `fun` maps such a vector to (B,); one with a parameter `index` gets the
+            entries of those that go on, and, if it has a parameter `offsets`, theirs. Inside all are padded with zeros
+            to the size of the largest. No hess.
 
     Returns:
         With batch the same fields but nhev, for each problem, and a message that counts the statuses. Else
@@ -164,18 +172,19 @@ def minimize(
     op = "minimize"
     name, chosen = _method(op, method, bounds)
     settings = _settings(op, name, chosen, tol, options)
+    args = args if isinstance(args, tuple) else (args,)
     if batch:
-        if name != "l-bfgs":
-            raise _checks.fail(
-                op,
-                "method" if bounds is None else "bounds",
-                "None or 'l-bfgs' with batch=True, and no bounds",
-                repr(name),
-            )
-        for which, given in (("hess", hess), ("hessp", hessp), ("callback", callback)):
+        if name not in BATCHED:
+            raise _checks.fail(op, "method", f"None or one of {', '.join(BATCHED)} with batch=True", repr(name))
+        if hess is not None and chosen.closure == "gradient":
+            raise _checks.fail(op, "hess", f"None: {name!r} uses no second derivatives", _checks.describe(hess))
+        for which, given in (("hessp", hessp), ("callback", callback)):
             if given is not None:
                 raise _checks.fail(op, which, "None with batch=True", _checks.describe(given))
-        return batched_minimize(op, fun, x0, args if isinstance(args, tuple) else (args,), jac, settings)
+        settings.setdefault("max_trust_radius", _MAX_RADIUS)
+        return batched_minimize(op, fun, x0, args, jac, hess, name, bounds, offsets, settings)
+    if offsets is not None:
+        raise _checks.fail(op, "offsets", "None without batch=True", _checks.describe(offsets))
     x, form = start(op, x0)
     if chosen.closure == "gradient":
         for which, given in (("hess", hess), ("hessp", hessp)):
@@ -183,7 +192,7 @@ def minimize(
                 raise _checks.fail(op, which, f"None: {name!r} uses no second derivatives", _checks.describe(given))
     elif form.arrays and jac is not None and jac is not False and hess is None and hessp is None:
         raise _checks.fail(op, "hess or hessp", f"a function, as jac is one and {name!r} uses the Hessian", "None")
-    objective = Objective(op, form, fun, args if isinstance(args, tuple) else (args,), jac, hess, hessp)
+    objective = Objective(op, form, fun, args, jac, hess, hessp)
     told = _callback(op, callback, form)
     settings.setdefault("maxiter", 200 * x.numel())
     if "initial_trust_radius" in chosen.options:

@@ -18,13 +18,19 @@ from secant.kernels.search.contract import (
     FLAGS,
     NFEV,
     NIT,
+    NOISE,
     NUMBERS,
     RUNNING,
+    SIZE,
+    SLOPE,
     STATUS,
+    USED,
     VALUE,
     Rule,
     Search,
+    T,
 )
+from secant.kernels.search.reference import Outcome, machine
 from secant.ops import _gate, _register
 from secant.result import Status
 
@@ -270,3 +276,54 @@ class BatchedSearch:
         dims = (1 if name in ("numbers", "counts") else 0 for name in Search._fields)
         new._settle(Search(*(y.index_select(dim, places) for y, dim in zip(self._search, dims, strict=True))))
         return new
+
+
+class BatchedLines:
+    """Searches along B lines at once by the machine of `BatchedSearch` alone, in torch's operations.
+
+    For methods whose points are not x + t d (bounds): who drives it evaluates the lines and keeps what may be chosen.
+
+    Args:
+        batch: B. device: of the numbers. c1, c2, tolerance, max_trials: as for `BatchedSearch`.
+
+    Attributes:
+        t: (B,) float64, what each search wants tried next; it may be written.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        device: torch.device,
+        *,
+        c1: float = 1e-4,
+        c2: float = 0.9,
+        tolerance: float = 1e-9,
+        max_trials: int = 25,
+    ) -> None:
+        self._rule = Rule(c1, c2, tolerance, max_trials, 0.0, 0.0, 0.0, 0, 0)
+        self._numbers = torch.zeros(len(NUMBERS), batch, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(len(COUNTS), batch, dtype=torch.int32, device=device)
+
+    @property
+    def t(self) -> Tensor:
+        """Return what each search wants tried next."""
+        return self._numbers[T]
+
+    def take(self, places: Tensor) -> None:
+        """Go on with some of the problems."""
+        self._numbers, self._counts = (x.index_select(1, places) for x in (self._numbers, self._counts))
+
+    def begin(self, which: Tensor, value: Tensor, slope: Tensor, t: Tensor, size: Tensor, noise: Tensor) -> None:
+        """Begin anew where the mask `which` is set; all (B,), float64 but for the mask.
+
+        Args:
+            value, slope: phi(0), phi'(0). t: first trials. size: |d|_inf. noise: of the values, see `strong_wolfe`.
+        """
+        for row, new in ((VALUE, value), (SLOPE, slope), (T, t), (SIZE, size), (NOISE, noise)):
+            self._numbers[row] = torch.where(which, new, self._numbers[row])
+        for row in (USED, FLAGS):
+            self._counts[row].masked_fill_(which, 0)
+
+    def advance(self, value: Tensor, slope: Tensor) -> Outcome:
+        """Take the values and slopes at t, (B,) float64, and move t on where a search goes on."""
+        return machine(self._numbers, self._counts, value, slope, self._rule)

@@ -1,6 +1,7 @@
 """torch.optim.Optimizer classes, one file each."""
 
 from secant.optim.adahessian import AdaHessian
+from secant.optim.batched_lbfgs import BatchedLBFGS
 from secant.optim.bfgs import BFGS
 from secant.optim.block_adam import BlockAdam
 from secant.optim.cubic_newton import CubicNewton
@@ -24,6 +25,7 @@ __all__ = [
     "LBFGS",
     "SOAP",
     "AdaHessian",
+    "BatchedLBFGS",
     "BlockAdam",
     "CubicNewton",
     "LevenbergMarquardt",
