@@ -134,22 +134,22 @@ def test_what_ends_wrong_has_no_time(monkeypatch):
 
 
 def test_values_are_compared_where_both_converge():
-    task = family.Rosenbrock(4, 2, CPU, 0)
-    good = torch.tensor([True, True, True, False])
-    task.known = Ends(torch.zeros(4, 2), torch.tensor([0.0, 1e-9, 3.0, 5.0], dtype=F64), good)
-    own = Ends(torch.zeros(4, 2), torch.tensor([0.0, 0.0, 0.0, 0.0], dtype=F64), torch.ones(4, dtype=torch.bool))
+    task = family.Rosenbrock(5, 2, CPU, 0)
+    good = torch.tensor([True, True, True, True, False])
+    task.known = Ends(torch.zeros(5, 2), torch.tensor([0.0, 1e-9, 1e-7, 3.9, 5.0], dtype=F64), good)
+    own = Ends(torch.zeros(5, 2), torch.zeros(5, dtype=F64), torch.ones(5, dtype=torch.bool))
     found = task.figures(own)
-    assert (found["compared"], found["differ"], found["converged"], found["scipy_converged"]) == (3, 1, 4, 3)
-    assert found["gap"] == 1e-9
-    assert (found["best"], found["scipy_best"]) == (4, 2)
+    assert (found["compared"], found["differ"], found["elsewhere"]) == (4, 2, 1)
+    assert (found["converged"], found["converged_compared"], found["scipy_converged"]) == (5, 5, 4)
+    assert (found["best"], found["scipy_best"]) == (5, 3)
 
 
 def test_bars_of_a_full_run():
     def row(case, name, kind, seconds, **figures):
         return Row(case, name, kind, Timing((seconds,)), 1e-7, 1e-6, "", 1, (), figures)
 
-    known = {"differ": 2, "converged": 999, "scipy_converged": 1000, "wasted": 0.01, "met_compared": 0.9}
-    known |= {"scipy_met": 0.8, "best_compared": 30, "scipy_best": 40}
+    known = {"differ": 2, "elsewhere": 2, "converged_compared": 999, "scipy_converged": 1000, "wasted": 0.01}
+    known |= {"met_compared": 0.9, "scipy_met": 0.8, "best_compared": 30, "scipy_best": 40}
     cases = (family.ROSENBROCK, family.PEAKS, family.ARM, family.CLUSTERS)
     found = [
         row(case, *who, **known) for case in cases for who in (("secant", "backend", 1.0), ("scipy", "peer", 60.0))
@@ -158,8 +158,8 @@ def test_bars_of_a_full_run():
     bytes_per_second = family.ROUND.nbytes / 1e-3
     met = {bar.measure: (bar.measured, bar.met) for bar in bars(found, CPU, bytes_per_second)}
     values = [value for value, _ in met.values()]
-    assert values == [60.0] * 4 + [2, -1, 0.01, 1e-7, 0.9 / 0.8, 0.75, pytest.approx(2.0), pytest.approx(15.0)]
+    assert values == [60.0] * 4 + [2, 0, -1, 0.01, 1e-7, 0.9 / 0.8, 0.75, pytest.approx(2.0), pytest.approx(15.0)]
     assert [is_met for _, is_met in met.values()] == [
-        True, False, True, True, False, False, True, True, True, False, True, True,
+        True, False, True, True, False, True, False, True, True, True, False, True, True,
     ]  # fmt: skip
     assert bars([], CPU, 1.0) == []
