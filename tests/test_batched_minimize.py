@@ -162,8 +162,8 @@ def test_a_part_of_a_history():
     ("change", "words"),
     [
         ({"x0": torch.ones(3)}, r"x0: expected shape \(B, n\)"),
-        ({"method": "newton"}, "method: expected None or 'l-bfgs' with batch=True"),
-        ({"bounds": [(0, 1)] * 2}, "bounds"),
+        ({"method": "cubic"}, "method: expected None or one of l-bfgs, .* with batch=True"),
+        ({"bounds": [(0, 1)] * 3}, "bounds"),
         ({"callback": print}, "callback: expected None with batch=True"),
         ({"fun": lambda x: x.sum()}, r"fun: expected a real tensor \(B,\) of B = 3 values"),
         ({"fun": lambda x: x.detach().sum(-1)}, "fun: expected a tensor that autograd can follow"),

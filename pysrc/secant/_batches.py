@@ -11,8 +11,16 @@ from torch import Tensor
 from secant import _checks
 from secant._fits import by_place, summary
 from secant._functions import Malformed, batched_start, check_functions
+from secant._sides import pairs, side
 from secant.result import OptimizeResult
+from secant.solvers.batched_box import batched_lbfgs_b
+from secant.solvers.batched_descent import Sides
 from secant.solvers.batched_lbfgs import batched_lbfgs
+from secant.solvers.box import Box
+
+
+#: Methods that `minimize` knows with batch=True.
+BATCHED = ("l-bfgs", "l-bfgs-b")
 
 
 class _Values:
@@ -55,16 +63,44 @@ class _Values:
         raise Malformed(f"{self._op}: jac: expected a tensor {tuple(x.shape)}, got {_checks.describe(g)}")
 
 
+def _sides(op: str, bounds: Any, x: Tensor) -> Sides:
+    """Read bounds as (B, n): pairs for all problems, what has lb and ub, or two tensors or arrays."""
+    if isinstance(bounds, tuple) and len(bounds) == 2 and any(hasattr(bound, "shape") for bound in bounds):
+        lower, upper = (side(op, f"bounds[{k}]", bound, x) for k, bound in enumerate(bounds))
+    elif bounds is None or (hasattr(bounds, "lb") and hasattr(bounds, "ub")):
+        lower, upper = pairs(op, bounds, x)
+    else:
+        lower, upper = (one.expand(x.shape) for one in pairs(op, bounds, x[0]))
+    box = Box(lower.reshape(-1), upper.reshape(-1), x.dtype)
+    return Sides(*(one.to(x.dtype).view(x.shape) for one in (box.lower, box.upper)))
+
+
 def batched_minimize(
-    op: str, fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], jac: Any, settings: Mapping[str, Any]
+    op: str,
+    fun: Callable[..., Any],
+    x0: Any,
+    args: tuple[Any, ...],
+    jac: Any,
+    name: str,
+    bounds: Any,
+    settings: Mapping[str, Any],
 ) -> OptimizeResult:
-    """Run L-BFGS on B problems; the arguments are those of `secant.minimize`."""
+    """Run L-BFGS on B problems, within bounds or not; the arguments are those of `secant.minimize`."""
     check_functions(op, fun, jac)
     x, form = batched_start(op, x0, "n")
-    found = batched_lbfgs(
-        _Values(op, fun, jac, x, args), x, history_size=settings["maxcor"], gtol=settings["gtol"],
-        ftol=settings["ftol"], max_iter=settings["maxiter"], max_nfev=settings["maxfun"],
+    sides = None
+    if name == "l-bfgs-b":
+        sides = _sides(op, bounds, x)
+        x = sides.project(x)
+    values = _Values(op, fun, jac, x, args)
+    limits = dict(
+        history_size=settings["maxcor"], gtol=settings["gtol"], ftol=settings["ftol"], max_iter=settings["maxiter"],
+        max_nfev=settings["maxfun"],
     )  # fmt: skip
+    if sides is None:
+        found = batched_lbfgs(values, x, **limits)
+    else:
+        found = batched_lbfgs_b(values, x, sides, max_trials=settings["maxls"], **limits)
     good, message = summary(found.status)
     if settings.get("disp"):
         print(f"{op}: {message}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks, optim
-from secant._batches import batched_minimize
+from secant._batches import BATCHED, batched_minimize
 from secant._checks import Option
 from secant._fits import LOSS, batched_fit
 from secant._functions import Form, Objective, Residuals, forgiven, start
@@ -133,10 +133,12 @@ def minimize(
             initial_trust_radius (|x0|, 1 where that is 0), max_trust_radius (1000), eta (0.01) ("trust-...").
 
         batch: whether x0, (B, n), holds many problems that have nothing to do with each other: `fun` then maps (B, n)
-            to (B,), row for row, and is written in torch. Method "l-bfgs" (the default there): each problem has its own
-            pairs, strong Wolfe search, end and failure, and all that go on are evaluated together. A `fun` with a
-            parameter `index`, which it gets by name, is called for those alone that go on: x (b, n) and their places
-            (b,). maxiter and maxfun are of each problem.
+            to (B,), row for row, and is written in torch. Methods "l-bfgs" (the default there) and "l-bfgs-b" (with
+            bounds): each problem has its own model, strong Wolfe search, end and failure, and all that go on are
+            evaluated together. A `fun` with a parameter `index`, which it gets by name, is called for those alone that
+            go on: x (b, n) and their places (b,). bounds: n pairs for all problems; or what has `lb` and `ub`, or a
+            tuple (lower, upper) with a tensor or array, that broadcast to (B, n). maxiter and maxfun are of each
+            problem. Up to 64 variables "l-bfgs-b" keeps a dense matrix there, and maxcor does not matter.
 
     Returns:
         With batch the same fields but nhev, for each problem, and a message that counts the statuses. Else
@@ -165,17 +167,12 @@ def minimize(
     name, chosen = _method(op, method, bounds)
     settings = _settings(op, name, chosen, tol, options)
     if batch:
-        if name != "l-bfgs":
-            raise _checks.fail(
-                op,
-                "method" if bounds is None else "bounds",
-                "None or 'l-bfgs' with batch=True, and no bounds",
-                repr(name),
-            )
+        if name not in BATCHED:
+            raise _checks.fail(op, "method", f"None or one of {', '.join(BATCHED)} with batch=True", repr(name))
         for which, given in (("hess", hess), ("hessp", hessp), ("callback", callback)):
             if given is not None:
                 raise _checks.fail(op, which, "None with batch=True", _checks.describe(given))
-        return batched_minimize(op, fun, x0, args if isinstance(args, tuple) else (args,), jac, settings)
+        return batched_minimize(op, fun, x0, args if isinstance(args, tuple) else (args,), jac, name, bounds, settings)
     x, form = start(op, x0)
     if chosen.closure == "gradient":
         for which, given in (("hess", hess), ("hessp", hessp)):

@@ -200,6 +200,20 @@ class LBFGSHistory(TakesPairs):
         for x in self._state:
             x.zero_()
 
+    def forget(self, which: Tensor) -> None:
+        """Forget the pairs of some problems of a batch; their next direction is -grad.
+
+        Args:
+            which: (B,), bool, on the device.
+
+        Raises:
+            ValueError: it is no such mask, or this is no batch.
+        """
+        if which.dtype is not torch.bool or which.shape != (self.batch,):
+            raise _checks.fail("forget", "which", f"a bool tensor ({self.batch},)", _checks.describe(which))
+        for x in self._state:
+            x.masked_fill_(which.view(-1, *[1] * (x.dim() - 1)), 0)
+
     def take(self, places: Tensor) -> LBFGSHistory:
         """Make a history of some of the problems of a batch, with their pairs.
 
