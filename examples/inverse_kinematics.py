@@ -32,7 +32,7 @@ def reached(goal: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Bring the hand to each goal (b, 12) from angles (b, 7): angles where that ended, and what is left."""
     found = secant.minimize(
         lambda q, *, index: reach_value_grad(q, goal[index]), start, batch=True, method="l-bfgs-b", jac=True,
-        bounds=[(-x, x) for x in LIMITS], options={"gtol": 1e-6, "ftol": 0.0, "maxiter": 300},
+        bounds=[(-x, x) for x in LIMITS], options={"gtol": 1e-6, "ftol": 0.0, "maxiter": 200},
     )  # fmt: skip
     return found.x, found.fun
 

@@ -44,8 +44,10 @@ GTOL, ITERATIONS = 1e-7, 2000
 COMPARED, TIMED, FEW = 1000, 200, 20
 #: A value is another one if it differs by more; and that of another minimum, of which Rosenbrock's function has two.
 SAME, ELSEWHERE = 1e-8, 1.0
-#: Parameters of a fit are those of scipy's within so much of each.
-SAME_FIT = 1e-6
+#: Parameters of a fit are those of scipy's within so much of each; tolerances of all that are timed.
+SAME_FIT, FIT_TOLERANCE = 1e-6, 1e-10
+#: Iterations of an arm: what has not arrived then is at rest elsewhere, or creeps along a limit.
+ARM_ITERATIONS = 200
 #: A cluster is the global minimum if its energy is so near to it.
 SAME_ENERGY = 1e-4
 #: Rounds of the machinery that are timed, and pairs.
@@ -111,7 +113,9 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _descended(fun: Callable[..., Any], x0: Tensor, *, jac: bool | None = True, bounds: Any = None) -> Ends:
+def _descended(
+    fun: Callable[..., Any], x0: Tensor, *, jac: bool | None = True, bounds: Any = None, iterations: int = ITERATIONS
+) -> Ends:
     """Minimize by ours, and count what is evaluated."""
     rows = 0
 
@@ -120,7 +124,7 @@ def _descended(fun: Callable[..., Any], x0: Tensor, *, jac: bool | None = True, 
         rows += len(x)
         return fun(x, index)
 
-    options = {"gtol": GTOL, "ftol": 0.0, "maxiter": ITERATIONS}
+    options = {"gtol": GTOL, "ftol": 0.0, "maxiter": iterations}
     method = "l-bfgs" if bounds is None else "l-bfgs-b"
     found = secant.minimize(counted, x0, batch=True, method=method, jac=jac, bounds=bounds, options=options)
     # An end that rounding has set is one, too, where the gradient is small enough for scipy's default.
@@ -135,12 +139,14 @@ def _sides(bounds: Sequence[tuple[float, float]], x: Tensor) -> tuple[Tensor, Te
     return lower, upper
 
 
-def _looped(one: Callable[..., Any], x0: Tensor, *more: Tensor, bounds: Any = None) -> Ends:
+def _looped(
+    one: Callable[..., Any], x0: Tensor, *more: Tensor, bounds: Any = None, iterations: int = ITERATIONS
+) -> Ends:
     """Minimize one after the other by scipy's L-BFGS-B; `one` gives value and gradient."""
     import numpy as np
     from scipy.optimize import minimize
 
-    options = {"gtol": GTOL, "ftol": 0.0, "maxiter": ITERATIONS, "maxfun": 10 * ITERATIONS}
+    options = {"gtol": GTOL, "ftol": 0.0, "maxiter": iterations, "maxfun": 10 * iterations}
     x, values, sizes = [], [], []
     low, high = (-np.inf, np.inf) if bounds is None else np.array(bounds).T
     for row in zip(*(part.cpu().numpy() for part in (x0, *more)), strict=True):
@@ -151,7 +157,7 @@ def _looped(one: Callable[..., Any], x0: Tensor, *more: Tensor, bounds: Any = No
     return Ends(torch.tensor(np.array(x)), torch.tensor(values), torch.tensor(sizes) <= 10.0 * GTOL)
 
 
-def _botorch(fun: Callable[..., Any], x0: Tensor, bounds: Any = None) -> Ends:
+def _botorch(fun: Callable[..., Any], x0: Tensor, bounds: Any = None, iterations: int = ITERATIONS) -> Ends:
     """Minimize by botorch's L-BFGS-B, which evaluates in batches and loops over the rest."""
     from botorch.optim.batched_lbfgs_b import (  # type: ignore[import-not-found,unused-ignore]
         fmin_l_bfgs_b_batched,
@@ -162,7 +168,7 @@ def _botorch(fun: Callable[..., Any], x0: Tensor, bounds: Any = None) -> Ends:
         return value.numpy(), g.numpy()
 
     x, values, each = fmin_l_bfgs_b_batched(
-        call, x0.cpu().numpy(), bounds, factr=None, ftol=0.0, pgtol=GTOL, maxiter=ITERATIONS, pass_batch_indices=True
+        call, x0.cpu().numpy(), bounds, factr=None, ftol=0.0, pgtol=GTOL, maxiter=iterations, pass_batch_indices=True
     )
     size = torch.stack([torch.as_tensor(result.jac) for result in each]).abs().amax(-1)
     return Ends(torch.from_numpy(x), torch.from_numpy(values), size <= 10.0 * GTOL)
@@ -252,11 +258,12 @@ class Peaks(Task):
     def solve(self, name: str, count: int) -> Ends:
         """Fit the first images by the one of this name."""
         own = self.peaks
+        ends = dict.fromkeys(("ftol", "xtol", "gtol"), FIT_TOLERANCE)
         if name == "scipy":
-            return self._scipy(count)
+            return self._scipy(count, **ends)
         given: dict[str, Any] = {"secant, compiled": {"compile": True}, "secant, jac": {"jac": problems.peak_jac}}
         found = secant.curve_fit(
-            problems.peak, (own.x, own.y), own.data[:count], own.start[:count], **given.get(name, {})
+            problems.peak, (own.x, own.y), own.data[:count], own.start[:count], **ends, **given.get(name, {})
         )
         return Ends(found.popt.cpu(), found.status.double().cpu(), (found.status <= secant.Status.SMALL_CHANGE).cpu())
 
@@ -289,6 +296,7 @@ class Peaks(Task):
 class Arm(Task):
     """An arm of seven joints, with limits, to reach goals."""
 
+    OURS = ("secant",)
     PEERS: ClassVar[Mapping[str, str]] = {"scipy": "scipy", "botorch": "botorch"}
     LEFT = 1.0
     BOUNDS: ClassVar[tuple[tuple[float, float], ...]] = tuple((-x, x) for x in problems.LIMITS)
@@ -301,13 +309,12 @@ class Arm(Task):
     def solve(self, name: str, count: int) -> Ends:
         """Reach the first goals by the one of this name."""
         goal, start = self.goals.goal, self.goals.start[:count]
+        limits: dict[str, Any] = {"bounds": self.BOUNDS, "iterations": ARM_ITERATIONS}
         if name == "scipy":
-            return _looped(problems.reach_one, start, goal[:count], bounds=self.BOUNDS)
+            return _looped(problems.reach_one, start, goal[:count], **limits)
         if name == "botorch":
-            return _botorch(lambda q, index: problems.reach_value_grad(q, goal[index]), start, self.BOUNDS)
-        if name == "secant":
-            return _descended(lambda q, index: problems.reach_value_grad(q, goal[index]), start, bounds=self.BOUNDS)
-        return _descended(lambda q, index: problems.reach(q, goal[index]), start, jac=None, bounds=self.BOUNDS)
+            return _botorch(lambda q, index: problems.reach_value_grad(q, goal[index]), start, **limits)
+        return _descended(lambda q, index: problems.reach_value_grad(q, goal[index]), start, **limits)
 
     def figures(self, ends: Ends) -> dict[str, Any]:
         """Count the goals that are met."""
