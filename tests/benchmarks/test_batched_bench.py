@@ -144,6 +144,15 @@ def test_values_are_compared_where_both_converge():
     assert (found["best"], found["scipy_best"]) == (5, 3)
 
 
+def test_a_loop_keeps_the_digits_of_its_values():
+    """In float32 a value near 4 would be off by 1e-7."""
+    pytest.importorskip("scipy")
+    task = family.Rosenbrock(6, 10, CPU, 0)
+    ends = task.solve("scipy", 6)
+    assert ends.value.dtype == F64
+    torch.testing.assert_close(problems.rosenbrock(ends.x), ends.value, rtol=1e-12, atol=1e-14)
+
+
 def test_bars_of_a_full_run():
     def row(case, name, kind, seconds, **figures):
         return Row(case, name, kind, Timing((seconds,)), 1e-7, 1e-6, "", 1, (), figures)

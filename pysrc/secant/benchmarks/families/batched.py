@@ -147,14 +147,15 @@ def _looped(
     from scipy.optimize import minimize
 
     options = {"gtol": GTOL, "ftol": 0.0, "maxiter": iterations, "maxfun": 10 * iterations}
-    x, values, sizes = [], [], []
+    found_x, found_values, found_sizes = [], [], []
     low, high = (-np.inf, np.inf) if bounds is None else np.array(bounds).T
     for row in zip(*(part.cpu().numpy() for part in (x0, *more)), strict=True):
         found = minimize(one, row[0], row[1:], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-        x.append(found.x)
-        values.append(found.fun)
-        sizes.append(np.abs(np.clip(found.x - found.jac, low, high) - found.x).max())
-    return Ends(torch.tensor(np.array(x)), torch.tensor(values), torch.tensor(sizes) <= 10.0 * GTOL)
+        found_x.append(found.x)
+        found_values.append(found.fun)
+        found_sizes.append(np.abs(np.clip(found.x - found.jac, low, high) - found.x).max())
+    x, values, sizes = (torch.from_numpy(np.array(part)) for part in (found_x, found_values, found_sizes))
+    return Ends(x, values, sizes <= 10.0 * GTOL)
 
 
 def _botorch(fun: Callable[..., Any], x0: Tensor, bounds: Any = None, iterations: int = ITERATIONS) -> Ends:
