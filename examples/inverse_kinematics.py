@@ -10,6 +10,7 @@ arms; middle: how far the hands are from their goals; right: goals that are met 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -41,10 +42,10 @@ def joints(q: Tensor) -> Tensor:
     """Return the places of the joints of one arm, (8, 3): those of the hands of shorter arms."""
     places = [torch.zeros(3, dtype=q.dtype)]
     frame = torch.eye(4, dtype=q.dtype)
-    for angle, (d, a, twist) in zip(q, LINKS, strict=True):
-        c, s, ct, st = angle.cos(), angle.sin(), torch.tensor(twist).cos(), torch.tensor(twist).sin()
-        step = torch.tensor([[c, -s * ct, s * st, a * c], [s, c * ct, -c * st, a * s], [0, st, ct, d], [0, 0, 0, 1]])
-        frame = frame @ step.to(q.dtype)
+    for angle, (d, a, twist) in zip(q.tolist(), LINKS, strict=True):
+        c, s, ct, st = math.cos(angle), math.sin(angle), math.cos(twist), math.sin(twist)
+        step = [[c, -s * ct, s * st, a * c], [s, c * ct, -c * st, a * s], [0, st, ct, d], [0, 0, 0, 1]]
+        frame = frame @ torch.tensor(step, dtype=q.dtype)
         places.append(frame[:3, 3])
     return torch.stack(places)
 
