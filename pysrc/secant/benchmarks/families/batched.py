@@ -310,7 +310,8 @@ class Arm(Task):
     def solve(self, name: str, count: int) -> Ends:
         """Reach the first goals by the one of this name."""
         goal, start = self.goals.goal, self.goals.start[:count]
-        limits: dict[str, Any] = {"bounds": self.BOUNDS, "iterations": ARM_ITERATIONS}
+        iterations = ARM_ITERATIONS if self.count > FEW else FEW  # a short run need not arrive
+        limits: dict[str, Any] = {"bounds": self.BOUNDS, "iterations": iterations}
         if name == "scipy":
             return _looped(problems.reach_one, start, goal[:count], **limits)
         if name == "botorch":
