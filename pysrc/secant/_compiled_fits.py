@@ -70,7 +70,8 @@ def _loop(model: Model, robust: Robust) -> Callable[..., tuple[Tensor, ...]]:
         b, k = before.shape
         p = x.shape[1]
         own = [x[:, i, None].expand(b, k) for i in range(p)]
-        values, back = torch.func.vjp(lambda *z: model.values(z, index, data), *own)
+        linear: Any = torch.func.vjp(lambda *z: model.values(z, index, data), *own)
+        values, back = linear
         r = _weighed(values - data.y[index], index, data)
         columns = [_weighed(column, index, data) for column in back(torch.ones_like(values))]
         right, weights = robust.linearized(r)

@@ -259,7 +259,7 @@ class Peaks(Task):
     def solve(self, name: str, count: int) -> Ends:
         """Fit the first images by the one of this name."""
         own = self.peaks
-        ends = dict.fromkeys(("ftol", "xtol", "gtol"), FIT_TOLERANCE)
+        ends: dict[str, Any] = dict.fromkeys(("ftol", "xtol", "gtol"), FIT_TOLERANCE)
         if name == "scipy":
             return self._scipy(count, **ends)
         given: dict[str, Any] = {"secant, compiled": {"compile": True}, "secant, jac": {"jac": problems.peak_jac}}
