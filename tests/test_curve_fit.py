@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import secant
-from secant import Status
+from secant import Status, _compiled_fits
 
 optimize = pytest.importorskip("scipy.optimize")
 
@@ -313,3 +314,92 @@ def test_wrong_arguments_of_a_batch_are_named(change, words):
     given = {"fun": rosenbrock, "x0": torch.zeros(3, 2, dtype=F64), **change}
     with pytest.raises((TypeError, ValueError), match=words):
         secant.least_squares(**given, batch=True)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Trace, but leave out the compiler, which takes seconds for each model."""
+    monkeypatch.setattr(_compiled_fits, "_BACKEND", "eager")
+    _compiled_fits._compiled.cache_clear()
+    yield
+    _compiled_fits._compiled.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss": "soft_l1", "f_scale": 0.05},
+        {"sigma": 0.1 + 0.2 * T, "absolute_sigma": True},
+        {"bounds": ([0.0, 0.0, 0.1], [3.0, 2.0, 1.0]), "p0": [1.0, 1.0, 0.5]},
+        {"fixed": [False, True, False], "p0": [2.0, 1.5, 0.1]},
+        {"nan_policy": "omit"},
+        {"chunk": 3},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_loops_give_what_operations_give(uncompiled, options):
+    """The same sums in another order: the ends are those of the same iterates, but for rounding."""
+    y = decays(b=7)
+    if "nan_policy" in options:
+        y[2, 4:9] = math.nan
+    want = secant.curve_fit(decay, T, y, **options)
+    found = secant.curve_fit(decay, T, y, compile=True, **options)
+    assert torch.equal(found.status <= 1, want.status <= 1)
+    torch.testing.assert_close(found.popt, want.popt, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.pcov, want.pcov, rtol=1e-4, atol=1e-8)
+
+
+def test_loops_of_variables_of_each(uncompiled):
+    y, own = decays(b=5), T + 0.1 * torch.arange(5, dtype=F64)[:, None]
+    for x, f in ((own, decay), ((T, own), lambda x, a, k, c: decay(x[0] + x[1], a, k, c))):
+        want = secant.curve_fit(f, x, y)
+        found = secant.curve_fit(f, x, y, compile=True)
+        torch.testing.assert_close(found.popt, want.popt, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_is_compiled_once(uncompiled, monkeypatch):
+    made = []
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: made.append(args) or compiled(*args, **options))
+    for count in (7, 1, 4):
+        secant.curve_fit(decay, T, decays(b=count), compile=True)
+    assert len(made) == 1
+
+
+def test_many_models_are_compiled(uncompiled):
+    """A compiler gives up after some versions of one piece of code: each model has its own."""
+    for power in range(12):
+        y = 1.5 * (T + 1) ** power + 0.5
+
+        def f(t, a, c, power=power):
+            return a * (t + 1) ** power + c * torch.cos(t)
+
+        popt, _, _ = secant.curve_fit(f, T, y + 0.0 * T, p0=[1.0, 0.1], compile=True)
+        want = secant.curve_fit(f, T, y, p0=[1.0, 0.1])[0]
+        torch.testing.assert_close(popt, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiler_makes_the_loops():
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    y = decays(b=50)
+    want, found = (secant.curve_fit(decay, T, y, compile=compile) for compile in (False, True))
+    assert torch.equal(found.status <= 1, want.status <= 1)
+    torch.testing.assert_close(found.popt, want.popt, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"jac": lambda t, *p: t}, "expected no jac, as derivatives are compiled, too, got one"),
+        ({"geodesic": True}, "expected geodesic=False, got True"),
+        ({"sigma": torch.eye(25, dtype=F64)}, "expected a sigma of standard deviations, got covariances"),
+        ({"f": lambda t, a, k, c: decay(t, a, k, c).cumsum(-1) * a.sum()}, "each depend on their own parameters alone"),
+        ({"f": lambda t, a, k, c: (torch._dynamo.graph_break(), decay(t, a, k, c))[1]}, "torch.compile goes through"),
+    ],
+)
+def test_what_cannot_be_compiled_says_so(uncompiled, change, words):
+    options = {"f": decay, "xdata": T, "ydata": decays(), "compile": True, **change}
+    with pytest.raises((TypeError, ValueError), match=f"curve_fit: compile: .*{words}"):
+        secant.curve_fit(**options)

@@ -13,18 +13,34 @@ import torch
 from torch import Tensor
 
 from secant import _checks
+from secant._compiled_fits import CompiledRows, Data, Model
 from secant._functions import Malformed, batched_start, check_functions, start
 from secant._sides import at_bounds, limits, pair, scales, side
 from secant.ops.blocks import MAX_N, block_inv
 from secant.result import OptimizeResult, Status
-from secant.solvers.batched_least_squares import BatchedFit, Tolerances, batched_least_squares
+from secant.solvers._robust import Robust
+from secant.solvers.batched_least_squares import (
+    BatchedFit,
+    Equations,
+    Rows,
+    Tolerances,
+    Trial,
+    batched_least_squares,
+    normal_equations,
+)
 
 #: Bytes of a Jacobian, about, up to which problems are fitted together: what is made of it stays in a cache.
 _CHUNK = 2**22
 
+#: The same of residuals, where there is no Jacobian; many make up for the calls.
+_COMPILED_CHUNK = 2**24
+
 #: Losses of residuals.
 LOSS = _checks.one_of("linear", "soft_l1", "huber", "cauchy")
 _NAN = _checks.one_of("propagate", "omit", "raise")
+
+#: Fits on which it is tried whether a model is elementwise.
+_TRIED = 64
 
 Evaluate = Callable[[Tensor, Tensor], Any]
 
@@ -45,6 +61,16 @@ class UserRows:
         """Evaluate without a graph."""
         with torch.no_grad():
             return self._checked(self._fun(x, index), x).detach()
+
+    def trial(self, x: Tensor, index: Tensor, before: Tensor | None, robust: Robust) -> Trial:
+        """Evaluate r, the loss and how much less it is than before."""
+        r = self.residuals(x, index)
+        value = robust.value(r)
+        return Trial(r, value, value if before is None else robust.decrease(before, r))
+
+    def equations(self, x: Tensor, index: Tensor, r: Tensor, robust: Robust) -> Equations:
+        """Evaluate J and what is made of it."""
+        return normal_equations(self.jacobian(x, index), r, robust)
 
     def jacobian(self, x: Tensor, index: Tensor) -> Tensor:
         """Evaluate the given Jacobian, or make it of p products, as every problem is its own row."""
@@ -129,32 +155,35 @@ def by_place(
 
 def fit_in_chunks(
     op: str,
-    fun: Evaluate,
-    jac: Evaluate | None,
+    rows_of: Callable[[int, int], Rows],
     x0: Tensor,
     *,
-    chunk: int | None,
+    chunk: int,
     progress: bool,
     lower: Tensor | None,
     upper: Tensor | None,
     **options: Any,
 ) -> BatchedFit:
-    """Fit as many problems at once as are worth it; where that is not given, `fun` is asked how many residuals are."""
-    b, p = x0.shape
-    if chunk is None:
-        chunk = b
-        if x0.device.type == "cpu":
-            k = UserRows(op, fun, jac, x0).residuals(x0[:1], torch.zeros(1, dtype=torch.int64)).shape[1]
-            chunk = max(64, _CHUNK // (max(k, 1) * p * x0.element_size()))
+    """Fit `chunk` problems at once; rows_of: (begin, end) -> what evaluates those, with places from 0."""
+    b = len(x0)
     parts: list[BatchedFit] = []
     with _bar(op, b, progress) as advance:
         for begin in range(0, b, chunk):
             end = min(begin + chunk, b)
             low, high = (None if side is None else side[begin:end] for side in (lower, upper))
-            rows = UserRows(op, _moved(fun, begin), None if jac is None else _moved(jac, begin), x0)
-            tell = functools.partial(_add, advance, begin)
+            rows, tell = rows_of(begin, end), functools.partial(_add, advance, begin)
             parts.append(batched_least_squares(rows, x0[begin:end], tell=tell, lower=low, upper=high, **options))
     return parts[0] if len(parts) == 1 else BatchedFit(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def _fitting(like: Tensor, numbers: int, most: int) -> int:
+    """Count the fits of which that many numbers each take `most` bytes, so that what is made of them stays in a cache.
+
+    On a GPU all are made together.
+    """
+    if like.device.type != "cpu":
+        return max(1, len(like))
+    return max(64, most // (max(numbers, 1) * like.element_size()))
 
 
 def _moved(function: Evaluate, begin: int) -> Evaluate:
@@ -219,9 +248,18 @@ def batched_fit(
     evaluate, takes_index = by_place(fun, x, args, kwargs)
     if chunk is not None and not takes_index:
         raise _checks.fail(op, "chunk", "None, as fun takes no index", chunk)
+    derivative = None if jac is None else by_place(jac, x, args, kwargs)[0]
+
+    def rows_of(begin: int, end: int) -> UserRows:
+        return UserRows(op, _moved(evaluate, begin), None if derivative is None else _moved(derivative, begin), x)
+
+    if not takes_index:
+        chunk = len(x)
+    elif chunk is None:  # `fun` is asked how many residuals there are
+        k = rows_of(0, 1).residuals(x[:1], torch.zeros(1, dtype=torch.int64, device=x.device)).shape[1]
+        chunk = _fitting(x, k * x.shape[1], _CHUNK)
     found = fit_in_chunks(
-        op, evaluate, None if jac is None else by_place(jac, x, args, kwargs)[0], x,
-        chunk=chunk if takes_index else len(x), progress=progress,
+        op, rows_of, x, chunk=chunk, progress=progress,
         lower=None if box is None else box[0], upper=None if box is None else box[1], loss=loss,
         f_scale=_checks.positive(op, "f_scale", f_scale), x_scale=scale, geodesic=geodesic,
         tolerances=_tolerances(op, ftol, xtol, gtol), max_nfev=_limit(op, max_nfev, x.shape[1]),
@@ -285,6 +323,7 @@ def curve_fit(
     gtol: float = 1e-8,
     max_nfev: int | None = None,
     geodesic: bool = False,
+    compile: bool = False,
     chunk: int | None = None,
     progress: bool = False,
 ) -> CurveFit:
@@ -311,7 +350,12 @@ def curve_fit(
         ftol, xtol, gtol, max_nfev: as for `secant.least_squares`; max_nfev of each fit.
         geodesic: whether steps are bent by the second derivative along them, which takes another evaluation for each:
             for long curved valleys.
-        chunk: fits made together; None: as many as keep their Jacobian in the cache, on a GPU all.
+        compile: whether torch.compile makes loops of f, its derivatives and the normal equations, so that no Jacobian
+            is ever in memory. Every value of f must depend on its own parameters alone, and f be something that
+            torch.compile goes through; jac, geodesic and covariances are not for it. The first call of an f takes
+            seconds to compile (on a CPU with a C++ compiler); the same f, not one made anew, is compiled once.
+        chunk: fits made together; None: as many as keep their Jacobian in the cache (with `compile`, their residuals),
+            on a GPU all.
         progress: show a bar (needs rich).
 
     Returns:
@@ -349,20 +393,33 @@ def curve_fit(
     box = limits(op, bounds, start_at, "p0")
     free = None
     if fixed is not None:
-        flags = torch.as_tensor(fixed, device=y.device)
-        if flags.shape != (p,) or flags.dtype != torch.bool:
+        held = torch.as_tensor(fixed, device=y.device)
+        if held.shape != (p,) or held.dtype != torch.bool:
             raise _checks.fail(op, "fixed", f"{p} flags", _checks.show(fixed))
-        free = ~flags
+        free = ~held
     gone = y.isnan()
     if nan_policy == "raise" and bool(gone.any()):
         raise _checks.fail(op, "ydata", "no NaN, as nan_policy='raise' says", f"{int(gone.sum())}")
     there = ~gone if nan_policy == "omit" and bool(gone.any()) else None
     curve = _Curve(op, f, jac, inputs, isinstance(xdata, tuple), y, there, _weighing(op, sigma, y))
+    flags = {"geodesic": geodesic, "compile": compile}
+    _checks.options(op, dict.fromkeys(flags, _checks.flag()), flags)
+    curve.residuals(start_at[:1], torch.zeros(1, dtype=torch.int64, device=y.device))  # what f returns is seen on one
+    if compile:
+        curve.check_compiled(start_at, geodesic=geodesic)
+
+    def rows_of(begin: int, end: int) -> Rows:
+        if compile:
+            return curve.compiled(begin, end)
+        return UserRows(op, _moved(curve.residuals, begin), _moved(curve.jacobian, begin), y)
+
+    if chunk is None:
+        chunk = _fitting(y, k, _COMPILED_CHUNK) if compile else _fitting(y, k * p, _CHUNK)
     found = fit_in_chunks(
-        op, curve.residuals, curve.jacobian, start_at, chunk=chunk, progress=progress,
+        op, rows_of, start_at, chunk=_checks.integer(op, "chunk", chunk, 1), progress=progress,
         lower=None if box is None else box[0], upper=None if box is None else box[1], free=free, loss=loss,
         f_scale=_checks.positive(op, "f_scale", f_scale), geodesic=geodesic, tolerances=tolerances,
-        max_nfev=_limit(op, max_nfev, p),
+        max_nfev=_limit(op, max_nfev, p), residuals=False,
     )  # fmt: skip
     count = torch.full((b,), k, device=y.device) if there is None else there.sum(-1)
     pcov = _covariance(found, free, None if absolute_sigma else count)
@@ -389,7 +446,7 @@ class _Curve:
         packed: bool,
         y: Tensor,
         there: Tensor | None,
-        weigh: Callable[[Tensor, Tensor], Tensor],
+        weigh: _Weights,
     ) -> None:
         self._op, self._f, self._jac = op, f, jac
         self._inputs, self._packed = [(x, x.shape == y.shape and len(y) > 1) for x in inputs], packed
@@ -416,6 +473,27 @@ class _Curve:
             r = torch.where(self._there.index_select(0, index)[..., None], r, 0.0)
         return self._weigh(r, index)
 
+    def check_compiled(self, x: Tensor, *, geodesic: bool) -> None:
+        """Refuse what `compiled` cannot do; x (B, p)."""
+        some = x[:_TRIED]
+        elementwise = self._jac is not None or self._agrees(some, torch.arange(len(some), device=x.device))
+        for wrong, expected, got in (
+            (self._jac is not None, "no jac, as derivatives are compiled, too", "one"),
+            (geodesic, "geodesic=False", "True"),
+            (self._weigh.factor is not None, "a sigma of standard deviations", "covariances"),
+            (not elementwise, "an f whose values each depend on their own parameters alone", "another"),
+        ):
+            if wrong:
+                raise _checks.fail(self._op, "compile", expected, got)
+
+    def compiled(self, begin: int, end: int) -> CompiledRows:
+        """Make what evaluates some of the fits, in loops."""
+        own = slice(begin, end)
+        inputs = tuple(x[own] if each else x for x, each in self._inputs)
+        scale, there = (None if x is None else x[own] for x in (self._weigh.scale, self._there))
+        model = Model(self._f, self._packed, tuple(each for _, each in self._inputs))
+        return CompiledRows(self._op, model, Data(inputs, self._y[own], scale, there))
+
     def residuals(self, x: Tensor, index: Tensor) -> Tensor:
         """Evaluate r (b, k)."""
         r = self._model(x[:, :, None].unbind(1), index) - self._y.index_select(0, index)
@@ -438,9 +516,10 @@ class _Curve:
     def _elementwise(self, x: Tensor, index: Tensor) -> Tensor:
         """Differentiate every value by parameters of its own, all in one backward pass."""
         b, p = x.shape
-        own = [x[:, i, None].expand(b, self._y.shape[1]).clone().requires_grad_() for i in range(p)]
+        x = x.detach().requires_grad_()
+        own = [x[:, i, None].expand(b, self._y.shape[1]) for i in range(p)]
         found = torch.autograd.grad(self._model(own, index).sum(), own, materialize_grads=True, allow_unused=True)
-        return torch.stack(found, -1)
+        return torch.stack(found, 1).mT  # each column in one piece
 
     def _agrees(self, x: Tensor, index: Tensor) -> bool:
         """Tell whether that is the Jacobian, by a product with a random vector on its left."""
@@ -477,30 +556,39 @@ def _first_parameters(op: str, f: Callable[..., Any], p0: Any, bounds: Any, y: T
     return x.expand(len(y), x.shape[-1]).clone()
 
 
-def _weighing(op: str, sigma: Any, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make what divides residuals or rows of J, (b, k, any), by the standard deviations."""
+class _Weights(NamedTuple):
+    """What divides residuals or rows of J, (b, k, any), by standard deviations.
+
+    scale: (B, k), their inverses; factor: (k, k) or (B, k, k), Cholesky's of covariances; None and None: nothing.
+    """
+
+    scale: Tensor | None = None
+    factor: Tensor | None = None
+
+    def __call__(self, r: Tensor, index: Tensor) -> Tensor:
+        if self.factor is not None:
+            own = self.factor if self.factor.dim() == 2 else self.factor.index_select(0, index)
+            return torch.linalg.solve_triangular(own, r, upper=False)
+        return r if self.scale is None else r * self.scale.index_select(0, index)[..., None]
+
+
+def _weighing(op: str, sigma: Any, y: Tensor) -> _Weights:
+    """Read sigma."""
     if sigma is None:
-        return lambda r, index: r
+        return _Weights()
     b, k = y.shape
     s = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).detach()
-    full = s.shape == (b, k, k) or (s.shape == (k, k) and s.shape != y.shape)
-    if full:
+    if s.shape == (b, k, k) or (s.shape == (k, k) and s.shape != y.shape):
         factor, info = torch.linalg.cholesky_ex(s)
         if bool((info != 0).any()):
             raise _checks.fail(op, "sigma", "positive definite covariances", "one that is not")
-
-        def solved(r: Tensor, index: Tensor) -> Tensor:
-            own = factor if factor.dim() == 2 else factor.index_select(0, index)
-            return torch.linalg.solve_triangular(own, r, upper=False)
-
-        return solved
+        return _Weights(factor=factor)
     if not (s.dim() == 0 or s.shape in ((k,), (1, k), (b, k), (b, 1))):
         shapes = f"a number, ({k},), ({b}, {k}), ({k}, {k}) or ({b}, {k}, {k})"
         raise _checks.fail(op, "sigma", shapes, f"shape {tuple(s.shape)}")
     if not bool((s > 0).all()):
         raise _checks.fail(op, "sigma", "numbers > 0", "one that is not")
-    weights = (1.0 / s).expand(b, k)
-    return lambda r, index: r * weights.index_select(0, index)[..., None]
+    return _Weights(scale=(1.0 / s).expand(b, k))
 
 
 def _covariance(found: BatchedFit, free: Tensor | None, count: Tensor | None) -> Tensor:

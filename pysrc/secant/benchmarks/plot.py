@@ -234,6 +234,9 @@ COLORS = {
     "scipy L-BFGS-B": ("#CC79A7", "scipy L-BFGS-B"),
     "pytorch-minimize": ("#E69F00", "pytorch-minimize"),
     "scipy": ("#CC79A7", "scipy"),
+    "torch ops": (TORCH, "operations of torch"),
+    "botorch": ("#B22222", "botorch"),
+    "jaxopt": ("#E69F00", "jaxopt"),
 }
 #: Inches: of a column, of a line of the other cases, of their part; left of the columns, below and above everything.
 COLUMN, LINE, OTHERS, LEFT, BELOW, ABOVE = 4.1, 0.3, 4.6, 1.1, 1.4, 0.9

@@ -33,13 +33,49 @@ _RUNNING = -1
 
 
 class Rows(Protocol):
-    """Evaluates some of the problems: x (b, p) and their places among all (b,), int64."""
+    """Evaluates some of the problems, without a graph: x (b, p) and their places among all (b,), int64."""
 
     def residuals(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return r (b, k), without a graph."""
+        """Return r (b, k)."""
 
-    def jacobian(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return J (b, k, p), without a graph."""
+    def trial(self, x: Tensor, index: Tensor, before: Tensor | None, robust: Robust) -> Trial:
+        """Evaluate, and compare with the residuals before; None: with nothing."""
+
+    def equations(self, x: Tensor, index: Tensor, r: Tensor, robust: Robust) -> Equations:
+        """Return what `normal_equations` makes of J at x and of r, for a trial that has none."""
+
+
+class Equations(NamedTuple):
+    """Holds J^T W u (b, p), J^T W^2 J (b, p, p), the squared columns of J (b, p), and W J (b, k, p) if there is one."""
+
+    g: Tensor
+    a: Tensor
+    squares: Tensor
+    j: Tensor | None = None
+
+
+class Trial(NamedTuple):
+    """Holds r (b, k), the loss and how much less it is than before, (b,) each, and the equations if they are known."""
+
+    r: Tensor
+    value: Tensor
+    decrease: Tensor
+    equations: Equations | None = None
+
+
+def normal_equations(j: Tensor, r: Tensor, robust: Robust) -> Equations:
+    """Compute them for W and u of the loss; j (b, k, p).
+
+    The columns are of J without W: where all residuals are beyond the scale of the loss, W is nearly zero, and a lambda
+    that fits such columns would be far too large for those that come later.
+    """
+    right, weights = robust.linearized(r)
+    squares = None
+    if weights is not None:
+        squares = j.square().sum(1)
+        j = j * weights[..., None]
+    a = j.mT @ j
+    return Equations((right[:, None] @ j)[:, 0], a, a.diagonal(dim1=-2, dim2=-1) if squares is None else squares, j)
 
 
 class Tolerances(NamedTuple):
@@ -102,6 +138,7 @@ def batched_least_squares(
     f_scale: float = 1.0,
     x_scale: Tensor | None = None,
     geodesic: bool = True,
+    residuals: bool = True,
     tell: Callable[[int], object] | None = None,
 ) -> BatchedFit:
     r"""Minimize 1/2 c^2 sum_i rho(r_i^2 / c^2) for each of B problems, by Levenberg and Marquardt's method.
@@ -119,7 +156,8 @@ def batched_least_squares(
         rows: evaluates. x0: (B, p), within the bounds. lower, upper: (p,) or (B, p). free: bool (p,), what may move.
         max_nfev: evaluations for each problem. x_scale: (p,), sizes of the variables; None: Marquardt's scaling, by the
             largest that the columns of J have been.
-        loss, f_scale: see `Robust`. tell: is told how many have stopped, after each iteration.
+        loss, f_scale: see `Robust`. residuals: whether they are asked for; if not, they are (B, 0).
+        tell: is told how many have stopped, after each iteration.
 
     References:
         Moré, The Levenberg-Marquardt algorithm: implementation and theory, Lecture Notes in Mathematics 630 (1978).
@@ -138,6 +176,9 @@ def batched_least_squares(
         assert bound is not None
         return bound.expand(b, p).index_select(0, index)
 
+    def shown(r: Tensor) -> Tensor:
+        return r if residuals else r[:, :0]
+
     def projected(x: Tensor, index: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(x, side(lower, index)), side(upper, index)) if boxed else x
 
@@ -148,20 +189,11 @@ def batched_least_squares(
         found = ~(((x <= side(lower, index)) & (g > 0)) | ((x >= side(upper, index)) & (g < 0)))
         return found if free is None else found & free
 
-    def modelled(x: Tensor, r: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Compute W J, g, A, and the squared scale of each variable.
-
-        That is of J without W: where all residuals are beyond the scale of the loss, W is nearly zero, and a lambda
-        that fits such columns would be far too large for those that come later.
-        """
-        right, weights = robust.linearized(r)
-        j, d2 = rows.jacobian(x, index), None if x_scale is None else (1.0 / x_scale).square().expand_as(x)
-        if weights is not None:
-            d2 = j.square().sum(1) if d2 is None else d2
-            j = j * weights[..., None]
-        a = j.mT @ j
-        d2 = a.diagonal(dim1=-2, dim2=-1) if d2 is None else d2
-        return j if geodesic else j[:, :0], (right[:, None] @ j)[:, 0], a, d2
+    def modelled(x: Tensor, r: Tensor, index: Tensor, known: Equations | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute W J, if it is asked for again, g, A, and the squared scale of each variable."""
+        g, a, squares, j = rows.equations(x, index, r, robust) if known is None else known
+        d2 = squares if x_scale is None else (1.0 / x_scale).square().expand_as(x)
+        return j if geodesic and j is not None else x.new_empty(len(x), 0, p), g, a, d2
 
     def optimality(x: Tensor, g: Tensor, index: Tensor) -> Tensor:
         size = g if not boxed else x - projected(x - g, index)
@@ -176,10 +208,9 @@ def batched_least_squares(
         scaled.diagonal(dim1=-2, dim2=-1).add_(now.lam[:, None])
         return _solved(scaled, right * inverse) * inverse
 
-    r0 = rows.residuals(x0, every)
-    cost0 = robust.value(r0)
+    r0, cost0, _, known = rows.trial(x0, every, None, robust)
     zeros = torch.zeros(b, dtype=torch.int32, device=x0.device)
-    j0, g0, a0, d2 = modelled(x0, r0, every)
+    j0, g0, a0, d2 = modelled(x0, r0, every, known)
     # Of the scaled diagonal, which is 1 where the columns are the scale.
     largest = (a0.diagonal(dim1=-2, dim2=-1) / torch.where(d2 > 0, d2, 1.0)).amax(-1)
     lam = _FIRST * torch.where(largest > 0, largest, 1.0)
@@ -191,13 +222,13 @@ def batched_least_squares(
         zeros, zeros + 1, zeros + 1,
     )  # fmt: skip
     whole = BatchedFit(
-        x0.clone(), r0.clone(), cost0.clone(), g0, a0, now.status.clone(), zeros.clone(), zeros + 1, zeros + 1
+        x0.clone(), shown(r0).clone(), cost0.clone(), g0, a0, now.status.clone(), zeros.clone(), zeros + 1, zeros + 1
     )
 
     def settle(now: _Active, stopped: Tensor) -> None:
         """Write what has stopped to its place."""
         which = now.problem[stopped]
-        parts = (now.x, now.r, now.cost, now.g, now.a, now.status, now.nit, now.nfev, now.njev)
+        parts = (now.x, shown(now.r), now.cost, now.g, now.a, now.status, now.nit, now.nfev, now.njev)
         for target, part in zip(whole, parts, strict=True):
             target[which] = part[stopped]
 
@@ -229,12 +260,11 @@ def batched_least_squares(
             step = torch.where((lengths[0] <= _BENT**2 * lengths[1])[:, None], s + 0.5 * acceleration, s)
             nfev = nfev + 1
         x = projected(now.x + step, now.problem)
-        r = rows.residuals(x, now.problem)
+        r, cost, decrease, known = rows.trial(x, now.problem, now.r, robust)
         nfev, moved = nfev + 1, x - now.x
         if boxed:
             s = projected(now.x + s, now.problem) - now.x  # what the model speaks of
         predicted = -((now.g + 0.5 * (now.a @ s[..., None])[..., 0]) * s).sum(-1)
-        decrease = robust.decrease(now.r, r)
         gain = torch.where(predicted > 0.0, decrease / predicted, -math.inf)
         finite = decrease.isfinite()
         gain = torch.where(finite & ~gain.isnan(), gain, -math.inf)
@@ -255,16 +285,22 @@ def batched_least_squares(
         status = torch.where(~lam.isfinite(), int(Status.STALLED), status).to(torch.int32)
 
         at = accepted.nonzero()[:, 0]
-        kept = accepted[:, None]
+        every_one, kept = len(at) == len(accepted), accepted[:, None]
         j, g, a, d2 = now.j, now.g, now.a, now.d2
         njev = now.njev
         if len(at):
-            fresh = modelled(x.index_select(0, at), r.index_select(0, at), now.problem.index_select(0, at))
-            if len(at) == len(accepted):
-                j, g, a, scale = fresh
+            old = (j, g, a, d2)
+            if every_one:
+                j, g, a, scale = modelled(x, r, now.problem, known)
+            elif known is not None:
+                fresh = modelled(x, r, now.problem, known)
+                j, g, a, scale = (
+                    torch.where(kept if new.dim() == 2 else kept[..., None], new, one)
+                    for one, new in zip(old, fresh, strict=True)
+                )
             else:
-                old = (j, g, a, d2)
-                j, g, a, scale = (x.index_copy(0, at, new) for x, new in zip(old, fresh, strict=True))
+                fresh = modelled(x.index_select(0, at), r.index_select(0, at), now.problem.index_select(0, at), None)
+                j, g, a, scale = (one.index_copy(0, at, new) for one, new in zip(old, fresh, strict=True))
             njev = njev + accepted
             usable = g.isfinite().all(-1) & a.isfinite().all(-1).all(-1)
             d2 = torch.where(usable[:, None], torch.maximum(d2, scale), d2)
@@ -273,8 +309,8 @@ def batched_least_squares(
             done = accepted & (optimality(new_x, g, now.problem) <= tolerances.gtol)
             status = torch.where(done, int(Status.CONVERGED), status).to(torch.int32)
         now = _Active(
-            now.problem, torch.where(kept, x, now.x), torch.where(kept, r, now.r),
-            torch.where(accepted, robust.value(r), now.cost), j, g, a, d2, lam, status,
+            now.problem, torch.where(kept, x, now.x), r if every_one else torch.where(kept, r, now.r),
+            torch.where(accepted, cost, now.cost), j, g, a, d2, lam, status,
             now.nit + accepted, nfev, njev,
         )  # fmt: skip
 

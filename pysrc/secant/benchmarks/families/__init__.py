@@ -16,7 +16,7 @@ from secant.benchmarks.case import Bar, Case, Row, Wanted, everything
 from secant.benchmarks.measure import measure
 from secant.benchmarks.report import Table, rows_table
 
-NAMES = ("lbfgs", "blocks", "hvp", "precond", "curvature", "residuals", "newton", "training")
+NAMES = ("lbfgs", "blocks", "hvp", "precond", "curvature", "residuals", "newton", "batched", "training")
 #: Those that take an hour, and run only where they are asked for by name.
 LONG = ("training",)
 
