@@ -16,7 +16,7 @@ from secant.benchmarks import case as cases_module
 from secant.benchmarks import machine, report, training_optimizers
 from secant.benchmarks import measure as measuring
 from secant.benchmarks.case import PILOT, Row, everything, fastest, find
-from secant.benchmarks.families import blocks, curvature, lbfgs, newton, precond, residuals
+from secant.benchmarks.families import batched, blocks, curvature, lbfgs, newton, precond, residuals
 from secant.benchmarks.families.blocks import COPY, THRESHOLD, Case, Problem
 from secant.benchmarks.measure import measure
 from secant.benchmarks.timing import REPLAY, HostClock, Timing
@@ -379,6 +379,7 @@ def test_every_contender_has_a_colour():
         residuals.OURS, residuals.PEERS, residuals.TORCHZERO, residuals.Rows("Jacobian", (2, 1)).names(CPU)
     )
     names = names.union(newton.Autoencoder("a", 0.1).names(CPU), newton._MINIMIZERS)
+    names = names.union({"torch ops"}, *(task.PEERS for task in batched.TASKS.values()))
     trained = {"Shampoo", "Shampoo, default rate", "SOAP", "torch Muon", "AdamW"}  # the others take what is spare
     assert trained <= {*training_optimizers.every_name()}
     assert names | trained == plot.COLORS.keys()
