@@ -357,7 +357,7 @@ class Rows(Case):
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Case]]:
     """List what `python -m secant bench` measures, the errors of a problem in one race; `full`: with all peers."""
-    everyone = ("NaturalGradient", "BFGS", "LBFGS", *PEERS)
+    everyone: tuple[str, ...] = ("NaturalGradient", "BFGS", "LBFGS", *PEERS)
     rows: list[Sequence[Case]] = [[Rows("Jacobian", widths)] for widths in ROWS]
     if quick:
         return [rows[0], [Fit("poisson-2d", 0.5)]]
