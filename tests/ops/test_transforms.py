@@ -92,7 +92,11 @@ def _transforms(f, x: Tensor, *, tangents: bool) -> tuple[Tensor, ...]:
     return (*results, vmap(slope)(batch)) if tangents else tuple(results)
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Of these the compiler takes most of a minute: a product after the other, each differentiated twice.
+LONG = {"newton_inv_root"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LONG else ()) for x in CASES])
 def test_transforms_inside_of_a_compiled_function(name):
     """torch drops the derivative of an autograd function that it compiles under one: none of ours may be zero."""
     f, x = CASES[name]

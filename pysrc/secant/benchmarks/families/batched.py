@@ -451,6 +451,11 @@ class Rounds(WholeRun):
         return 8 * self.count * self.n * (2 * self.pairs + 2 + 8)
 
     @property
+    def flops(self) -> float:
+        """Count the recursion, the new pair with its products, and x + t d."""
+        return float(self.count * self.n * (8 * self.pairs + 11))
+
+    @property
     def units(self) -> int:
         """Count the rounds."""
         return self.rounds
