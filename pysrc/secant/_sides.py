@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secant import _checks
+from secant.solvers.box import projected_gradient
 
 
 def pairs(op: str, bounds: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,4 +86,4 @@ def at_bounds(x: Tensor, grad: Tensor, box: tuple[Tensor, Tensor] | None) -> tup
         return torch.zeros_like(x, dtype=torch.int64), grad
     lower, upper = box
     mask = (x >= upper).long() - (x <= lower).long()
-    return mask, torch.minimum(torch.maximum(grad, x - upper), x - lower)
+    return mask, projected_gradient(x, grad, lower, upper)

@@ -29,17 +29,21 @@ def compile_cpp(isa: str, sources: list[str], out: Path, *flags: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def check_sanitized(isa: str, sources: list[str], program: Path, *flags: str) -> None:
+    """Compile a program with both sanitizers, run it, and see that they found nothing."""
+    sanitizers = ("-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_cpp(isa, sources, program, *flags, *sanitizers)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "clean\n"
+
+
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
 def test_sanitizers(tmp_path, isa):
     """AddressSanitizer and UndefinedBehaviorSanitizer over every path, on buffers of exactly their size."""
     program = tmp_path / "sanitize"
     sources = ["tests/build/sanitize.cpp", "kernels/lbfgs/cpu.cpp", "kernels/lbfgs/cpu_dense.cpp"]
-    compile_cpp(
-        isa, sources, program, "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    )
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "clean\n"
+    check_sanitized(isa, sources, program, "-O1", "-g")
 
 
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
@@ -50,10 +54,7 @@ def test_sanitizers_on_products(tmp_path, isa):
         "tests/build/sanitize_hvp.cpp",
         *(f"kernels/hvp/cpu_{s}.cpp" for s in ("cross_entropy", "dense", "gram", "sparse")),
     ]
-    compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "clean\n"
+    check_sanitized(isa, sources, program, "-O0")
 
 
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
@@ -64,10 +65,7 @@ def test_sanitizers_on_preconditioned_steps(tmp_path, isa):
         "tests/build/sanitize_precond.cpp",
         *(f"kernels/precond/cpu_{s}.cpp" for s in ("step", "newton_schulz", "newton_root")),
     ]
-    compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "clean\n"
+    check_sanitized(isa, sources, program, "-O0")
 
 
 @pytest.mark.parametrize("isa", [_cpu.build_config()["isa"]])
@@ -75,10 +73,7 @@ def test_sanitizers_on_line_searches(tmp_path, isa):
     """The same for the searches of many problems."""
     program = tmp_path / "sanitize_search"
     sources = ["tests/build/sanitize_search.cpp", "kernels/search/cpu.cpp"]
-    compile_cpp(isa, sources, program, "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "clean\n"
+    check_sanitized(isa, sources, program, "-O0")
 
 
 @pytest.mark.slow  # minutes to compile
@@ -86,15 +81,11 @@ def test_sanitizers_on_line_searches(tmp_path, isa):
 def test_sanitizers_on_blocks(tmp_path, isa):
     """The same for small blocks. Of the sizes that are unrolled only the first ones, to compile in time."""
     program = tmp_path / "sanitize_blocks"
-    flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSECANT_BLOCKS_SMALL=3"]
     sources = [
         "tests/build/sanitize_blocks.cpp",
         *(f"kernels/blocks/cpu{s}.cpp" for s in ("", "_eigh", "_lu", "_pivot", "_spd", "_tridiagonal")),
     ]
-    compile_cpp(isa, sources, program, *flags)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "clean\n"
+    check_sanitized(isa, sources, program, "-O0", "-DSECANT_BLOCKS_SMALL=3")
 
 
 @pytest.mark.skipif("avx2" not in _cpu.build_config()["isas"], reason="x86 only")

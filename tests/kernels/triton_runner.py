@@ -11,6 +11,7 @@ which prints one JSON object per case, its name and the traceback of its failure
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -71,6 +72,18 @@ class Cases:
                 failure = traceback.format_exc()
             seconds = time.perf_counter() - start
             print(json.dumps({"name": name, "failure": failure, "seconds": round(seconds, 2)}), flush=True)
+
+
+@contextlib.contextmanager
+def watched(device: torch.device) -> Iterator[None]:
+    """What is called within may not synchronise, on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def arguments() -> tuple[torch.device, list[str]]:

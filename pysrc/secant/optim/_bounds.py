@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secant import _checks
 from secant._checks import Option
+from secant.solvers.box import projected_gradient
 
 
 def _is_bound(x: Any) -> bool:
@@ -70,8 +71,8 @@ class Bounds:
         return ~(((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0)))
 
     def projected(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Return x - P(x - gradient), which is zero where x is optimal; without the rounding of that difference."""
-        return torch.minimum(torch.maximum(gradient, x - self.upper), x - self.lower)
+        """Return x - P(x - gradient), which is zero where x is optimal."""
+        return projected_gradient(x, gradient, self.lower, self.upper)
 
 
 def _flat(op: str, name: str, bound: Any, params: Sequence[Tensor], like: Tensor) -> Tensor:

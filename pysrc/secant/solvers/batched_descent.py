@@ -15,10 +15,9 @@ from torch import Tensor
 
 from secant.ops.search import BatchedLines
 from secant.result import Status
-from secant.solvers.batched_lbfgs import BatchedFunction, BatchedMinimum
+from secant.solvers.batched_lbfgs import BatchedFunction, BatchedMinimum, few
+from secant.solvers.box import projected_gradient, room
 
-#: Problems of which fewer go on than this share are taken out of the state, too.
-_FULL = 0.75
 RUNNING = -1
 #: Iterations that neither the value nor the gradient shows to be of use; then the rest is rounding.
 _PATIENCE = 20
@@ -36,8 +35,7 @@ class Sides(NamedTuple):
 
     def longest(self, x: Tensor, d: Tensor) -> Tensor:
         """Return the largest t (b,), float64, with x + t d within."""
-        room = torch.where(d > 0, self.upper - x, x - self.lower) / d.abs()
-        return torch.where(d == 0, torch.inf, room).amin(-1).double()
+        return room(x, d, self.lower, self.upper).amin(-1).double()
 
     def take(self, places: Tensor) -> Sides:
         """Go on with some of the problems."""
@@ -111,8 +109,7 @@ class _Lines(NamedTuple):
 
 def optimality(x: Tensor, g: Tensor, sides: Sides | None) -> Tensor:
     """Return the largest component of g, or with bounds of P(x - g) - x, (b,)."""
-    # Without rounding x - g to x.
-    step = g if sides is None else torch.minimum(torch.maximum(g, x - sides.upper), x - sides.lower)
+    step = g if sides is None else projected_gradient(x, g, sides.lower, sides.upper)
     return step.abs().amax(-1)
 
 
@@ -182,11 +179,6 @@ def begun(value: Tensor, g: Tensor, slack: Tensor, gtol: float) -> tuple[Tensor,
     status = torch.where(usable, RUNNING, int(Status.NOT_FINITE))
     status = torch.where(usable & (slack <= gtol), int(Status.CONVERGED), status).to(torch.int32)
     return status, torch.where(usable[:, None], g, 0.0).contiguous()
-
-
-def few(places: Tensor, all_of: Tensor) -> bool:
-    """Tell whether so few go on that the rest is worth taking out."""
-    return len(places) < _FULL * len(all_of)
 
 
 def batched_descent(

@@ -38,6 +38,11 @@ class BatchedMinimum(NamedTuple):
     nfev: Tensor
 
 
+def few(places: Tensor, all_of: Tensor) -> bool:
+    """Tell whether so few go on that the rest is worth taking out."""
+    return len(places) < _FULL * len(all_of)
+
+
 def batched_lbfgs(
     evaluate: BatchedFunction,
     x0: Tensor,
@@ -85,7 +90,7 @@ def batched_lbfgs(
         if tell is not None and ended > told:
             told = ended
             tell(told)
-        if len(places) < _FULL * len(problem) or len(places) == 0:
+        if few(places, problem):
             for target, part in zip(whole, _ends(search), strict=True):
                 target[problem] = part
             if len(places) == 0:

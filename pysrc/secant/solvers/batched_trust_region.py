@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from secant.result import Status
-from secant.solvers.batched_descent import RUNNING, Ends, begun, evaluated, few
-from secant.solvers.batched_lbfgs import BatchedFunction, BatchedMinimum
+from secant.solvers.batched_descent import RUNNING, Ends, begun, evaluated
+from secant.solvers.batched_lbfgs import BatchedFunction, BatchedMinimum, few
 from secant.solvers.batched_newton import BatchedHessian, back, eigenvalues, turned
 
 #: Ratios below and above which the radius shrinks and grows, and by how much it grows; as `secant.optim.TrustRegion`.

@@ -118,8 +118,17 @@ class Box:
 
     def longest(self, x: Tensor, d: Tensor) -> float:
         """Return the largest t with x + t d in the box."""
-        room = torch.where(d > 0, self.upper - x, x - self.lower) / d.abs()
-        return float(torch.where(d == 0, math.inf, room).min())
+        return float(room(x, d, self.lower, self.upper).min())
+
+
+def room(x: Tensor, d: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Return the largest t with x + t d within the bounds, component by component; infinite where d is zero."""
+    return torch.where(d == 0, torch.inf, torch.where(d > 0, upper - x, x - lower) / d.abs())
+
+
+def projected_gradient(x: Tensor, grad: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Return x - P(x - grad), which is zero where x is optimal; without the rounding of that difference."""
+    return torch.minimum(torch.maximum(grad, x - upper), x - lower)
 
 
 class _Model:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from secant.kernels.precond import triton as kernels
 
 import precond_cases as precond
 from precond_cases import BF16, F16, F32, F64, RULES
-from triton_runner import Cases, arguments
+from triton_runner import Cases, arguments, watched
 
 CASES = Cases()
 case = CASES.case
@@ -31,29 +29,18 @@ class backend:
     """The backend under test, which on a GPU may not synchronise."""
 
     @staticmethod
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-
-    @staticmethod
     def step(*args: Any) -> None:
-        with backend.watched():
+        with watched(device):
             kernels.step(*args)
 
     @staticmethod
     def newton_schulz(*args: Any) -> None:
-        with backend.watched():
+        with watched(device):
             kernels.newton_schulz(*args)
 
     @staticmethod
     def newton_inv_root(*args: Any) -> None:
-        with backend.watched():
+        with watched(device):
             kernels.newton_inv_root(*args)
 
 

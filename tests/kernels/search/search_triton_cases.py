@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from secant.kernels.search import triton as kernels
 
 import search_cases as search
 from search_cases import F32, F64
-from triton_runner import Cases, arguments
+from triton_runner import Cases, arguments, watched
 
 CASES = Cases()
 case = CASES.case
@@ -28,24 +26,13 @@ class backend:
     """The backend under test, which on a GPU may not synchronise."""
 
     @staticmethod
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-
-    @staticmethod
     def advance(*args: Any) -> None:
-        with backend.watched():
+        with watched(device):
             kernels.advance(*args)
 
     @staticmethod
     def begin(*args: Any) -> None:
-        with backend.watched():
+        with watched(device):
             kernels.begin(*args)
 
 

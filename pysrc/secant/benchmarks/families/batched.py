@@ -200,28 +200,53 @@ def _jitted(fun: Callable[[Any], Any], jax: Any, jaxopt: Any) -> Callable[[Any],
     return run
 
 
-class Rosenbrock(Task):
-    """Rosenbrock's function from random starts."""
+class Formula(NamedTuple):
+    """A function of x: of rows (b, n) its values, and these with gradients; of one row in numpy both; in jax."""
+
+    value: Callable[[Tensor], Tensor]
+    value_grad: Callable[[Tensor], tuple[Tensor, Tensor]]
+    one: Callable[..., Any]
+    jax: Callable[[Any], Any]
+
+
+class Descent(Task):
+    """One function from many starts."""
 
     PEERS: ClassVar[Mapping[str, str]] = {"scipy": "scipy", "botorch": "botorch", "jaxopt": "jaxopt"}
+    FORMULA: ClassVar[Formula]
+
+    @functools.cached_property
+    @abc.abstractmethod
+    def start(self) -> Tensor:
+        """Draw the starts."""
+
+    def solve(self, name: str, count: int) -> Ends:
+        """Solve the first problems by the one of this name."""
+        x0, formula = self.start[:count], self.FORMULA
+        if name == "scipy":
+            return _looped(formula.one, x0)
+        if name == "botorch":
+            return _botorch(lambda x, index: formula.value_grad(x), x0)
+        if name == "jaxopt":
+            return _jaxopt(formula.jax, x0)
+        if name == "secant":
+            return _descended(lambda x, index: formula.value_grad(x), x0)
+        return _descended(lambda x, index: formula.value(x), x0, jac=None)
+
+
+def _rosenbrock_jax(x: Any) -> Any:
+    return (100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2).sum()
+
+
+class Rosenbrock(Descent):
+    """Rosenbrock's function from random starts."""
+
+    FORMULA = Formula(problems.rosenbrock, problems.rosenbrock_value_grad, problems.rosenbrock_one, _rosenbrock_jax)
 
     @functools.cached_property
     def start(self) -> Tensor:
         """Draw the starts."""
         return problems.rosenbrock_starts(self.count, self.n, self.seed).to(self.device)
-
-    def solve(self, name: str, count: int) -> Ends:
-        """Solve the first problems by the one of this name."""
-        x0 = self.start[:count]
-        if name == "scipy":
-            return _looped(problems.rosenbrock_one, x0)
-        if name == "botorch":
-            return _botorch(lambda x, index: problems.rosenbrock_value_grad(x), x0)
-        if name == "jaxopt":
-            return _jaxopt(_rosenbrock_jax, x0)
-        if name == "secant":
-            return _descended(lambda x, index: problems.rosenbrock_value_grad(x), x0)
-        return _descended(lambda x, index: problems.rosenbrock(x), x0, jac=None)
 
     def figures(self, ends: Ends) -> dict[str, Any]:
         """Compare values with those of scipy from the same starts."""
@@ -240,10 +265,6 @@ class Rosenbrock(Task):
                 "scipy_best": int((self.known.value[:count] < 1e-6).sum()),
             }
         return found
-
-
-def _rosenbrock_jax(x: Any) -> Any:
-    return (100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2).sum()
 
 
 class Peaks(Task):
@@ -328,29 +349,25 @@ class Arm(Task):
         return found
 
 
-class Clusters(Task):
+def _lennard_jones_jax(x: Any) -> Any:
+    first, second = (part.numpy() for part in torch.triu_indices(len(x) // 3, len(x) // 3, 1))
+    at = x.reshape(-1, 3)
+    six = ((at[first] - at[second]) ** 2).sum(-1) ** -3
+    return 4.0 * (six * six - six).sum()
+
+
+class Clusters(Descent):
     """Clusters of atoms relaxed from random places; n: three times the atoms."""
 
-    PEERS: ClassVar[Mapping[str, str]] = {"scipy": "scipy", "botorch": "botorch", "jaxopt": "jaxopt"}
     LEFT = 0.01
+    FORMULA = Formula(
+        problems.lennard_jones, problems.lennard_jones_value_grad, problems.lennard_jones_one, _lennard_jones_jax
+    )
 
     @functools.cached_property
     def start(self) -> Tensor:
         """Draw the clusters."""
         return problems.clusters(self.count, self.n // 3, self.seed).to(self.device)
-
-    def solve(self, name: str, count: int) -> Ends:
-        """Relax the first clusters by the one of this name."""
-        x0 = self.start[:count]
-        if name == "scipy":
-            return _looped(problems.lennard_jones_one, x0)
-        if name == "botorch":
-            return _botorch(lambda x, index: problems.lennard_jones_value_grad(x), x0)
-        if name == "jaxopt":
-            return _jaxopt(_lennard_jones_jax, x0)
-        if name == "secant":
-            return _descended(lambda x, index: problems.lennard_jones_value_grad(x), x0)
-        return _descended(lambda x, index: problems.lennard_jones(x), x0, jac=None)
 
     def figures(self, ends: Ends) -> dict[str, Any]:
         """Count the clusters that are the best there is."""
@@ -363,13 +380,6 @@ class Clusters(Task):
             count = min(len(ends.value), len(self.known.value))
             found |= {"best_compared": best(ends.value[:count]), "scipy_best": best(self.known.value[:count])}
         return found
-
-
-def _lennard_jones_jax(x: Any) -> Any:
-    first, second = (part.numpy() for part in torch.triu_indices(len(x) // 3, len(x) // 3, 1))
-    at = x.reshape(-1, 3)
-    six = ((at[first] - at[second]) ** 2).sum(-1) ** -3
-    return 4.0 * (six * six - six).sum()
 
 
 TASKS: Mapping[str, type[Task]] = {
