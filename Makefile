@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | format | gpu | clean. Every target sets up .venv by itself.
+# make demo | test | test-build | test-all | bench | lint | format | gpu | clean. Every target sets up .venv by itself.
 # With pipefail, so that a command piped into tee still fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -12,13 +12,13 @@ FAMILY ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh kernels/*.cuh kernels/*/*.cpp kernels/*/*.h kernels/*/*.cu)
 
-.PHONY: demo test test-all bench lint format gpu gpu-rehearsal clean build
+.PHONY: demo test test-build test-all bench lint format gpu gpu-rehearsal clean build
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo "make demo      train on real data with torch.optim.LBFGS and with secant, draw secant-demo.png"
-	@echo "make test      the tests (make test-all adds the long proofs)"
+	@echo "make test      the tests (make test-build: sanitizers and compilers; make test-all: both, and the long proofs)"
 	@echo "make bench     microbenchmarks against eager and compiled PyTorch"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make gpu       on a machine with a GPU: build, test and measure there; results in OUT=folder"
@@ -45,7 +45,11 @@ demo: build
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: build
-	$(PYTEST) -m "not slow and not gpu" --durations=25
+	$(PYTEST) --ignore tests/build -m "not slow and not gpu" --durations=25
+
+# Of the kernels as they are built: sanitizers, what ptxas and Triton's compiler make of them, hostile calls. Nine minutes.
+test-build: build
+	$(PYTEST) tests/build -m "not slow and not gpu" --durations=25
 
 test-all: build
 	$(PYTEST) -m "not gpu"

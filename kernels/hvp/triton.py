@@ -729,7 +729,7 @@ def gram(x: Tensor, weight: Tensor | None, accumulate: bool, out: Tensor) -> Non
     each = -(-m // (parts * _GRAM_K)) * _GRAM_K
     target = out if parts == 1 else out.new_empty(parts * n * n)
     sizes = {"ACCUMULATE": accumulate, "B": side, "C": tl.float64 if wide else tl.float32}
-    warps = 4 if wide else 8
+    warps = 8  # with 4 a tile of float64 spills
     with _triton_support.on(out.device):
         _gram[(tiles, parts)](
             x, *x.stride(), y, *y.stride(), target, m, n, lines, each,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +110,9 @@ class InverseHessian(TakesPairs):
         >>> h.direction(torch.tensor([4.0, 1.0]).double())
         tensor([-2.0000, -0.5000], dtype=torch.float64)
     """
+
+    #: Names of the updates.
+    RULES: ClassVar[tuple[str, ...]] = RULES
 
     _kernel = _kernel
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from secant import _checks
-from secant.kernels.lbfgs.contract import RULES
 from secant.ops import InverseHessian
 from secant.optim._flat_optimizer import Callback, fill
 from secant.optim._quasi_newton import QuasiNewton
@@ -86,7 +85,10 @@ class BFGS(QuasiNewton):
         True
     """
 
-    OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {**QuasiNewton.STEPS, "update": _checks.one_of(*reversed(RULES))}
+    OPTIONS: ClassVar[Mapping[str, _checks.Option]] = {
+        **QuasiNewton.STEPS,
+        "update": _checks.one_of(*reversed(InverseHessian.RULES)),
+    }
     PER_GROUP = ()
     LAYOUT = ("update", "curvature_tol", "line_search_fn", "maximize")
 
