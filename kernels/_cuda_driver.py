@@ -7,7 +7,10 @@ A family's `plan.py` decides what to launch and packs the one struct that each k
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -193,8 +196,47 @@ def _stream(handle: int, index: int) -> Any:
     return cupy.cuda.ExternalStream(handle, index)
 
 
+#: Of NVRTC. CuPy's own way to a module, `RawModule(code=...)`, adds -ftz=true behind what it is given, by which a
+#: number below 2^-126 is zero; what it compiles for us, and loads from a file, is IEEE's arithmetic.
+NVRTC_OPTIONS = ("--std=c++17", "-ftz=false", "-default-device")
+
+
+def _image(text: str, architecture: int) -> bytes:
+    """Compile to machine code, or to PTX for a GPU that is newer than the compiler."""
+    from cupy.cuda import nvrtc
+
+    known = [x for x in nvrtc.getSupportedArchs() if x <= architecture]
+    kind = "sm" if architecture in known else "compute"
+    program = nvrtc.createProgram(text, "secant.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*NVRTC_OPTIONS, f"-arch={kind}_{max(known)}"))
+        image = nvrtc.getCUBIN(program) if kind == "sm" else nvrtc.getPTX(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"NVRTC: {error}\n{nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+    return image.encode() if isinstance(image, str) else bytes(image)
+
+
+def compile_at_run_time(text: str, architecture: str) -> Path:
+    """Compile by NVRTC for an architecture such as "90", or find it in the folder where CuPy keeps what it compiles."""
+    import cupy
+
+    found = (text, architecture, *NVRTC_OPTIONS, cupy.__version__, str(cupy.cuda.nvrtc.getVersion()))
+    digest = hashlib.sha256("\0".join(found).encode()).hexdigest()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    path = folder / f"secant_{digest}.cubin"
+    if not path.exists():
+        image = _image(text, int(architecture))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:  # whole or not there, whoever else compiles
+            file.write(image)
+        os.replace(file.name, path)
+    return path
+
+
 class RunTime:
-    """The driver on NVRTC through CuPy, which keeps what it has compiled in a cache on disk.
+    """The driver on NVRTC through CuPy; what was compiled is kept on disk.
 
     `module` names the module that a kernel belongs to, `text` gives a module's source: families keep modules small, so
     that the first call is short.
@@ -204,7 +246,7 @@ class RunTime:
 
     def __init__(self, module: Callable[[str], str], text: Callable[[str], str]) -> None:
         self._module_of, self._text = module, text
-        self._modules: dict[tuple[str, bool], Any] = {}
+        self._modules: dict[tuple[str, bool, str], Any] = {}
         self._kernels: dict[tuple[str, bool, int], Any] = {}
         self._shared: dict[tuple[str, bool, int], int] = {}  # dynamic shared memory that a kernel has been allowed
 
@@ -226,15 +268,11 @@ class RunTime:
         if found is not None:
             return found
         # CuPy launches every kernel of a module with cooperative groups enabled cooperatively: hence two modules.
-        key = (self._module_of(name), cooperative)
-        if key not in self._modules:
-            self._modules[key] = cupy.RawModule(
-                code=self._text(key[0]),
-                options=("--std=c++17",),
-                backend="nvrtc",
-                enable_cooperative_groups=cooperative,
-            )
-        with cupy.cuda.Device(index):
+        with cupy.cuda.Device(index) as device:
+            key = (self._module_of(name), cooperative, device.compute_capability)
+            if key not in self._modules:
+                path = compile_at_run_time(self._text(key[0]), device.compute_capability)
+                self._modules[key] = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
             found = self._kernels[name, cooperative, index] = self._modules[key].get_function(name)
         return found
 

@@ -150,17 +150,22 @@ SECANT_DEVICE void loss_of(int loss, C z, C t, double number, C& value, C& slope
   }
 }
 
+// What a row of a linear model is given: its weight, or its target.
+template <class C>
+SECANT_DEVICE C given_of(const OfX& a, i64 row) {
+  return reinterpret_cast<const C*>(a.op == kGlm ? a.weight : a.target)[row];
+}
+
 // z of one row becomes what multiplies the row of X in the sum; returns the row's part of the value.
 template <class C>
-SECANT_DEVICE double glm_row(const OfX& a, i64 row, C* z, int count) {
+SECANT_DEVICE double glm_row(const OfX& a, i64 row, C given, C* z, int count) {
   if (a.op == kGlm) {
-    const C w = reinterpret_cast<const C*>(a.weight)[row];
     SECANT_LOOP
-    for (int c = 0; c < count; ++c) z[c] *= w;
+    for (int c = 0; c < count; ++c) z[c] *= given;
     return 0.0;
   }
   C value, slope, curvature;
-  loss_of(a.loss, z[0], reinterpret_cast<const C*>(a.target)[row], a.delta, value, slope, curvature);
+  loss_of(a.loss, z[0], given, a.delta, value, slope, curvature);
   if (a.sample_weight) {
     const C s = reinterpret_cast<const C*>(a.sample_weight)[row];
     value *= s;
@@ -412,6 +417,9 @@ SECANT_DEVICE void tile(const OfX& a, unsigned char* memory) {
   for (i64 base = start, stage = 0; base < end; base += a.rows, stage ^= 1) {
     const int rows = end - base < a.rows ? int(end - base) : a.rows;
     const i64 next = base + a.rows;
+    // Asked for before the wait, so that nobody waits for it after the products.
+    const bool early = a.dots && a.gather && a.op < kSoftmax && thread < rows;
+    const C given = early ? given_of<C>(a, base + thread) : C(0);
     copy_async_wait();
     __syncthreads();  // the tile is here, and the other one has been used
     if (next < end) {
@@ -445,7 +453,7 @@ SECANT_DEVICE void tile(const OfX& a, unsigned char* memory) {
             if (c < used) there[c] = mine[c];
           }
         } else {
-          value += a.op < kSoftmax ? glm_row(a, row, mine, K) : softmax_row(a, row, mine, 0, 1);
+          value += a.op < kSoftmax ? glm_row(a, row, given, mine, K) : softmax_row(a, row, mine, 0, 1);
         }
       }
     }
@@ -524,7 +532,7 @@ SECANT_DEVICE void between(const OfX& a, unsigned char* memory) {
       C total = z[i];
       SECANT_LOOP
       for (int s = 1; s < a.slabs; ++s) total += z[s * size + i];
-      value += glm_row(a, a.first + i / a.k, &total, 1);
+      value += glm_row(a, a.first + i / a.k, given_of<C>(a, a.first + i / a.k), &total, 1);
       z[i] = total;
     }
   } else {

@@ -39,16 +39,19 @@ BLOCK, WARPS = 256, 8
 #: Columns of V in a block -> columns of X a thread; for float64 up to 32 sums a thread.
 SHAPES = {1: (1, 4, 16, 64), 4: (1, 4, 16), 8: (1, 4), 16: (1, 4)}
 MOST_SUMS = {4: 64, 8: 32}
-#: Sums of a thread up to which two blocks fit the registers of a multiprocessor.
-TWO_BLOCKS = {4: 32, 8: 8}
+#: Sums of a thread up to which two blocks fit the registers of a multiprocessor, and up to which three are faster.
+TWO_BLOCKS, THREE_BLOCKS = {4: 32, 8: 8}, {"f32": 1, "f16": 4, "f64": 0}
+#: Shared memory of a multiprocessor that three blocks are given.
+ROOMY = 160 << 10
 SLAB = 1024
 RUN = 256  # rows that are added before the sum goes to float64
-STAGE = 64 << 10  # bytes of the tiles on their way to a multiprocessor
+STAGE = 96 << 10  # bytes of the tiles on their way to a multiprocessor
 WORKSPACE = 64 << 20  # most bytes of sums, and of X V
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 VALUE_BLOCKS = 4  # of hvp_between, a multiprocessor
 GLM, GLM_VALUE, SOFTMAX, SOFTMAX_VALUE = range(4)
-#: Threads of a row of logits, and what of a product a block computes: rows, columns, terms at a time.
+#: Threads of a row of logits where it is longer than a multiprocessor can keep; a shorter one has half of them, so that
+#: one row is read while another is written. And what of a product a block computes: rows, columns, terms at a time.
 ROW_THREADS = {4: 1024, 8: 512}
 TILES = {4: (128, 64), 8: (64, 64)}
 TERMS, FEWEST_TERMS = 8, 512
@@ -123,6 +126,8 @@ def _shape(
     pitch = d if flat else _up(width + vec - 1, vec)
     fixed = size * (_up(width * k, slots) + _up(k, slots)) + 8 * WARPS
     blocks = 2 if k * e <= TWO_BLOCKS[size] else 1
+    if k * e <= THREE_BLOCKS[tag] and device.shared >= ROOMY:
+        blocks = 3
 
     def bytes_of(rows: int) -> tuple[int, int]:
         stage = _up(rows * d + vec, vec) if flat else rows * pitch
@@ -130,8 +135,9 @@ def _shape(
         return fixed + size * _up(sums * k, slots) + 2 * stage * stored, stage
 
     budget = device.shared // blocks - RESERVED
-    if bytes_of(1)[0] > budget:
-        blocks, budget = 1, device.shared
+    while blocks > 1 and bytes_of(1)[0] > budget:
+        blocks -= 1
+        budget = device.shared // blocks - (RESERVED if blocks > 1 else 0)
     rows = min(BLOCK, max(1, STAGE // (blocks * pitch * stored)))
     while rows > 1 and bytes_of(rows)[0] > budget:
         rows -= 1
@@ -343,7 +349,8 @@ class Launcher:
         wide = ((vocabulary | strides[0] | strides[1]) * stored | pointers[0] | pointers[1] | pointers[3]) % 16 == 0
         each = 16 // stored if wide else 1
         pieces = -(-vocabulary // each)
-        threads = min(ROW_THREADS[size], max(64, _up(-(-pieces // 4), 32)))
+        most = ROW_THREADS[size] // (2 if 2 * vocabulary * stored <= device.shared else 1)
+        threads = min(most, max(64, _up(-(-pieces // 4), 32)))
         turns = -(-pieces // threads)
         base, turn = 32 * 8, 2 * threads * each * stored
         # As many blocks as the threads of a multiprocessor allow; a long row has one to itself.

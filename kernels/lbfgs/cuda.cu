@@ -178,6 +178,12 @@ SECANT_DEVICE void store(X* p, int rank, int length, const X (&x)[Each<H>::value
   }
 }
 
+template <class H>
+SECANT_DEVICE void copy_one(H* to, const H* from) {
+  copy_async(to, from);
+}
+SECANT_DEVICE void copy_one(u16* to, const u16* from) { *to = *from; }
+
 // Global to shared memory; each thread copies what it will read itself, so that its own wait is enough.
 template <bool Wide, class H, int Size>
 SECANT_DEVICE void stage(H* to, const H* from, int rank, int length) {
@@ -189,7 +195,7 @@ SECANT_DEVICE void stage(H* to, const H* from, int rank, int length) {
       if (Wide) {
         copy_async16(to + at, from + at);
       } else {
-        to[at] = from[at];
+        copy_one(to + at, from + at);
       }
     }
   }
@@ -1230,7 +1236,7 @@ SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsig
       scale = 1.0;
       if (down) {
         const bool valid = valid_pair(sum[1], sum[2]);
-        const double value = valid ? sum[0] / sum[1] : 0.0;
+        const double inverse = valid ? 1.0 / sum[1] : 0.0, value = valid ? sum[0] * inverse : 0.0;
         c = -value;
         add = valid ? 2 * i + 1 : -1;
         if (valid && !known) {
@@ -1239,7 +1245,7 @@ SECANT_DEVICE void two_loop_group(const TwoLoop& a, i64 first, i64 stride, unsig
         }
         if (rank == 0) {
           alpha[i] = value;
-          rho[i] = valid ? 1.0 / sum[1] : 0.0;
+          rho[i] = inverse;
         }
         if (step == m - 1) G::sync();
       } else if (!end) {

@@ -337,30 +337,31 @@ def _dots(
         scalar = total + 4 * m
         row = tl.arange(0, MAX_PARTS)
         largest = tl.load(work + (row * used + 4 * m + 6), mask=row < parts, other=0.0, cache_modifier=".cg")
-        sg = tl.load(total + index, mask=keep, other=0.0)
-        yg = tl.load(total + m + index, mask=keep, other=0.0)
-        sdy = tl.load(total + 2 * m + index, mask=keep, other=0.0)
-        ydy = tl.load(total + 3 * m + index, mask=keep, other=0.0)
-        gg = tl.load(scalar + 5)
-        g_max = tl.max(largest, axis=0)
+        # Names of their own: a Triton before 3.7 lets no branch give a name another shape.
+        s_g = tl.load(total + index, mask=keep, other=0.0)
+        y_g = tl.load(total + m + index, mask=keep, other=0.0)
+        s_dy = tl.load(total + 2 * m + index, mask=keep, other=0.0)
+        y_dy = tl.load(total + 3 * m + index, mask=keep, other=0.0)
+        g_g = tl.load(scalar + 5)
+        g_top = tl.max(largest, axis=0)
         if sums is None:
             cs, cy, gamma, new = _finish(
-                sg, yg, sdy, ydy, tl.load(scalar), tl.load(scalar + 1), tl.load(scalar + 2), tl.load(scalar + 3),
-                tl.load(scalar + 4), gg, g_max,
+                s_g, y_g, s_dy, y_dy, tl.load(scalar), tl.load(scalar + 1), tl.load(scalar + 2), tl.load(scalar + 3),
+                tl.load(scalar + 4), g_g, g_top,
                 sy + b * m * m, yy + b * m * m, head + b, count + b, stats + b * 8, tol, m, index,
                 g is not None, s is not None,
             )  # fmt: skip
             _store_coefficients(coef + b * (2 * m + 2), cs, cy, gamma, new, m, index)
         else:
             sums += b * (4 * m + _EXTRAS)
-            tl.store(sums + 4 * index, sg, mask=keep)
-            tl.store(sums + 4 * index + 1, yg, mask=keep)
-            tl.store(sums + 4 * index + 2, sdy, mask=keep)
-            tl.store(sums + 4 * index + 3, ydy, mask=keep)
+            tl.store(sums + 4 * index, s_g, mask=keep)
+            tl.store(sums + 4 * index + 1, y_g, mask=keep)
+            tl.store(sums + 4 * index + 2, s_dy, mask=keep)
+            tl.store(sums + 4 * index + 3, y_dy, mask=keep)
             extra = tl.arange(0, _EXTRAS)
             value = tl.load(scalar + extra, mask=extra < 6, other=0.0)
             # max may drop a NaN, the sum of squares keeps it
-            value = tl.where(extra == 6, tl.where(gg == gg, g_max, gg), value)
+            value = tl.where(extra == 6, tl.where(g_g == g_g, g_top, g_g), value)
             tl.store(sums + 4 * m + extra, value)
 
 

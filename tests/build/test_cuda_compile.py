@@ -126,7 +126,8 @@ def threads_and_blocks(kernel: str) -> tuple[int, int]:
         found = re.match(r"hvp_tile_(\d+)x(\d+)_f(\d+)", kernel)
         if found:
             k, e, bits = map(int, found.groups())
-            return plan.BLOCK, 2 if k * e <= plan.TWO_BLOCKS[8 if bits == 64 else 4] else 1
+            three = k * e <= plan.THREE_BLOCKS[kernel.rsplit("_", 1)[1]]
+            return plan.BLOCK, 3 if three else 2 if k * e <= plan.TWO_BLOCKS[8 if bits == 64 else 4] else 1
         if "cross_entropy" in kernel:
             return plan.ROW_THREADS[8 if kernel.endswith("f64") else 4], 1
         return plan.BLOCK, 2
@@ -219,6 +220,24 @@ def test_runtime_source_of_lbfgs(tmp_path):
         assert len(expected) == number
         assert {nvrtc.module_of(kernel) for kernel in expected} == {module}
         assert self_contained(tmp_path, nvrtc.source(module)) == expected
+
+
+def test_the_compiler_at_run_time_keeps_subnormal_numbers(tmp_path, monkeypatch):
+    """NVRTC itself, as CuPy has it, which needs no GPU; compiled once, found again."""
+    pytest.importorskip("cupy")
+    from secant.kernels import _cuda_driver
+    from secant.kernels.blocks import nvrtc as blocks
+    from secant.kernels.search import nvrtc as search
+
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    images = []
+    real = _cuda_driver._image
+    monkeypatch.setattr(_cuda_driver, "_image", lambda *args: images.append(args) or real(*args))
+    for text in (blocks.source("blocks_inv_lu_w16_f32"), search.source("f32")):
+        paths = {_cuda_driver.compile_at_run_time(text, "80") for _ in range(2)}
+        assert [path.read_bytes()[:4] for path in paths] == [b"\x7fELF"]
+    assert len(images) == 2
+    assert b".ftz" not in real(blocks.source("blocks_inv_lu_w16_f32"), 999)  # of a GPU to come: PTX
 
 
 @pytest.mark.parametrize("kernel", ["blocks_inv_spd_t3_f32", "blocks_solve_lu_w16_f64", "blocks_eigen_b48_f32"])

@@ -322,7 +322,7 @@ def test_functions_of_x_compile_without_spills(gpu, tmp_path, op, n, d, k, dtype
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "n", "d", "k", "dtype"), HVP_MORE, ids=str)
 def test_all_functions_of_x_compile(gpu, tmp_path, op, n, d, k, dtype):
-    for loss in hvp._LOSSES if op == "glm_value_grad" else ("logistic",):
+    for loss in hvp.LOSSES if op == "glm_value_grad" else ("logistic",):
         launch_function_of_x(op, n, d, k, dtype, loss)
     check_resources(gpu, tmp_path, f"{op} n={n} d={d} k={k} {dtype}", lambda registers: CORNER)
 

@@ -19,6 +19,8 @@ from secant.kernels.blocks import reference
 from secant.kernels.blocks import triton as backend
 
 import block_matrices as blocks
+import placed
+import triton_runner
 from triton_runner import Cases, arguments
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -39,15 +41,10 @@ def sized(sizes: tuple[int, ...], *others: Any) -> list[tuple]:
     return [(n, *other) for n in sizes for other in others or ((),)]
 
 
+#: Tensors on the device under test.
+place = functools.partial(placed.place, device=device)
 #: The backend with other constants, in a context.
 tuned = functools.partial(mock.patch.multiple, backend)
-
-
-def place(x: Any) -> Any:
-    """Tensors on the device under test; strides kept, anything else as it is."""
-    if not isinstance(x, Tensor) or x.device == device:
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def run(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -56,11 +53,8 @@ def run(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     kwargs = {name: place(x) for name, x in kwargs.items()}
     call = getattr(blocks, f"run_{op}")
     if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with triton_runner.watched(device):
             out = call(backend, *placed, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         return tuple(x.cpu() for x in out)
     if as_launched:
         return call(backend, *placed, **kwargs)

@@ -28,6 +28,8 @@ from hvp_oracle import (
 from secant.kernels.hvp import LOSSES, reference
 from torch import Tensor
 
+from placed import place
+
 
 def run(backend: Any, name: str, args: tuple, shapes: list[tuple], device: str | torch.device = "cpu") -> list[Tensor]:
     """An op on a device, back on the CPU; `shapes` are (shape, dtype) of its outputs."""
@@ -35,15 +37,6 @@ def run(backend: Any, name: str, args: tuple, shapes: list[tuple], device: str |
     outputs = [torch.full(shape, math.nan, dtype=dtype, device=device) for shape, dtype in shapes]
     getattr(backend, name)(*placed, *outputs)
     return [x.cpu() for x in outputs]
-
-
-def place(x: Any, device: str | torch.device) -> Any:
-    """Tensors on the device, strides kept; anything else as it is."""
-    if not isinstance(x, Tensor) or x.device == torch.device(device):
-        return x
-    if 0 in x.stride():
-        return x.to(device)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def compare(backend: Any, name: str, args: tuple, shapes: list[tuple], bounds: Any, device: Any) -> None:

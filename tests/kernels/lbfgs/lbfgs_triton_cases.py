@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from secant.kernels.lbfgs.contract import Pair
 import lbfgs_dense as dense
 import lbfgs_oracle as oracle
 import lbfgs_parts as parts
+import placed
+import triton_runner
 from triton_runner import Cases, arguments
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -43,22 +46,12 @@ def kernels(regime: str) -> Iterator[ModuleType]:
     from secant.kernels.lbfgs import triton as backend
 
     small = {"_ONE_PROGRAM": 4096 if regime == "one" else 0, "_COMBINE_TILE": 256, "_COMBINE_UNROLL": 2}
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        with mock.patch.multiple(backend, **small):
-            yield backend
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    with triton_runner.watched(device), mock.patch.multiple(backend, **small):
+        yield backend
 
 
-def place(x: Any) -> Any:
-    """Tensors on the device under test; strides kept, anything else as it is."""
-    if not isinstance(x, Tensor) or x.device == device:
-        return x
-    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    return out.copy_(x)
+#: Tensors on the device under test.
+place = functools.partial(placed.place, device=device)
 
 
 def call(regime: str, state: dict[str, Tensor], *args: Any) -> list[Any]:
@@ -67,8 +60,8 @@ def call(regime: str, state: dict[str, Tensor], *args: Any) -> list[Any]:
     Arguments that are one tensor stay one tensor.
     """
     on = {k: place(v) for k, v in state.items()}
-    placed: dict[int, Any] = {}
-    moved = [placed.setdefault(id(a), place(a)) for a in args]
+    found: dict[int, Any] = {}
+    moved = [found.setdefault(id(a), place(a)) for a in args]
     with kernels(regime) as backend:
         call_update(backend.update, *on.values(), *moved)
     for k, v in on.items():
@@ -523,14 +516,12 @@ def small_tiles() -> Iterator[ModuleType]:
     from secant.kernels.lbfgs import triton_dense
 
     small = {"_TILE": 16, "_TILE_WARPS": 1, "_BLOCK": 32, "_REDUCE_ROWS": 2} if device.type == "cpu" else {}
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        with mock.patch.multiple(triton_dense, **small):
-            yield triton_dense
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    # Of nothing to change, `patch.multiple` makes an error.
+    with (
+        triton_runner.watched(device),
+        mock.patch.multiple(triton_dense, **small) if small else contextlib.nullcontext(),
+    ):
+        yield triton_dense
 
 
 def dense_call(*args: Any) -> None:
