@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 OUT ?= out/gpu
 STAGE ?=
 FAMILY ?=
+BUDGET ?= 540
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh kernels/*.cuh kernels/*/*.cpp kernels/*/*.h kernels/*/*.cu)
 
@@ -22,7 +23,7 @@ help:
 	@echo "make bench     microbenchmarks against eager and compiled PyTorch"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make gpu       on a machine with a GPU: build, test and measure there; results in OUT=folder"
-	@echo "               (STAGE=build,test,bench,profile and FAMILY=lbfgs,blocks,hvp choose; gpu-rehearsal: on the CPU)"
+	@echo "               (STAGE=build,test,bench,profile and FAMILY=lbfgs,... choose, BUDGET is in seconds; gpu-rehearsal: on the CPU)"
 
 # torch first and alone: a bare "torch" among other requirements may resolve to a build of several gigabytes.
 $(VENV)/.deps: constraints.txt pyproject.toml
@@ -72,13 +73,13 @@ format: $(VENV)/.deps
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # On a machine with a GPU that has torch, Triton, CuPy, CMake, pybind11 and pytest, and needs no network: build, test,
-# measure and profile, in stages that can be run apart (STAGE=build,test,bench,profile FAMILY=lbfgs,blocks,hvp).
+# measure and profile, in stages that can be run apart (STAGE=build,test,bench,profile FAMILY=lbfgs,...).
 gpu:
-	$(PYTHON) bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" --family "$(FAMILY)"
+	$(PYTHON) bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" --family "$(FAMILY)" --budget "$(BUDGET)"
 
 # The same command on a machine without one, small and on the CPU.
 gpu-rehearsal: build
-	$(BIN)/python bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" --family "$(FAMILY)" --device cpu --quick
+	$(BIN)/python bench/gpu.py --out "$(OUT)" --stage "$(STAGE)" --family "$(FAMILY)" --budget "$(BUDGET)" --device cpu --quick
 
 clean:
 	rm -rf build dist out $(VENV)/.built pysrc/secant/*.so *.egg-info pysrc/*.egg-info

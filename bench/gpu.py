@@ -1,6 +1,6 @@
 """What `make gpu` runs: build, test, measure and profile on a machine with a GPU, and write one report of it.
 
-    python bench/gpu.py --out FOLDER [--stage build,test,bench,profile] [--family lbfgs,blocks,hvp]
+    python bench/gpu.py --out FOLDER [--stage build,test,bench,profile] [--family lbfgs,...] [--budget SECONDS]
 
 Nothing is downloaded. Every stage runs in processes of its own with a time limit, whatever became of the others; the
 exit status says whether all of them succeeded. The folder gets result.json, report.md, the pictures, and the logs.
@@ -20,7 +20,7 @@ from pathlib import Path
 from gpu_defaults import propose
 from gpu_report import draw_roofline, fill_readme, report
 from gpu_results import collect
-from gpu_run import FAMILIES, ROOT, STAGES, Outcome, Run
+from gpu_run import FAMILIES, LIMITS, ROOT, STAGES, Outcome, Run
 from gpu_stages import bench, build, profile, test
 
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for the results")
     parser.add_argument("--stage", type=_choices("stage", STAGES), default=STAGES, help=",".join(STAGES))
     parser.add_argument("--family", type=_choices("family", FAMILIES), default=FAMILIES, help=",".join(FAMILIES))
+    parser.add_argument("--budget", type=float, default=sum(LIMITS.values()), help="seconds that the stages share")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--quick", action="store_true", help="small inputs, to see that it runs")
     parser.add_argument("--readme", type=Path, metavar="RESULT", help="fill the table of README.md from a result.json")
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fill_readme(json.loads(args.readme.read_text()), ROOT / "README.md")
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(args.out, args.stage, args.family, args.device, args.quick, {})
+    run = Run(args.out, args.stage, args.family, args.device, args.quick, {}, args.budget)
     for log in (*args.out.glob("*.log"), *args.out.glob("tests-*.xml"), *args.out.glob("ncu.csv")):
         log.unlink()  # of an earlier run
     work = {"build": build, "test": test, "bench": bench, "profile": profile}

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpu_run import FAMILIES, Outcome, Run
+from gpu_run import BENCHMARKS, FAMILIES, Outcome, Run
 from gpu_stages import COUNTERS
 
 
@@ -111,7 +111,7 @@ def bars_of(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def family_data(result: dict[str, Any], family: str) -> dict[str, Any] | None:
     """Return rows, bars and losses of the benchmark of a family; None when it was not run or did not end."""
     data = result["bench"].get(family)
-    return None if data is None else data["families"].get(family)
+    return None if data is None else data["families"].get(BENCHMARKS.get(family, family))
 
 
 def collect(run: Run, outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:

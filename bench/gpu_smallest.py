@@ -16,6 +16,7 @@ from secant.kernels import _cuda_driver
 from secant.kernels.blocks import plan as blocks_plan
 from secant.kernels.hvp import plan as hvp_plan
 from secant.kernels.precond import plan as precond_plan
+from secant.kernels.search import plan as search_plan
 
 import secant
 from secant import backends, ops
@@ -32,7 +33,7 @@ def kernels() -> list[str]:
     """List the names of all CUDA kernels, of every family."""
     kinds = ("update_block", "update_warp", "panel_dots", "panel_line", "two_loop_block", "two_loop_warp")
     lbfgs = [f"lbfgs_{k}_{t}_{h}" for k in kinds for t in ("f32", "f64") for h in ("f32", "f64", "bf16")]
-    return [*lbfgs, *blocks_plan.kernels(), *hvp_plan.kernels(), *precond_plan.kernels()]
+    return [*lbfgs, *blocks_plan.kernels(), *hvp_plan.kernels(), *precond_plan.kernels(), *search_plan.kernels()]
 
 
 def lbfgs(device: torch.device, *, every: bool) -> None:
@@ -110,7 +111,20 @@ def precond(device: torch.device, *, every: bool) -> None:
             ops.newton_inv_root(x @ x.mT, p)
 
 
-FAMILIES = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp, "precond": precond}
+def search(device: torch.device, *, every: bool) -> None:
+    """Call a round of searches, of each number of threads a problem."""
+    for dtype in (F32, F64) if every else (F32,):
+        for n in (3, 33, 70):
+            x = torch.randn(50, n, device=device, dtype=dtype)
+            found = ops.BatchedSearch(x, x.square().sum(1) / 2, x)
+            for rows in (None, torch.arange(0, 50, 3, device=device)):
+                trial = found.trial if rows is None else found.trial[rows]
+                found.advance(trial.square().sum(1) / 2, trial, rows)
+                g = found.g.double()
+                found.begin(-g.square().sum(1), g.abs().amax(1), rows=rows)
+
+
+FAMILIES = {"lbfgs": lbfgs, "blocks": blocks, "hvp": hvp, "precond": precond, "search": search}
 
 
 def watch() -> set[str]:

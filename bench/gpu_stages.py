@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_run import FAMILIES, ROOT, Outcome, Run
+from gpu_run import BENCHMARKS, FAMILIES, ROOT, WITHOUT, Outcome, Run
 
 SMALLEST, OCCUPANCY = (Path(__file__).with_name(name) for name in ("gpu_smallest.py", "occupancy.py"))
 
@@ -36,7 +36,13 @@ def _only_this_architecture() -> dict[str, str]:
 
 
 #: What the name or the folder of a test of a family has in it.
-WORDS = {"lbfgs": ("two_loop", "history", "lbfgs"), "blocks": ("blocks",), "hvp": ("hvp", "curvature", "glm")}
+WORDS = {
+    "lbfgs": ("two_loop", "history", "lbfgs"),
+    "blocks": ("blocks",),
+    "hvp": ("hvp", "curvature", "glm"),
+    "precond": ("minibatch",),
+    "search": ("minimize",),
+}
 
 
 def _test_files(folder: str) -> list[str]:
@@ -129,7 +135,9 @@ def bench(run: Run) -> list[Outcome]:
         files = [f"--json={run.out.resolve() / family}.json"]
         if "matplotlib" not in missing:
             files.append(f"--plot={run.out.resolve() / family}.png")
-        commands.append((family, ["bench", "--device", run.device, "--family", family, *files]))
+        name, without = BENCHMARKS.get(family, family), WITHOUT.get(family, ("nvrtc",))
+        words = ["bench", "--device", run.device, "--family", name, "--without", *without]
+        commands.append((family, [*words, *files]))
     if "lbfgs" in run.families and not missing:
         commands.append(("demo", ["demo", "--device", run.device, f"--output={run.out.resolve() / 'demo.png'}"]))
     found = []

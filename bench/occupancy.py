@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,12 @@ from secant.kernels._cuda_driver import Device, Launch
 from secant.kernels.blocks import plan as blocks_plan
 from secant.kernels.hvp import plan as hvp_plan
 from secant.kernels.lbfgs import plan as lbfgs_plan
+from secant.kernels.precond import plan as precond_plan
+from secant.kernels.search import plan as search_plan
 
-from secant.benchmarks.families import blocks, hvp, lbfgs, load
+from secant.benchmarks.families import batched, blocks, hvp, lbfgs, load, precond
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("lbfgs", "blocks", "hvp")
 
 #: Of every architecture from 8.0 on: registers of a multiprocessor, its partitions, and of what registers (a warp) and
 #: bytes (a block) are multiples; bytes that the system keeps for each block; most registers and threads.
@@ -152,22 +153,63 @@ def _hvp_launches(case: hvp.Case, device: Device) -> list[Launch]:
         launcher.glm_value_grad(x, rows, v[:, 0], "logistic", 1.0, None, 0.0, value, v[:, 0], rows)
     elif case.op == "softmax_hvp":
         launcher.softmax_hvp(x, v, meta(case.n, case.k), None, 0.0, v)
+    elif case.op == "gram":
+        launcher.gram(x, None, False, meta(case.d, case.d))
     else:
         launcher.cross_entropy_hvp(x, x, rows, x)
     return driver.found
 
 
+def _precond_launches(case: precond.Case, device: Device) -> list[Launch]:
+    driver = Recorder(device)
+    launcher = precond_plan.Launcher(driver)
+    x = torch.empty(case.batch, case.m, case.n, dtype=case.dtype, device="meta")
+    if case.op == "newton_schulz":
+        launcher.newton_schulz(x, 5, 1.0, 1.0, 1.0, 0.0, x)
+    elif case.op == "newton_inv_root":
+        launcher.newton_inv_root(x, case.p, 0.0, 5, 0.0, x, x[:, 0, 0])
+    else:
+        name, side = precond_plan.NAMES[case.dtype], max(case.m, case.n)
+        blocks_of, shared = min(case.batch, precond_plan.TENSORS), precond_plan.shared_bytes(side, case.dtype.itemsize)
+        return [Launch(f"precond_tile_{name}_{name}", blocks_of, 1, precond_plan.BLOCK, shared)]
+    return driver.found
+
+
+def _search_launches(case: batched.Rounds, device: Device) -> list[Launch]:
+    blocks_of = -(-case.count * search_plan.lanes_of(case.n) // search_plan.BLOCK)
+    return [Launch(f"search_{kind}_f64", blocks_of, 1, search_plan.BLOCK, 0) for kind in ("advance", "begin")]
+
+
+class Measured(NamedTuple):
+    """Of a family: its benchmark, the kind of its cases, what they launch, and the contender whose kernels they are."""
+
+    benchmark: str
+    kind: type[Any]
+    launches: Callable[[Any, Device], list[Launch]]
+    contender: str = "cuda"
+
+
+MEASURED = {
+    "lbfgs": Measured("lbfgs", lbfgs.Case, _lbfgs_launches),
+    "blocks": Measured("blocks", blocks.Case, _blocks_launches),
+    "hvp": Measured("hvp", hvp.Case, _hvp_launches),
+    "precond": Measured("precond", precond.Case, _precond_launches),
+    "search": Measured("batched", batched.Rounds, _search_launches, "secant"),
+}
+FAMILIES = tuple(MEASURED)
+
+
 def cases(family: str) -> list[Any]:
-    """List what the benchmark of a family measures of its kernels on a GPU."""
-    kind = {"lbfgs": lbfgs.Case, "blocks": blocks.Case, "hvp": hvp.Case}[family]
-    return [case for group in load(family).groups(torch.device("cuda")) for case in group if isinstance(case, kind)]
+    """List what the benchmark of a family measures of its kernels on a GPU and serves by a kernel of its own."""
+    of, device = MEASURED[family], torch.device("cuda")
+    found = [case for group in load(of.benchmark).groups(device) for case in group if isinstance(case, of.kind)]
+    return [case for case in found if of.launches(case, H100_DEVICE)]
 
 
 def launches(family: str, device: Device) -> Iterator[tuple[Any, Launch]]:
     """Yield (case, launch) of every launch of every case of a family."""
-    of = {"lbfgs": _lbfgs_launches, "blocks": _blocks_launches, "hvp": _hvp_launches}[family]
     for case in cases(family):
-        for item in of(case, device):
+        for item in MEASURED[family].launches(case, device):
             yield case, item
 
 
@@ -282,7 +324,7 @@ def run() -> None:
             seen.update(x.kernel for other, x in launches(family, limits) if other == case)
             problem = case.problem(device)
             with secant.use_backend("cuda"):
-                [one] = case.contenders(problem, lambda case, name: name == "cuda")
+                [one] = case.contenders(problem, lambda case, name, of=MEASURED[family]: name == of.contender)
                 one.timed.calls[0]()
             del problem
             torch.cuda.empty_cache()

@@ -244,6 +244,13 @@ def test_bench_begins_nothing_when_its_time_is_over(tmp_path, capsys):
     assert "Left out, for time:" in capsys.readouterr().out
 
 
+def test_bench_leaves_contenders_out(tmp_path):
+    path = tmp_path / "x.json"
+    without = ["--without", "reference", "eager"]
+    assert main(["bench", "--quick", "--family", "hvp", "--seconds", "0", "--json", str(path), *without]) == 0
+    assert {row["by"] for row in json.loads(path.read_text())["families"]["hvp"]["rows"]} == {"cpu", "one read of X"}
+
+
 def test_where_time_may_run_out_every_kind_comes_first():
     from secant.cli import bench
 

@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="begin no further case, or run of training, after so long",
     )
+    bench.add_argument(
+        "--without", nargs="+", default=(), metavar="NAME", help="leave contenders out, by their names in the tables"
+    )
     chosen = bench.add_argument_group("of training")
     chosen.add_argument(
         "--tasks", nargs="+", default=(), metavar="TASK", help="some of the tasks, by their short names"
@@ -170,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             full=args.full,
             seconds=args.seconds,
             choice=choice,
+            without=args.without,
         )
     return 0
 

@@ -101,9 +101,16 @@ def test_a_short_run(cases):
     assert as_json(found, bars(found, CPU, 1e10), None)["bars"] == []  # bars are of full sizes
 
 
+def test_a_gpu_is_filled_and_does_not_wait_for_loops():
+    cases = [case for [case] in family.groups(torch.device("cuda"))]
+    assert {case.op for case in cases} == {*family.TASKS, family.ROUND.op}
+    assert all(case.count == family.FILLED for case in cases if isinstance(case, Many))
+    assert family.COMPARED["cuda"] < family.COMPARED["cpu"]
+
+
 def test_a_loop_is_timed_on_a_part_and_scaled(monkeypatch):
-    monkeypatch.setattr(family, "TIMED", 3)
-    monkeypatch.setattr(family, "COMPARED", 4)
+    monkeypatch.setattr(family, "TIMED", {"cpu": 3})
+    monkeypatch.setattr(family, "COMPARED", {"cpu": 4})
     solved = []
 
     class Counted(family.Task):

@@ -6,14 +6,14 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from secant.benchmarks import machine, report
-from secant.benchmarks.case import Row, everything, no_compile
+from secant.benchmarks.case import Case, Row, no_compile
 from secant.benchmarks.families import NAMES as FAMILIES
 from secant.benchmarks.families import Choice, Family, load
 from secant.benchmarks.measure import fits
@@ -51,9 +51,20 @@ class Budget:
 
 
 def measure_family(
-    family: Family, device: torch.device, budget: Budget, *, quick: bool, full: bool, choice: Choice | None = None
+    family: Family,
+    device: torch.device,
+    budget: Budget,
+    *,
+    quick: bool,
+    full: bool,
+    choice: Choice | None = None,
+    without: Collection[str] = (),
 ) -> list[Row]:
     """Measure every group of cases that there is memory and time for, of a choice if there is one."""
+
+    def wanted(case: Case, name: str) -> bool:
+        return name not in without and (not quick or no_compile(case, name))
+
     seconds = QUICK_SECONDS if quick else family.seconds * (GPU_SHARE if device.type == "cuda" else 1.0)
     rows: list[Row] = []
     with console.progress(family.title.lower()) as advance:
@@ -77,7 +88,7 @@ def measure_family(
                 continue
             if not budget.allows(label, first=not rows):
                 continue
-            rows += family.measure(cases, device, seconds=seconds, wanted=no_compile if quick else everything)
+            rows += family.measure(cases, device, seconds=seconds, wanted=wanted)
             advance((i + 1) / len(groups), label)
     return rows
 
@@ -92,6 +103,7 @@ def run(
     full: bool = False,
     seconds: float = math.inf,
     choice: Choice | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run the benchmarks, print the tables, and write what is asked for.
 
@@ -101,6 +113,7 @@ def run(
         quick: small inputs, short samples, no torch.compile. families: of `FAMILIES`. full: every size.
         seconds: no case begins later than this after the start; what is left out is printed, and in the data.
         choice: of tasks, optimizers and starts, for a family with many runs, of which no run begins later either.
+        without: contenders that are left out, by their names in the tables.
 
     Returns:
         The plain data: "machine", "rates", "families" with what `report.as_json` returns of each, and "left_out".
@@ -112,7 +125,7 @@ def run(
     for name in families:
         family = load(name)
         first = machine.bandwidth(device)
-        rows = measure_family(family, device, budget, quick=quick, full=full, choice=choice)
+        rows = measure_family(family, device, budget, quick=quick, full=full, choice=choice, without=without)
         best = max(first, machine.bandwidth(device))  # the better of before and after: a disturbance only takes
         about["bandwidth_method"], rate = best.method, best.bytes_per_second
         bars = family.bars(rows, device, rate)

@@ -40,8 +40,9 @@ from secant.benchmarks.timing import Timed, Timing, clock_for, interleaved
 
 #: On the largest component of a gradient, with no other end; more iterations than any problem takes.
 GTOL, ITERATIONS = 1e-7, 2000
-#: Problems of a loop that are solved to be compared, and those that are timed, at most; those of a short run.
-COMPARED, TIMED, FEW = 1000, 200, 20
+#: Problems of a loop that are solved to be compared, and those that are timed, at most, by the device of ours: a GPU
+#: does not wait for a loop on a CPU. Those of a short run.
+COMPARED, TIMED, FEW = {"cpu": 1000, "cuda": 50}, {"cpu": 200, "cuda": 50}, 20
 #: A value is another one if it differs by more; and that of another minimum, of which Rosenbrock's function has two.
 SAME, ELSEWHERE = 1e-8, 1.0
 #: Parameters of a fit are those of scipy's within so much of each; tolerances of all that are timed.
@@ -98,7 +99,7 @@ class Task(abc.ABC):
     @functools.cached_property
     def known(self) -> Ends | None:
         """Return where scipy ends on those that are compared; None where it is not installed."""
-        return self.solve("scipy", min(self.count, COMPARED)) if _has("scipy") else None
+        return self.solve("scipy", min(self.count, COMPARED[self.device.type])) if _has("scipy") else None
 
     def error(self, ends: Ends) -> tuple[float, float]:
         """Measure what is wrong with some ends, and how much may be."""
@@ -304,7 +305,7 @@ class Peaks(Task):
     def known(self) -> Ends | None:
         """Fit by scipy, as near to the optimum as it gets."""
         tight = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
-        return self._scipy(min(self.count, COMPARED), **tight) if _has("scipy") else None
+        return self._scipy(min(self.count, COMPARED[self.device.type]), **tight) if _has("scipy") else None
 
     def error(self, ends: Ends) -> tuple[float, float]:
         """Compare parameters with those of scipy; of a width the sign is no matter."""
@@ -425,9 +426,10 @@ class Many(WholeRun):
         """Prepare the one of this name; ours are timed on all problems, a loop on the first."""
         ours = name in problem.OURS
         loop = name in ("scipy", "botorch")
-        units = min(self.count, TIMED) if loop else self.count
+        units = min(self.count, TIMED[problem.device.type]) if loop else self.count
         timed = Timed([functools.partial(problem.solve, name, units)])
-        probe = functools.partial(problem.solve, name, min(self.count, COMPARED) if loop else self.count)
+        first = min(self.count, COMPARED[problem.device.type])
+        probe = functools.partial(problem.solve, name, first if loop else self.count)
         return Contender(self, name, "backend" if ours else "peer", timed, probe, units=units)
 
     def judge(self, problem: Task, contender: Contender, answer: Ends) -> Check:
@@ -555,6 +557,8 @@ PEAKS = Many("Gaussian peaks", 40_000, problems.SIDE)
 ARM = Many("inverse kinematics", 10_000, 7)
 CLUSTERS = Many("Lennard-Jones clusters", 1000, 39)
 ROUND = Rounds("a round outside of the function", 10_000, 10, PAIRS, ROUNDS)
+#: Problems that fill a GPU.
+FILLED = 100_000
 
 
 def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> list[Sequence[Case]]:
@@ -564,7 +568,10 @@ def groups(device: torch.device, *, quick: bool = False, full: bool = False) -> 
             *([Many(case.op, FEW, case.n)] for case in (ROSENBROCK, PEAKS, ARM, CLUSTERS)),
             [Rounds(ROUND.op, 50, 10, 5, 5)],
         ]
-    more = [[Rounds(ROUND.op, count, 10, PAIRS, ROUNDS)] for count in (100, 100_000)] if full else []
+    if device.type == "cuda":
+        many = (dataclasses.replace(case, count=FILLED) for case in (ROSENBROCK, PEAKS, ARM, CLUSTERS))
+        return [[ROUND], [dataclasses.replace(ROUND, count=FILLED)], *([case] for case in many)]
+    more = [[dataclasses.replace(ROUND, count=count)] for count in (100, FILLED)] if full else []
     return [*([case] for case in (ROSENBROCK, PEAKS, ARM, CLUSTERS, ROUND)), *more]
 
 

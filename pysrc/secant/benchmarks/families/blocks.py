@@ -12,12 +12,14 @@ References:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -296,17 +298,26 @@ def _no_codes(a: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.int32, device=a.device).expand(len(a))
 
 
+@functools.cache
+def _cublas() -> ctypes.CDLL:
+    """Load the cuBLAS that torch has loaded."""
+    torch.cuda.current_blas_handle()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return ctypes.CDLL(next(line.split()[-1] for line in lines if "/libcublas.so" in line))
+
+
 def _cublas_inverse(a: Tensor, b: Tensor) -> Answer:
     """Call matinvBatched of cuBLAS (n up to 32). It inverts the transpose of what lies in memory."""
-    cublas: Any = importlib.import_module("cupy_backends.cuda.libs.cublas")
-    handle = importlib.import_module("cupy").cuda.get_cublas_handle()
     x, info = torch.empty_like(a), torch.empty(len(a), dtype=torch.int32, device=a.device)
     first = torch.arange(len(a), device=a.device) * (a.stride(0) * a.element_size())
     sources, targets = first + a.data_ptr(), first + x.data_ptr()
-    cublas.setStream(handle, torch.cuda.current_stream(a.device).cuda_stream)
-    invert = cublas.dmatinvBatched if a.dtype is torch.float64 else cublas.smatinvBatched
-    n = a.shape[-1]
-    invert(handle, n, sources.data_ptr(), n, targets.data_ptr(), n, info.data_ptr(), len(a))
+    invert = getattr(_cublas(), "cublasDmatinvBatched" if a.dtype is torch.float64 else "cublasSmatinvBatched")
+    handle, n = torch.cuda.current_blas_handle(), a.shape[-1]  # in the current stream
+    pointers = (ctypes.c_void_p(y.data_ptr()) for y in (sources, targets, info))
+    source, target, code = pointers
+    status = invert(ctypes.c_void_p(handle), n, source, n, target, n, code, len(a))
+    if status:
+        raise RuntimeError(f"cuBLAS: status {status}")
     return x, info
 
 
@@ -329,10 +340,11 @@ def peers(case: Case, device: torch.device) -> dict[str, Compute]:
     found["inv_ex"] = _inv_ex
     if spd:
         found["cholesky"] = _cholesky_inverse
-    if device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
+    if device.type == "cuda":
         if case.n <= 32:
             found["matinvBatched"] = _cublas_inverse
-        found["cupy"] = _cupy_inverse
+        if importlib.util.find_spec("cupy") is not None:
+            found["cupy"] = _cupy_inverse
     return found
 
 

@@ -237,10 +237,12 @@ def _ours(problem: Problem) -> Call:
 
 
 def _glm_hvp(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
+    x = x.to(v.dtype)  # torch multiplies no bfloat16 by float32
     return (x.mT @ (weight[:, None] * (x @ v)),)
 
 
 def _glm_hvp_single(x: Tensor, v: Tensor, weight: Tensor) -> Answer:
+    x = x.to(v.dtype)
     return ((x.mT @ (weight * (x @ v))).unsqueeze(1),)
 
 

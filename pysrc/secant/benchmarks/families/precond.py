@@ -189,13 +189,19 @@ class Problem:
             found.append(float((result.double() - exact).abs().max() / exact.abs().max()))
         return math.nan if any(math.isnan(x) for x in found) else max(found)
 
+    @functools.cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Decompose the matrices in float64, on the CPU, which has no slow way for many of them."""
+        w, q = torch.linalg.eigh(self.x.double().cpu())
+        return w.to(self.device), q.to(self.device)
+
     def root_check(self, answer: Answer, newton: bool) -> Check:
         """Compare roots with those of the eigenvalues, damped as their way is: by a norm, or by the largest."""
         x, info = answer
         bound = self.case.n * torch.finfo(self.case.dtype).eps / 2 * (4 * (1 + 1 / DAMPING) + 240)
         if bool((info < 0).any()) or not bool(x.isfinite().all()):
             return Check(math.nan, bound)
-        w, q = torch.linalg.eigh(self.x.double())
+        w, q = self.eigen
         top = w[:, -1:] if not newton else w[:, -1:] * (w.abs() / w[:, -1:]).pow(64).sum(-1, keepdim=True).pow(1 / 64)
         f = (w.clamp(min=0) + DAMPING * top).pow(-1 / self.case.p)
         exact = (q * f[:, None, :]) @ q.mT
