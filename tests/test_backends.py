@@ -108,7 +108,10 @@ def test_a_backend_that_breaks_its_contract_is_refused(monkeypatch):
         backends.load("lbfgs", "reference")
 
 
-@pytest.mark.parametrize("entry", [x for x in defaults.TABLE if x.source != defaults.UNMEASURED], ids=str)
+MEASURED = [x for x in defaults.TABLE if x.source != defaults.UNMEASURED]
+
+
+@pytest.mark.parametrize("entry", [x for x in MEASURED if x.device == "cpu"], ids=str)
 def test_what_the_table_names_was_the_fastest_backend_of_its_run(entry):
     data = json.loads((ROOT / entry.source).read_text())
     fastest = {}
@@ -118,6 +121,16 @@ def test_what_the_table_names_was_the_fastest_backend_of_its_run(entry):
             fastest[case] = min(fastest.get(case, ("", float("inf"))), (row["by"], row["median"]), key=lambda x: x[1])
     assert fastest
     assert {name for name, _ in fastest.values()} == {entry.backend}
+
+
+@pytest.mark.parametrize("entry", [x for x in MEASURED if x.device == "cuda"], ids=str)
+def test_what_the_table_names_on_a_gpu_follows_from_its_run(monkeypatch, entry):
+    """Of several compilers none is the fastest everywhere: by the rule that proposes entries."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    rule = importlib.import_module("gpu_defaults")
+    times = rule._times(json.loads((ROOT / entry.source).read_text())["families"][entry.family]["rows"])
+    for held in times:
+        assert rule._best(times, held) == entry.backend
 
 
 def named(monkeypatch, backend: str) -> None:
