@@ -88,6 +88,24 @@ def test_what_has_stopped_is_not_evaluated():
     assert rows[-1] < 10
 
 
+def test_how_often_the_host_looks_changes_what_is_evaluated_alone():
+    rows = []
+
+    def fun(x, *, index):
+        rows.append(len(index))
+        return rosenbrock(x)
+
+    want = secant.minimize(rosenbrock, starts(60, 4), batch=True)
+    found = secant.minimize(fun, starts(60, 4), batch=True, options={"check_every": 7})
+    for name in ("x", "fun", "status", "nit", "nfev"):
+        assert torch.equal(found[name], want[name]), name
+    assert sum(rows) > int(found.nfev.sum())
+    assert len(set(rows[1:8])) == 1  # the first is at the starts
+    for options, given in (({"check_every": 0}, {"batch": True}), ({"check_every": 7}, {})):
+        with pytest.raises(ValueError, match="options"):
+            secant.minimize(rosenbrock, starts(2, 2), options=options, **given)
+
+
 def test_ends_of_all_kinds_touch_nobody_else():
     def fun(x):
         a, b = x.unbind(-1)

@@ -39,6 +39,10 @@ _COMMON: Mapping[str, Option] = {
 }
 
 
+#: Options of methods with batch=True alone.
+_OF_BATCHES: Mapping[str, Mapping[str, Option]] = {"l-bfgs": {"check_every": _COUNT}}
+
+
 class _Method(NamedTuple):
     """Tells how a method is built on an optimizer.
 
@@ -140,7 +144,8 @@ def minimize(
             is called for those alone that go on: x (b, n) and their places (b,). hess gives (B, n, n); without it n
             backward passes make it. bounds: n pairs for all problems; or what has `lb` and `ub`, or a tuple (lower,
             upper) with a tensor or array, that broadcast to (B, n). maxiter and maxfun are of each problem. Up to 64
-            variables "l-bfgs-b" keeps a dense matrix there, and maxcor does not matter.
+            variables "l-bfgs-b" keeps a dense matrix there, and maxcor does not matter. One more option of "l-bfgs":
+            check_every, evaluations between two looks of the host at which problems go on (1 on a CPU, 8 on a GPU).
         offsets: with batch, B + 1 integers from 0 to the length of x0, which is then flat: problem i has the entries
             offsets[i] to offsets[i + 1]. `fun` maps such a vector to (B,); one with a parameter `index` gets the
             entries of those that go on, and, if it has a parameter `offsets`, theirs. Inside all are padded with zeros
@@ -171,7 +176,7 @@ def minimize(
     """
     op = "minimize"
     name, chosen = _method(op, method, bounds)
-    settings = _settings(op, name, chosen, tol, options)
+    settings = _settings(op, name, chosen, tol, options, _OF_BATCHES.get(name, {}) if batch else {})
     args = args if isinstance(args, tuple) else (args,)
     if batch:
         if name not in BATCHED:
@@ -221,12 +226,14 @@ def _method(op: str, method: object, bounds: object) -> tuple[str, _Method]:
     return name, chosen
 
 
-def _settings(op: str, name: str, chosen: _Method, tol: object, options: Any) -> dict[str, Any]:
-    """Check the options and add what `tol` and the method say."""
+def _settings(
+    op: str, name: str, chosen: _Method, tol: object, options: Any, more: Mapping[str, Option]
+) -> dict[str, Any]:
+    """Check the options, of which this call may have more, and add what `tol` and the method say."""
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"{op}: options: expected None or a dictionary, got {_checks.show(options)}")
     given = dict(options or {})
-    table = {**_COMMON, **{option: may_be for option, (may_be, _) in chosen.options.items()}}
+    table = {**_COMMON, **{option: may_be for option, (may_be, _) in chosen.options.items()}, **more}
     unknown = sorted(map(str, given.keys() - table.keys()))
     if unknown:
         expected = f"among {', '.join(table)} for {name!r}"

@@ -32,6 +32,14 @@ def evaluator(value, points=None):
     return evaluate
 
 
+def test_what_falls_for_ever_has_not_converged():
+    """Beyond 1e16 x - g rounds to x, which says nothing of g."""
+    start, lower = torch.zeros(2, dtype=torch.float64), torch.tensor([-INF, 0.0], dtype=torch.float64)
+    found = lbfgs_b(evaluator(lambda x: -x.sum()), start, lower, torch.full_like(lower, INF))
+    assert found.status not in (Status.CONVERGED, Status.SMALL_CHANGE)
+    assert float(found.x.min()) > 1e16
+
+
 def model_and_matrix(n, pairs, size, seed=0):
     """Make the compact form, and the same matrix by the BFGS recursion from the newest theta."""
     a = randn(n, n, seed=seed)

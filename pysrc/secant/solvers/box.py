@@ -114,7 +114,7 @@ class Box:
 
     def slack(self, x: Tensor, grad: Tensor) -> float:
         """Return |P(x - g) - x|_inf, which is zero where the first-order conditions hold."""
-        return float((torch.clamp(x - grad, self.lower, self.upper) - x).abs().max())
+        return float(projected_gradient(x, grad, self.lower, self.upper).abs().max())
 
     def longest(self, x: Tensor, d: Tensor) -> float:
         """Return the largest t with x + t d in the box."""

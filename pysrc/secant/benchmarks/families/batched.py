@@ -360,6 +360,8 @@ def _lennard_jones_jax(x: Any) -> Any:
 class Clusters(Descent):
     """Clusters of atoms relaxed from random places; n: three times the atoms."""
 
+    # Under vmap all go on as long as the slowest: jaxopt takes a second for each of a hundred clusters.
+    PEERS: ClassVar[Mapping[str, str]] = {"scipy": "scipy", "botorch": "botorch"}
     LEFT = 0.01
     FORMULA = Formula(
         problems.lennard_jones, problems.lennard_jones_value_grad, problems.lennard_jones_one, _lennard_jones_jax
