@@ -186,7 +186,9 @@ def _run(name: str, values: _Values, x: Tensor, sides: Sides | None, settings: M
         size, trials = settings["maxcor"], settings["maxls"]
         return batched_lbfgs_b(values, x, sides, history_size=size, max_trials=trials, **limits)
     if name == "l-bfgs":
-        return batched_lbfgs(values, x, history_size=settings["maxcor"], check_every=settings.get("check_every"), **limits)
+        return batched_lbfgs(
+            values, x, history_size=settings["maxcor"], check_every=settings.get("check_every"), **limits
+        )
     if name == "bfgs":
         return batched_bfgs(values, x, **limits)
     if name == "newton":
