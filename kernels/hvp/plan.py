@@ -39,10 +39,10 @@ BLOCK, WARPS = 256, 8
 #: Columns of V in a block -> columns of X a thread; for float64 up to 32 sums a thread.
 SHAPES = {1: (1, 4, 16, 64), 4: (1, 4, 16), 8: (1, 4), 16: (1, 4)}
 MOST_SUMS = {4: 64, 8: 32}
-#: Sums of a thread up to which two blocks fit the registers of a multiprocessor, and up to which three are faster.
-TWO_BLOCKS, THREE_BLOCKS = {4: 32, 8: 8}, {"f32": 1, "f16": 4, "f64": 0}
-#: Shared memory of a multiprocessor that three blocks are given.
-ROOMY = 160 << 10
+#: Sums of a thread up to which two blocks fit the registers of a multiprocessor.
+TWO_BLOCKS = {4: 32, 8: 8}
+#: (storage, columns of X a thread) of one vector of which three fit, and are faster, with so much shared memory or more.
+THREE_BLOCKS, ROOMY = {("f32", 1), ("f16", 4)}, 200 << 10
 SLAB = 1024
 RUN = 256  # rows that are added before the sum goes to float64
 STAGE = 96 << 10  # bytes of the tiles on their way to a multiprocessor
@@ -126,7 +126,7 @@ def _shape(
     pitch = d if flat else _up(width + vec - 1, vec)
     fixed = size * (_up(width * k, slots) + _up(k, slots)) + 8 * WARPS
     blocks = 2 if k * e <= TWO_BLOCKS[size] else 1
-    if k * e <= THREE_BLOCKS[tag] and device.shared >= ROOMY:
+    if k == 1 and (tag, e) in THREE_BLOCKS and device.shared >= ROOMY:
         blocks = 3
 
     def bytes_of(rows: int) -> tuple[int, int]:
