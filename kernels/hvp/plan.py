@@ -41,7 +41,7 @@ SHAPES = {1: (1, 4, 16, 64), 4: (1, 4, 16), 8: (1, 4), 16: (1, 4)}
 MOST_SUMS = {4: 64, 8: 32}
 #: Sums of a thread up to which two blocks fit the registers of a multiprocessor.
 TWO_BLOCKS = {4: 32, 8: 8}
-#: (storage, columns of X a thread) of one vector of which three fit, and are faster, with so much shared memory or more.
+#: (storage, columns of X a thread) of one vector of which three fit, and are faster, with so much shared memory.
 THREE_BLOCKS, ROOMY = {("f32", 1), ("f16", 4)}, 200 << 10
 SLAB = 1024
 RUN = 256  # rows that are added before the sum goes to float64
