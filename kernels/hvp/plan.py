@@ -134,10 +134,11 @@ def _shape(
         sums = max(shares * rows, BLOCK if slices > 1 else 0)
         return fixed + size * _up(sums * k, slots) + 2 * stage * stored, stage
 
+    if blocks == 3 and bytes_of(1)[0] > device.shared // blocks - RESERVED:
+        blocks = 2
     budget = device.shared // blocks - RESERVED
-    while blocks > 1 and bytes_of(1)[0] > budget:
-        blocks -= 1
-        budget = device.shared // blocks - (RESERVED if blocks > 1 else 0)
+    if bytes_of(1)[0] > budget:
+        blocks, budget = 1, device.shared
     rows = min(BLOCK, max(1, STAGE // (blocks * pitch * stored)))
     while rows > 1 and bytes_of(rows)[0] > budget:
         rows -= 1

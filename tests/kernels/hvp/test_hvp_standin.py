@@ -346,3 +346,13 @@ def test_address_sanitizer():
     names = ["test_every_shape_of_the_tile", "test_small_problems", "test_groups_of_columns", "test_cross_entropy",
              "test_paired_matmul", "test_gram", "test_rows_may_be_strided_and_repeated"]  # fmt: skip
     under_address_sanitizer(__file__, names)
+
+
+def test_a_block_alone_has_all_of_the_memory():
+    """With a byte less than one row, its vector and its sums need there is no such shape; nothing is kept back."""
+
+    def shape(shared):
+        return plan._shape(Device(132, shared), "f32", 4, 4, 9000, 9000, 1, 9000, 1, False)
+
+    least = next(shared for shared in range(100_000, 120_000, 16) if shape(shared) is not None)
+    assert (shape(least).shared, shape(least).blocks, shape(least).rows) == (least, 1, 1)
