@@ -16,7 +16,7 @@ FAMILIES = ("lbfgs", "blocks", "hvp", "precond", "search")
 BENCHMARKS = {"search": "batched"}
 #: Backends that the benchmark of a family leaves out: NVRTC compiles what `cuda` has compiled, and Triton's kernels for
 #: every size of a block take longer to compile than all else takes.
-WITHOUT = {"blocks": ("nvrtc", "triton"), "precond": ("nvrtc", "triton")}
+WITHOUT = dict.fromkeys(FAMILIES, ("nvrtc",)) | dict.fromkeys(("blocks", "precond"), ("nvrtc", "triton"))
 #: Seconds that a stage may take, its commands together; nine minutes in all, which fewer stages share.
 LIMITS = {"build": 120, "test": 170, "bench": 200, "profile": 50}
 

@@ -135,8 +135,8 @@ def bench(run: Run) -> list[Outcome]:
         files = [f"--json={run.out.resolve() / family}.json"]
         if "matplotlib" not in missing:
             files.append(f"--plot={run.out.resolve() / family}.png")
-        name, without = BENCHMARKS.get(family, family), WITHOUT.get(family, ("nvrtc",))
-        words = ["bench", "--device", run.device, "--family", name, "--without", *without]
+        name = BENCHMARKS.get(family, family)
+        words = ["bench", "--device", run.device, "--family", name, "--without", *WITHOUT[family]]
         commands.append((family, [*words, *files]))
     if "lbfgs" in run.families and not missing:
         commands.append(("demo", ["demo", "--device", run.device, f"--output={run.out.resolve() / 'demo.png'}"]))

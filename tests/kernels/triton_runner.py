@@ -27,9 +27,6 @@ from typing import Any
 import pytest
 import torch
 
-#: How the failure ends of a case that there was no time for.
-OUT_OF_TIME = "out of time"
-
 
 class Cases:
     """The cases of a script by name, and the names of those that are slow and of those that need a GPU."""
@@ -113,10 +110,6 @@ def _quicken() -> None:
     InterpretedFunction.__call__ = call
 
 
-def _fail(failure: str) -> None:
-    pytest.fail(failure, pytrace=False)
-
-
 def _parameters(cases: Cases, device: str) -> list:
     gpu_marks = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
     return [
@@ -131,6 +124,7 @@ def make_tests(script: ModuleType) -> tuple[Callable[..., None], Callable[..., N
     One process per device runs the cases that the session has selected for it.
     """
     found: dict[tuple[str, str], str | None] = {}
+    late: set[tuple[str, str]] = set()  # there was no time for them
 
     def run(device: str, request: pytest.FixtureRequest) -> None:
         names = [
@@ -145,10 +139,12 @@ def make_tests(script: ModuleType) -> tuple[Callable[..., None], Callable[..., N
             ran = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=None if limit == math.inf else limit
             )
-            printed, left = ran.stdout, f"with status {ran.returncode}:\n{ran.stderr[-4000:]}"
-        except subprocess.TimeoutExpired as late:
-            printed, left = (late.stdout or b"").decode(), OUT_OF_TIME
-        found.update({(device, name): f"the process ended before this case, {left}" for name in names})
+            printed = ran.stdout
+            died = f"the process ended before this case, with status {ran.returncode}:\n{ran.stderr[-4000:]}"
+            found.update({(device, name): died for name in names})
+        except subprocess.TimeoutExpired as stopped:
+            printed = (stopped.stdout or b"").decode()
+            late.update((device, name) for name in names)
         whole = printed[: printed.rfind("\n") + 1]  # a case may have been cut off as it printed
         found.update({(device, line["name"]): line["failure"] for line in map(json.loads, whole.splitlines())})
 
@@ -156,11 +152,13 @@ def make_tests(script: ModuleType) -> tuple[Callable[..., None], Callable[..., N
         @pytest.mark.timeout(600)
         @pytest.mark.parametrize("name", _parameters(script.CASES, device))
         def test(name, request):
-            if (device, name) not in found:
+            if (device, name) not in found and (device, name) not in late:
                 run(device, request)
+            if (device, name) not in found:
+                pytest.skip("out of time")
             failure = found[device, name]
             if failure is not None:
-                (pytest.skip if failure.endswith(OUT_OF_TIME) else _fail)(failure)
+                pytest.fail(failure, pytrace=False)
 
         return test
 

@@ -313,8 +313,7 @@ def _cublas_inverse(a: Tensor, b: Tensor) -> Answer:
     sources, targets = first + a.data_ptr(), first + x.data_ptr()
     invert = getattr(_cublas(), "cublasDmatinvBatched" if a.dtype is torch.float64 else "cublasSmatinvBatched")
     handle, n = torch.cuda.current_blas_handle(), a.shape[-1]  # in the current stream
-    pointers = (ctypes.c_void_p(y.data_ptr()) for y in (sources, targets, info))
-    source, target, code = pointers
+    source, target, code = (ctypes.c_void_p(y.data_ptr()) for y in (sources, targets, info))
     status = invert(ctypes.c_void_p(handle), n, source, n, target, n, code, len(a))
     if status:
         raise RuntimeError(f"cuBLAS: status {status}")
