@@ -69,6 +69,9 @@ SECANT_DEVICE void copy_async(X* shared, const X* global) {
 #endif
 }
 
+// Of two bytes there is no such copy.
+SECANT_DEVICE void copy_async(u16* shared, const u16* global) { *shared = *global; }
+
 SECANT_DEVICE void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");

@@ -451,6 +451,8 @@ inline void copy_async(X* shared, const X* global) {
   secant_standin::fiber().copies.push_back({shared, global, sizeof(X)});
 }
 
+inline void copy_async(unsigned short* shared, const unsigned short* global) { *shared = *global; }
+
 inline void copy_async_wait() {
   for (const secant_standin::Copy& copy : secant_standin::fiber().copies) std::memcpy(copy.to, copy.from, copy.bytes);
   secant_standin::fiber().copies.clear();

@@ -257,12 +257,6 @@ struct Tile {
   SECANT_DEVICE int row(const Tile& t, int r) { return r * t.pitch + ((t.shift + r * t.step) & (vec - 1)); }
 };
 
-template <class T>
-SECANT_DEVICE void copy_one(T* to, const T* from) {
-  copy_async(to, from);
-}
-SECANT_DEVICE void copy_one(u16* to, const u16* from) { *to = *from; }
-
 // `count` elements; both ends have the same place within 16 bytes.
 template <class T>
 SECANT_DEVICE void copy_run(T* to, const T* from, i64 count, int rank, int size) {
@@ -272,8 +266,8 @@ SECANT_DEVICE void copy_run(T* to, const T* from, i64 count, int rank, int size)
   const i64 pieces = (count - head) / vec, end = head + pieces * vec;
   SECANT_LOOP
   for (i64 q = rank; q < pieces; q += size) copy_async16(to + head + q * vec, from + head + q * vec);
-  if (rank < head) copy_one(to + rank, from + rank);
-  if (end + rank < count) copy_one(to + end + rank, from + end + rank);
+  if (rank < head) copy_async(to + rank, from + rank);
+  if (end + rank < count) copy_async(to + end + rank, from + end + rank);
 }
 
 template <class T>

@@ -178,12 +178,6 @@ SECANT_DEVICE void store(X* p, int rank, int length, const X (&x)[Each<H>::value
   }
 }
 
-template <class H>
-SECANT_DEVICE void copy_one(H* to, const H* from) {
-  copy_async(to, from);
-}
-SECANT_DEVICE void copy_one(u16* to, const u16* from) { *to = *from; }
-
 // Global to shared memory; each thread copies what it will read itself, so that its own wait is enough.
 template <bool Wide, class H, int Size>
 SECANT_DEVICE void stage(H* to, const H* from, int rank, int length) {
@@ -195,7 +189,7 @@ SECANT_DEVICE void stage(H* to, const H* from, int rank, int length) {
       if (Wide) {
         copy_async16(to + at, from + at);
       } else {
-        copy_one(to + at, from + at);
+        copy_async(to + at, from + at);
       }
     }
   }
