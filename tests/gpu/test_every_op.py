@@ -20,6 +20,7 @@ from secant.benchmarks import peers
 from secant.benchmarks.case import no_compile
 from secant.benchmarks.families import blocks, hvp, lbfgs
 from secant.solvers.batched_lbfgs import batched_lbfgs
+from triton_runner import watched
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -325,11 +326,8 @@ def test_no_method_of_what_takes_pairs_synchronises(kind, what):
     }
     calls[what]()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched(GPU):
         calls[what]()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def enough(gigabytes):

@@ -1,14 +1,17 @@
 """Steps of the optimizers for mini-batches on a GPU: nothing is read back, and a graph repeats what a call does."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
 
 from secant.optim import AdaHessian, BlockAdam, Muon, Sophia, StochasticLBFGS
+from triton_runner import watched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
+GPU = torch.device("cuda", 0)
 OPTIMIZERS = {
     "muon": Muon,
     "block-adam": functools.partial(BlockAdam, update_every=1),
@@ -44,12 +47,8 @@ def test_a_step_synchronises_nothing(name, capturable):
     run = Training(name, capturable=capturable)
     for k in range(4):
         run.backward()
-        if k:  # the first builds the state
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with watched(GPU) if k else contextlib.nullcontext():  # the first builds the state
             run.optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(run.point()).all()
 
 

@@ -28,6 +28,7 @@ from secant.ops import (
     softmax_value_grad,
     two_loop,
 )
+from triton_runner import watched
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -219,11 +220,8 @@ def test_no_op_synchronises(name):
     assert tuple(calls) == NAMES
     calls[name]()  # compilation and workspaces
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched(GPU):
         calls[name]()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("algorithm", [pytest.param(a, marks=gpu) for a in ALGORITHMS])
@@ -231,8 +229,5 @@ def test_no_iteration_synchronises(algorithm):
     task = algorithm(GPU)
     task.iterate()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched(GPU):
         task.iterate()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -32,6 +32,7 @@ from block_matrices import (
     spd_families,
     symmetric_families,
 )
+from triton_runner import watched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -247,14 +248,10 @@ def test_no_synchronisation_and_another_stream(backend, name, n):
     late = torch.zeros_like(a)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(10_000_000)
-            late.copy_(a)  # a kernel on another stream would find zeros
-            results = CALLS[name](backend, late)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with watched(DEVICE), torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        late.copy_(a)  # a kernel on another stream would find zeros
+        results = CALLS[name](backend, late)
     torch.cuda.current_stream().wait_stream(side)
     for x, y in zip(results, expected, strict=True):
         assert torch.equal(x, y)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hvp_oracle import BF16, F16, F32, F64, LOSSES, Problem
 
+from triton_runner import watched
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 DEVICE = torch.device("cuda", 0)
@@ -163,14 +165,10 @@ def test_no_synchronisation_and_another_stream(backend, name):
     placed[0].zero_()
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(10_000_000)
-            placed[0].copy_(kept)  # a kernel on another stream would find zeros
-            results = call(backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with watched(DEVICE), torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        placed[0].copy_(kept)  # a kernel on another stream would find zeros
+        results = call(backend)
     torch.cuda.current_stream().wait_stream(side)
     for x, y in zip(results, expected, strict=True):
         assert torch.equal(x, y)

@@ -10,6 +10,7 @@ from secant.kernels.lbfgs.contract import EXTRAS, RULES, Dense, Pair, State
 import lbfgs_dense as dense
 import lbfgs_parts as parts
 from lbfgs_update import call_update
+from triton_runner import watched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -158,13 +159,9 @@ def test_no_synchronisation_and_another_stream(backend, shape):
             backend.update, *warm.state, warm.grad, warm_out, warm.grad, warm.prev, warm.t, 1e-7, warm_out, warm.prev
         )
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(10_000_000)  # what the default stream does next must not be waited for, nor wait
-            call_update(backend.update, *p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with watched(DEVICE), torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)  # what the default stream does next must not be waited for, nor wait
+        call_update(backend.update, *p.state, p.grad, out, p.grad, prev, p.t, 1e-7, out, prev)
     torch.cuda.current_stream().wait_stream(side)
     check_state(p.state, ref)
     check(out, ref_d, shape[2])
@@ -244,11 +241,8 @@ def test_graph_of_dense_updates(backend, n):
     outs, held = [x.clone() for x in given], [x.clone() for x in given]
     call(dense.copied(start), *(x.clone() for x in given))  # compiles and plans
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched(DEVICE):
         call(want, *outs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert want.stats[1] > 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

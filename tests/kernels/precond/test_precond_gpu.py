@@ -8,6 +8,7 @@ from secant.kernels.precond.contract import APPLY, GRAMS
 
 import precond_cases as precond
 from precond_cases import BF16, F16, F32, F64, RULES
+from triton_runner import watched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -74,11 +75,8 @@ def test_graph_of_a_step(backend, name):
     start, want, state = placed(), placed(), placed()
     call(placed())  # compiles and plans
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched(DEVICE):
         call(want)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call(state)

@@ -8,6 +8,7 @@ from secant.kernels.search.contract import ENDED, FLAGS, RUNNING, STATUS, Search
 
 import search_cases as search
 from search_cases import F32, F64
+from triton_runner import watched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -52,11 +53,8 @@ def test_graph_of_a_round(backend, dtype):
     want, state = placed(), placed()
     call(placed())  # compiles and plans
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched(DEVICE):
         call(want)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call(state)
