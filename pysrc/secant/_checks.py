@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -13,6 +13,11 @@ from torch import Tensor
 REAL = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
 LARGEST = 2**63 - 1  # what a kernel's integers hold
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which kernels compute what is of this one."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def fail(op: str, name: str, expected: str, got: object) -> ValueError:
@@ -108,6 +113,37 @@ def shaped(op: str, name: str, x: object, shape: tuple[int, ...], dtype: torch.d
     if x.shape != shape:
         raise fail(op, name, f"shape {shape}", f"shape {tuple(x.shape)}")
     return x
+
+
+def shapes(
+    op: str,
+    expected: Iterable[tuple[str, Tensor | None, str, torch.dtype]],
+    device: torch.device,
+    sizes: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """Check tensors whose sizes have to agree, for a kernel that trusts them.
+
+    Args:
+        expected: of each its name, itself, its shape and dtype. A shape has a letter a dimension, the same for the same
+            size; of a small letter the size is not 0; "?" behind it: None may stand there.
+        device: where all of them are. sizes: by letter, those that are known before.
+
+    Returns:
+        The sizes by letter.
+    """
+    found = dict(sizes or {})
+    for name, x, shape, dtype in expected:
+        letters = shape.removesuffix("?")
+        if x is None and letters != shape:
+            continue
+        x = tensor(op, name, x, (dtype,), device)
+        fits = x.dim() == len(letters)
+        for letter, size in zip(letters, x.shape, strict=False):
+            fits &= found.setdefault(letter, size) == size and (size > 0 or letter.isupper())
+        if not fits:
+            known = ", ".join(f"{letter} = {size}" for letter, size in found.items() if letter in letters)
+            raise fail(op, name, f"shape ({', '.join(letters)}) with {known}", f"shape {tuple(x.shape)}")
+    return found
 
 
 class Option(NamedTuple):

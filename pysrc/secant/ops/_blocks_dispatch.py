@@ -7,12 +7,13 @@ compute dtype and of the batch's shape, or None; and `value`, a number, or None.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secant import backends
+from secant import _checks, backends
 from secant._errors import BackendError
 from secant.ops import _gate, _register
 
@@ -24,51 +25,64 @@ def _damped(a: Tensor, lam: Tensor | None, value: float | None, *rest: Any) -> t
     return a, value if lam is None else lam, *rest
 
 
-def _settled(a: Tensor, *rest: Any) -> tuple[Any, ...]:
-    return _flat(a), *rest
+#: Shapes of the tensors of the registered ops, as `_checks.shapes` reads them.
+_SHAPES = {
+    "a": "bnn", "b": "bnk", "lam": "b?", "floor": "b?", "values": "bn", "vectors": "bnn", "out": "bnn", "info": "b",
+    "basis": "bnn?",
+}  # fmt: skip
 
 
-def _settled_with_basis(*args: Any) -> tuple[Any, ...]:
-    """Lay out the first argument and, behind `info`, the last one, which may have been left out."""
-    *rest, last = args
-    return _flat(rest[0]), *rest[1:], _flat(last) if isinstance(last, Tensor) and last.dim() > 1 else last
+def _settled(kernel: _register.Kernel, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay out the arguments of a registered op, and check what a kernel would otherwise trust, for who calls it."""
+    op, given = kernel.name, dict(zip(kernel.arguments, args, strict=False))  # without those left out
+    for name in ("a", "b", "basis"):
+        given[name] = None if given.get(name) is None else _flat(given[name])
+    for name in ("lam", "floor"):
+        given[name] = None if given.get(name) is None else given[name].resolve_neg().contiguous()
+    a = _checks.tensor(op, "a", given["a"], _checks.REAL + _checks.HALF)
+    dtypes = {"info": torch.int32, "lam": _checks.arithmetic(a.dtype), "floor": _checks.arithmetic(a.dtype)}
+    shapes = _SHAPES | ({"out": "bnk"} if op == "block_solve" else {})
+    tensors = (
+        (name, given[name], shapes[name], dtypes.get(name, a.dtype))
+        for name in kernel.arguments
+        if name in shapes and name in given
+    )
+    n = _checks.shapes(op, tensors, a.device)["n"]
+    largest = MAX_N if op in ("block_inv", "block_solve") else largest_eigenproblem(a.device, a.dtype)
+    if n > largest:
+        raise _checks.fail(op, "a", f"blocks of at most {largest} rows", n)
+    return tuple(given[name] for name in kernel.arguments[: len(args)])
 
 
-_inv = _register.Kernel(
-    "blocks",
+def _kernel(method: str, schema: str, contract: Callable[..., tuple[Any, ...]] | None = None) -> _register.Kernel:
+    kernel = _register.Kernel("blocks", method, schema, settle=lambda *args: _settled(kernel, args), contract=contract)
+    return kernel
+
+
+_inv = _kernel(
     "inv",
     "block_inv(Tensor a, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, Tensor(b!) info)",
-    settle=_settled,
-    contract=_damped,
+    _damped,
 )
-_solve = _register.Kernel(
-    "blocks",
+_solve = _kernel(
     "solve",
     "block_solve(Tensor a, Tensor b, Tensor? lam, float? value, bool scaled, bool spd, Tensor(a!) out, "
     "Tensor(b!) info)",
-    settle=lambda a, b, *rest: (_flat(a), _flat(b), *rest),
-    contract=lambda a, b, lam, value, *rest: (a, b, value if lam is None else lam, *rest),
+    lambda a, b, lam, value, *rest: (a, b, value if lam is None else lam, *rest),
 )
-_eigh = _register.Kernel(
-    "blocks",
-    "eigh",
-    "block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info, Tensor? basis=None)",
-    settle=_settled_with_basis,
+_eigh = _kernel(
+    "eigh", "block_eigh(Tensor a, Tensor(a!) values, Tensor(b!) vectors, Tensor(c!) info, Tensor? basis=None)"
 )
-_abs_inv = _register.Kernel(
-    "blocks",
+_abs_inv = _kernel(
     "abs_inv",
     "block_abs_inv(Tensor a, Tensor? floor, float? value, Tensor(a!) out, Tensor(b!) info, Tensor? basis=None)",
-    settle=_settled_with_basis,
-    contract=_damped,
+    _damped,
 )
-_inv_root = _register.Kernel(
-    "blocks",
+_inv_root = _kernel(
     "inv_root",
     "block_inv_root(Tensor a, int p, Tensor? lam, float? value, bool scaled, Tensor(a!) out, Tensor(b!) info, "
     "bool clamped=False, Tensor? basis=None)",
-    settle=_settled_with_basis,
-    contract=lambda a, p, lam, value, *rest: (a, p, value if lam is None else lam, *rest),
+    lambda a, p, lam, value, *rest: (a, p, value if lam is None else lam, *rest),
 )
 
 

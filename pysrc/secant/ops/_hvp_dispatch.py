@@ -44,47 +44,46 @@ def _arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-#: Shapes of the tensors of an op in its order: a letter for a size, "?" where None may stand, "-" for what is none.
-#: l is d, or d + 1 with an intercept.
+#: Shapes of the tensors of an op in its order, as `_checks.shapes` reads them; "-" for what is no tensor. l is d, or
+#: d + 1 with an intercept.
 _SHAPES = {
     "glm_hvp": ("nd", "lk", "n", "-", "lk"),
     "glm_value_grad": ("nd", "n", "l", "-", "-", "n?", "-", "", "l", "n"),
     "softmax_hvp": ("nd", "lk", "nk", "n?", "-", "lk"),
     "softmax_value_grad": ("nd", "n", "lk", "n?", "-", "", "lk", "nk"),
     "cross_entropy_hvp": ("rv", "rv", "r?", "rv"),
-    "paired_matmul": ("mk", "kn", "mp?", "pn?", "n?", "mn?", "mn?", "mn?", "mn"),
+    "paired_matmul": ("MK", "KN", "MP?", "PN?", "N?", "MN?", "MN?", "MN?", "MN"),
     "gram": ("mn", "m?", "-", "nn"),
 }
+
+
+def _dtype(name: str, argument: str, first: torch.dtype, wide: torch.dtype) -> torch.dtype:
+    """Return what the contract has an argument in; wide: in which an op of this first argument computes."""
+    if argument == "value":
+        return torch.float64
+    if argument == "target" and name == "softmax_value_grad":
+        return torch.int64
+    if argument in ("x", "logits") or (argument != "lse" and name in ("cross_entropy_hvp", "paired_matmul")):
+        return first
+    return wide
 
 
 def _check(name: str, args: tuple[Any, ...]) -> None:
     """Shapes and dtypes of the contract, for who calls a registered op itself: a kernel trusts them."""
     first = args[0]
-    wide = torch.float64 if first.dtype is torch.float64 else torch.float32
-    sizes: dict[str, int] = {}
-    for place, (shape, x) in enumerate(zip(_SHAPES[name], args, strict=True)):
-        if shape == "-" or (x is None and shape.endswith("?")):
-            continue
-        letters = shape.removesuffix("?")
-        argument = _KERNELS[name].arguments[place]
-        if argument == "value":
-            dtype = torch.float64
-        elif argument == "target" and name == "softmax_value_grad":
-            dtype = torch.int64
-        else:
-            dtype = first.dtype if place == 0 or name in ("cross_entropy_hvp", "paired_matmul") else wide
-            dtype = wide if argument == "lse" or name == "gram" else dtype
-        if x.dtype is not dtype or x.device != first.device or x.layout is not torch.strided:
-            raise _checks.fail(name, argument, f"a dense tensor of {dtype} on {first.device}", _checks.describe(x))
-        fits = x.dim() == len(letters)
-        for letter, size in zip(letters, x.shape, strict=False):
-            known = sizes.setdefault(letter, size)
-            fits &= known == size and (size > 0 or name == "paired_matmul")
-            if letter == "l":
-                fits &= size - sizes["d"] in (0, 1)
-        if not fits:
-            expected = f"shape ({', '.join(letters)}) with {', '.join(f'{a} = {n}' for a, n in sizes.items())}"
-            raise _checks.fail(name, argument, expected, f"shape {tuple(x.shape)}")
+    wide = _checks.arithmetic(first.dtype)
+    sizes = _checks.shapes(
+        name,
+        (
+            (argument, x, shape, _dtype(name, argument, wide if name == "gram" else first.dtype, wide))
+            for argument, shape, x in zip(_KERNELS[name].arguments, _SHAPES[name], args, strict=True)
+            if shape != "-"
+        ),
+        first.device,
+    )
+    if "l" in sizes and sizes["l"] - sizes["d"] not in (0, 1):
+        expected = f"{sizes['d']} entries, or one more with an intercept"
+        raise _checks.fail(name, "v" if name.endswith("hvp") else "coef", expected, sizes["l"])
 
 
 def _kernel(schema: str) -> _register.Kernel:

@@ -13,6 +13,38 @@ from secant.kernels.lbfgs.contract import Pair
 from secant.ops import _register
 
 
+def settled_vectors(
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: dict[str, int],
+    grad: Tensor | None,
+    s: Tensor | None,
+    y: Tensor | None,
+    y_prev: Tensor | None,
+    t: Tensor,
+    out: Tensor | None,
+    prev_out: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Check the vectors of a registered op, for who calls it itself, and lay out those that are read.
+
+    Args:
+        dtype, device: of the state. sizes: n, the length of a vector; b, how many there are, where it is a batch.
+    """
+    vectors = {"grad": grad, "s": s, "y": y, "y_prev": y_prev, "out": out, "prev_out": prev_out}
+    shape = "bn?" if sizes.get("b", 1) > 1 or any(x is not None and x.dim() == 2 for x in vectors.values()) else "n?"
+    _checks.shapes(op, ((name, x, shape, dtype) for name, x in vectors.items()), device, {"b": 1} | sizes)
+    if (s is None) != (y is None) or (y_prev is not None and y is None):
+        raise _checks.fail(op, "s, y", "both or neither, and y_prev only with them", "one of them")
+    if (s is None and out is None) or (out is None and prev_out is not None) or (out is not None and grad is None):
+        raise _checks.fail(op, "out", "a tensor where there is no pair, and for prev_out, and only with grad", out)
+    _checks.tensor(op, "t", t, (torch.float64,), device)
+    if t.numel() not in (1, sizes.get("b", 1)):
+        raise _checks.fail(op, "t", "a number, or one a problem", f"shape {tuple(t.shape)}")
+    read = (None if x is None else x.resolve_neg().contiguous() for x in (grad, s, y, y_prev))
+    return (*read, t.resolve_neg().reshape(-1).contiguous())
+
+
 class TakesPairs(abc.ABC):
     """Base of what learns from pairs (s, y) and gives directions -H g. Nothing here reads a value back to the host.
 

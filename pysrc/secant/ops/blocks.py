@@ -78,7 +78,7 @@ def _per_block(op: str, name: str, x: Tensor, a: Tensor) -> Tensor:
         raise _checks.fail(
             op, name, f"a number per block, of a shape that broadcasts to {tuple(batch)}", f"shape {tuple(x.shape)}"
         )
-    return x.resolve_neg().to(torch.float64 if a.dtype is torch.float64 else torch.float32).expand(batch)
+    return x.resolve_neg().to(_checks.arithmetic(a.dtype)).expand(batch)
 
 
 def _check_damping(op: str, damping: Damping, a: Tensor) -> tuple[Tensor | None, float | None, bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from secant import _checks
 from secant.kernels.lbfgs.contract import Pair, State
 from secant.ops import _register
-from secant.ops._takes_pairs import TakesPairs
+from secant.ops._takes_pairs import TakesPairs, settled_vectors
 from secant.ops.lbfgs import MAX_HISTORY, STORAGE
 
 
@@ -43,12 +43,35 @@ def flat_to_contract(
     )
 
 
+def _settled(*args: Any) -> tuple[Any, ...]:
+    """Check what a kernel would otherwise trust but the counters, for who calls the registered op itself."""
+    op, state, (*vectors, tol, out, prev_out) = "lbfgs_update", State(*args[:7]), args[7:]
+    given = next((x for x in (*vectors[:2], out) if x is not None), None)
+    if given is None:
+        raise _checks.fail(op, "grad, s", "one of them at least", "neither")
+    _checks.tensor(op, "s_ring", state.s, STORAGE)
+    _checks.tensor(op, "grad or s", given, _checks.REAL)
+    storage, double, counter = state.s.dtype, torch.float64, torch.int32
+    expected = zip(
+        _kernel.arguments, state,
+        ("bmn", "bmn", "bmm", "bmm", "b", "b", "be"),
+        (storage, storage, double, double, counter, counter, double),
+        strict=False,
+    )  # fmt: skip
+    sizes = _checks.shapes(op, expected, state.s.device, {"e": len(Stats._fields)})
+    if sizes["m"] > MAX_HISTORY:
+        raise _checks.fail(op, "s_ring", f"at most {MAX_HISTORY} pairs", sizes["m"])
+    device = state.s.device
+    return (*state, *settled_vectors(op, given.dtype, device, sizes, *vectors, out, prev_out), tol, out, prev_out)
+
+
 _kernel = _register.Kernel(
     "lbfgs",
     "update",
     "lbfgs_update(Tensor(a!) s_ring, Tensor(b!) y_ring, Tensor(c!) sy, Tensor(d!) yy, Tensor(e!) head, "
     "Tensor(f!) count, Tensor(g!) stats, Tensor? grad, Tensor? s, Tensor? y, Tensor? y_prev, Tensor t, float tol, "
     "Tensor(h!)? out, Tensor(i!)? prev_out)",
+    settle=_settled,
     contract=flat_to_contract,
     vector=(8, 7),  # s, else grad
 )

@@ -49,7 +49,7 @@ def _check_x(op: str, x: Tensor) -> torch.dtype:
         _checks.tensor(op, "x", x, DTYPES)
     if x.dim() != 2 or x.shape[1] < 1:
         raise _checks.fail(op, "x", "shape (N, d), d >= 1", f"shape {tuple(x.shape)}")
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+    return _checks.arithmetic(x.dtype)
 
 
 def checked_rows(op: str, name: str, x: Tensor) -> Tensor:
@@ -480,7 +480,7 @@ def cross_entropy_hvp(logits: Tensor, u: Tensor, *, lse: Tensor | None = None) -
         raise _checks.fail(op, "logits", "shape (..., V), V >= 1", f"shape {tuple(logits.shape)}")
     _checks.shaped(op, "u", u, tuple(logits.shape), logits.dtype, logits.device)
     if lse is not None:
-        dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        dtype = _checks.arithmetic(logits.dtype)
         _checks.shaped(op, "lse", lse, tuple(logits.shape[:-1]), dtype, logits.device)
     size = logits.shape[-1]
 

@@ -11,7 +11,7 @@ from secant import _checks
 from secant.kernels.lbfgs import reference
 from secant.kernels.lbfgs.contract import RULES, Dense, Pair
 from secant.ops import _register
-from secant.ops._takes_pairs import TakesPairs
+from secant.ops._takes_pairs import TakesPairs, settled_vectors
 
 
 def flat_to_contract(
@@ -36,12 +36,30 @@ def flat_to_contract(
     return Dense(h, pair, coefs, count, stats), offered, grad, tol, rule, out, prev_out
 
 
+def _settled(*args: Any) -> tuple[Any, ...]:
+    """Check what a kernel would otherwise trust, for who calls the registered op itself."""
+    op, state, (*vectors, tol, rule, out, prev_out) = "lbfgs_dense_update", Dense(*args[:5]), args[5:]
+    _checks.tensor(op, "h", state.h, _checks.REAL)
+    dtype, double, device = state.h.dtype, torch.float64, state.h.device
+    n = state.pair.shape[-1] if state.pair.dim() else 0
+    sizes = {"p": 2, "c": 5, "e": len(DenseStats._fields), "t": n * (n + 1) // 2}
+    expected = zip(
+        _kernel.arguments, state, ("t", "pn", "c", "", "e"), (dtype, dtype, double, torch.int32, double), strict=False
+    )
+    n = _checks.shapes(op, expected, device, sizes)["n"]
+    if not 0 <= rule < len(RULES):
+        raise _checks.fail(op, "rule", f"0 to {len(RULES) - 1}", rule)
+    laid = settled_vectors(op, dtype, device, {"n": n}, *vectors, out, prev_out)
+    return (*state, *laid, tol, rule, out, prev_out)
+
+
 _kernel = _register.Kernel(
     "lbfgs",
     "dense_update",
     "lbfgs_dense_update(Tensor(a!) h, Tensor(b!) pair, Tensor(c!) coefs, Tensor(d!) count, Tensor(e!) stats, "
     "Tensor? grad, Tensor? s, Tensor? y, Tensor? y_prev, Tensor t, float tol, int rule, Tensor(f!)? out, "
     "Tensor(g!)? prev_out)",
+    settle=_settled,
     contract=flat_to_contract,
 )
 

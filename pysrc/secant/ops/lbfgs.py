@@ -19,11 +19,33 @@ STORAGE = (torch.float32, torch.float64, torch.bfloat16)
 _VECTORS = _checks.REAL + _checks.HALF
 _PAIRS = (*STORAGE, torch.float16)
 
+
+def _settled(grad: Tensor, s: Tensor, y: Tensor, gamma: float | None, out: Tensor) -> tuple[Any, ...]:
+    """Check what a kernel would otherwise trust, for who calls the registered op itself; lay it out."""
+    op = "lbfgs_two_loop"
+    _checks.tensor(op, "grad", grad, _checks.REAL)
+    _checks.tensor(op, "s", s, _PAIRS)
+    vector, pairs = ("bn", "bMn") if grad.dim() == 2 else ("n", "Mn")
+    sizes = _checks.shapes(
+        op,
+        (
+            ("grad", grad, vector, grad.dtype),
+            ("s", s, pairs, s.dtype),
+            ("y", y, pairs, s.dtype),
+            ("out", out, vector, grad.dtype),
+        ),
+        grad.device,
+    )
+    if sizes["M"] > MAX_HISTORY:
+        raise _checks.fail(op, "s", f"at most {MAX_HISTORY} pairs", sizes["M"])
+    return grad.resolve_neg().contiguous(), _rows(s), _rows(y), gamma, out
+
+
 _kernel = _register.Kernel(
     "lbfgs",
     "two_loop",
     "lbfgs_two_loop(Tensor grad, Tensor s, Tensor y, float? gamma, Tensor(a!) out)",
-    settle=lambda grad, s, y, gamma, out: (grad.contiguous(), _rows(s), _rows(y), gamma, out),
+    settle=_settled,
 )
 
 

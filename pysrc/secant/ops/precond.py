@@ -32,10 +32,6 @@ _CPU = torch.device("cpu")
 _Places: TypeAlias = slice | Tensor
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _contract(*args: Any) -> tuple[Any, ...]:
     lists, layout, lr, lr_value = args[:9], args[9], args[10], args[11]
     return Tensors(*lists), layout, lr_value if lr is None else lr, Rule(*args[12:20]), args[20], args[21]
@@ -83,7 +79,7 @@ def _check_member(op: str, k: int, x: Any, lists: Any, down: int, across: int) -
         raise _checks.fail(op, f"layout[{k}]", f"1 to {rows} tiles down and 1 to {columns} across", (down, across))
     tiles, sizes = down * across, {"left": -(-rows // down), "right": -(-columns // across)}
     storage = lists[2][0].dtype
-    wide = _arithmetic(first.dtype)
+    wide = _checks.arithmetic(first.dtype)
     if storage not in (wide, torch.bfloat16):
         raise _checks.fail(op, "exp_avg", f"{wide} or bfloat16", storage)
     shapes: dict[str, list[tuple[int, ...]]] = {"exp_avg": [(rows * columns,)], "exp_avg_sq": [(rows * columns,), (0,)]}
@@ -103,6 +99,26 @@ def _check_member(op: str, k: int, x: Any, lists: Any, down: int, across: int) -
     return [rows, columns, down, across, columns, 1]
 
 
+def _settled_schulz(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Check what a kernel would otherwise trust, for who calls the registered op itself."""
+    op = "newton_schulz"
+    _checks.tensor(op, "x", x, _DTYPES)
+    _checks.shapes(op, (("x", x, "bmn", x.dtype), ("out", rest[-1], "bmn", x.dtype)), x.device)
+    return x.resolve_neg().contiguous(), *rest
+
+
+def _settled_root(a: Tensor, p: int, *rest: Any) -> tuple[Any, ...]:
+    """Check what a kernel would otherwise trust, for who calls the registered op itself."""
+    op, (out, info) = "newton_inv_root", rest[-2:]
+    _checks.tensor(op, "a", a, _DTYPES)
+    _checks.shapes(
+        op, (("a", a, "bnn", a.dtype), ("out", out, "bnn", a.dtype), ("info", info, "b", torch.int32)), a.device
+    )
+    if p not in (1, 2, 4):
+        raise _checks.fail(op, "p", "1, 2 or 4", p)
+    return a.resolve_neg().contiguous(), p, *rest
+
+
 _step = _register.Kernel(
     "precond",
     "step",
@@ -117,13 +133,13 @@ _newton_schulz = _register.Kernel(
     "precond",
     "newton_schulz",
     "newton_schulz(Tensor x, int steps, float a, float b, float c, float eps, Tensor(a!) out)",
-    settle=lambda x, *rest: (x.resolve_neg().contiguous(), *rest),
+    settle=_settled_schulz,
 )
 _newton_inv_root = _register.Kernel(
     "precond",
     "newton_inv_root",
     "newton_inv_root(Tensor a, int p, float damping, int steps, float tolerance, Tensor(a!) out, Tensor(b!) info)",
-    settle=lambda a, *rest: (a.resolve_neg().contiguous(), *rest),
+    settle=_settled_root,
 )
 
 
@@ -255,7 +271,7 @@ class Tiles:
         """
         if param.numel() == 0:
             raise _checks.fail("Tiles.new_state", "param", "at least one element", f"shape {tuple(param.shape)}")
-        dtype = _arithmetic(param.dtype) if dtype is None else dtype
+        dtype = _checks.arithmetic(param.dtype) if dtype is None else dtype
         rows, columns = matrix(param.shape)
         down, across = tiling(param.shape, block_size, max_side)
         make: dict[str, Any] = {"dtype": dtype, "device": param.device}
@@ -471,7 +487,7 @@ class _Side:
     def averages_of(self, mine: _Places) -> Tensor:
         """Return averages as symmetric matrices (tiles, n, n), in the dtype of the arithmetic."""
         packed = (self.packed[0] if len(self.packed) == 1 else torch.cat(self.packed))[mine]
-        return packed.index_select(1, self._entries).view(-1, self.n, self.n).to(_arithmetic(packed.dtype))
+        return packed.index_select(1, self._entries).view(-1, self.n, self.n).to(_checks.arithmetic(packed.dtype))
 
     def corrections(self, beta: float, power: float, like: Tensor) -> Tensor:
         """Compute (1 - beta^t)^power for each tile, without waiting for the device."""
@@ -647,7 +663,7 @@ def newton_schulz(
 
 def _iterated(x: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
     """Iterate by differentiable functions of torch."""
-    y = x.to(_arithmetic(x.dtype))
+    y = x.to(_checks.arithmetic(x.dtype))
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     y = y / (y * y).sum((-2, -1), keepdim=True).clamp(min=eps * eps).sqrt()
@@ -712,7 +728,7 @@ def newton_inv_root(a: Tensor, p: int, *, damping: float = 1e-4, steps: int | No
     if not isinstance(p, int) or isinstance(p, bool) or p not in (1, 2, 4):
         raise _checks.fail(op, "p", "1, 2 or 4", _checks.show(p))
     damping = _checks.number(op, "damping", damping, "a number > 0, at most 1e6", lambda x: 0.0 < x <= 1e6)
-    wide = _arithmetic(a.dtype)
+    wide = _checks.arithmetic(a.dtype)
     tolerance = math.sqrt(torch.finfo(wide).eps) / 4
     cap = _steps(p, damping, tolerance) if steps is None else _checks.integer(op, "steps", steps, 1, 500)
     if _gate.is_transformed(a):

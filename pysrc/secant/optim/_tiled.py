@@ -112,7 +112,7 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
 
     def _check_parameter(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         super()._check_parameter(name, p, group)
-        storage, wide = group["state_dtype"], torch.float64 if p.dtype is torch.float64 else torch.float32
+        storage, wide = group["state_dtype"], _checks.arithmetic(p.dtype)
         if storage not in (None, torch.bfloat16, wide):
             raise _checks.fail(self._name, "state_dtype", f"None, bfloat16 or {wide} for {name} of {p.dtype}", storage)
 
