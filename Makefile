@@ -48,7 +48,8 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 test: build
 	$(PYTEST) --ignore tests/build -m "not slow and not gpu" --durations=25
 
-# Of the kernels as they are built: sanitizers, what ptxas and Triton's compiler make of them, hostile calls. Nine minutes.
+# Of the kernels as they are built: sanitizers, the other instruction sets, what ptxas and Triton's compiler make of them,
+# hostile calls. Twelve minutes.
 test-build: build
 	$(PYTEST) tests/build -m "not slow and not gpu" --durations=25
 

@@ -10,17 +10,10 @@ from collections.abc import Iterable
 import pytest
 
 
-def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_again(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest in a process of its own, whose variables of the environment differ."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-
-
-def in_instruction_set(file: str, isa: str) -> None:
-    """The whole file where SECANT_ISA chooses the kernels of a CPU."""
-    if os.environ.get("SECANT_ISA"):
-        return  # that process
-    done = _run("-x", file, SECANT_ISA=isa)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def under_address_sanitizer(file: str, names: Iterable[str]) -> None:
@@ -28,7 +21,7 @@ def under_address_sanitizer(file: str, names: Iterable[str]) -> None:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(runtime):
         pytest.skip("g++ has no AddressSanitizer runtime")
-    done = _run(
+    done = run_again(
         *(f"{file}::{name}" for name in names),
         LD_PRELOAD=runtime,
         ASAN_OPTIONS="detect_leaks=0",

@@ -11,8 +11,6 @@ import torch
 from secant.kernels.blocks import cpu, reference
 
 import block_matrices as bm
-from reruns import in_instruction_set
-from secant import _cpu
 
 WIDEST = 16  # lanes of a vector, at most
 #: Every path: nothing to eliminate, unrolled, one panel and a rest of each length, more rows than a panel has, columns
@@ -482,8 +480,3 @@ def test_a_symmetric_eigenproblem_of_repeated_values_is_exact():
     assert not info.any()
     assert torch.equal(w, d.sort().values)
     assert torch.equal(v, torch.eye(5)[:, [1, 3, 4, 0, 2]][None])
-
-
-@pytest.mark.parametrize("isa", [i for i in _cpu.build_config()["isas_usable"] if i != _cpu.build_config()["isa"]])
-def test_the_other_instruction_sets(isa):
-    in_instruction_set(__file__, isa)

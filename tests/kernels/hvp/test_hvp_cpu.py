@@ -27,9 +27,6 @@ from hvp_oracle import (
 )
 from secant.kernels.hvp import cpu, reference
 
-from reruns import in_instruction_set
-from secant import _cpu
-
 DTYPES = [F32, F64, BF16, F16]
 SHAPES = [(1, 1), (2, 3), (7, 1), (9, 16), (33, 31), (64, 100), (777, 17), (260, 1030)]
 COLUMNS = [1, 2, 3, 4, 5, 8, 9, 16, 23, 64]
@@ -376,8 +373,3 @@ def test_gram_of_odd_entries(dtype):
 
 def test_the_error_of_gram_does_not_grow_with_the_rows():
     hvp_checks.gram_of_many_rows(cpu, 1_000_000)
-
-
-@pytest.mark.parametrize("isa", _cpu.build_config()["isas_usable"][:-1])
-def test_other_instruction_sets(isa):
-    in_instruction_set(__file__, isa)

@@ -13,8 +13,6 @@ from secant.kernels.lbfgs import cpu, reference
 
 import lbfgs_oracle as oracle
 from lbfgs_update import call_update
-from reruns import in_instruction_set
-from secant import _cpu
 
 SHAPES = [(1, 1), (3, 1), (1, 7), (2, 33), (5, 17), (10, 1000), (10, 1025), (17, 4099), (40, 513)]
 
@@ -257,11 +255,6 @@ def test_the_largest_entry_counts_wherever_it_stands(vectors):
         spiked[0, i] = math.nan
         call_update(cpu.update, *state.values(), spiked, None, None, None, 1.0, 1e-7, torch.empty_like(grad), None)
         assert torch.isnan(state["stats"][0, 2])
-
-
-@pytest.mark.parametrize("isa", [i for i in _cpu.build_config()["isas_usable"] if i != _cpu.build_config()["isa"]])
-def test_the_other_instruction_sets(isa):
-    in_instruction_set(__file__, isa)
 
 
 def test_an_unknown_instruction_set_is_an_error():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from secant.kernels.lbfgs import cpu, reference
 from secant.kernels.lbfgs.contract import RULES, Dense, Pair
 
 import lbfgs_dense as dense
-from reruns import in_instruction_set
-from secant import _cpu
 
 F32, F64 = torch.float32, torch.float64
 EPS = torch.finfo(F64).eps
@@ -156,9 +153,3 @@ def test_it_repeats_bit_for_bit():
     out = torch.empty_like(d)
     reference.dense_update(want, None, g, EPS, 2, out, None)
     assert torch.allclose(out, d, rtol=0, atol=1e-12 * float(d.abs().max()))
-
-
-@pytest.mark.parametrize("isa", [x for x in _cpu.build_config()["isas_usable"] if x != _cpu.build_config()["isa"]])
-def test_other_instruction_sets(isa):
-    if not os.environ.get("SECANT_ISA"):
-        in_instruction_set(__file__, isa)

@@ -6,9 +6,8 @@ import pytest
 from secant.kernels.search import contract, cpu, reference
 
 import search_cases as search
-from reruns import in_instruction_set
 from search_cases import F32, F64
-from secant import Status, _cpu
+from secant import Status
 from secant.solvers import line_search
 
 BACKENDS = pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "reference"])
@@ -59,11 +58,6 @@ def test_threads_change_no_bit():
     for threads in (1, 2, 3, 7):
         search.advance(cpu, 1001, 10, F64, threads=threads)
         search.begin(cpu, 1001, 10, F64, threads=threads)
-
-
-@pytest.mark.parametrize("isa", _cpu.build_config()["isas_usable"][:-1])
-def test_other_instruction_sets(isa):
-    in_instruction_set(__file__, isa)
 
 
 def test_numbers_are_those_of_the_other_floors():
