@@ -142,6 +142,20 @@ def _pytorch_optimizer(name: str, **options: Any) -> Making:
     return make
 
 
+def _facebookresearch(task: Task, rate: float | None) -> Optimizer:
+    """Make DistributedShampoo: blocks, steps between refreshes, averages and grafting as ours, else as it comes.
+
+    Its first refresh may not come before the second would.
+    """
+    module = importlib.import_module("distributed_shampoo")
+    graft = module.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8)
+    often = {"precondition_frequency": 20, "start_preconditioning_step": 20}
+    return module.DistributedShampoo(
+        task.model.parameters(), **_given(rate), betas=(0.9, 0.95), max_preconditioner_dim=64, grafting_config=graft,
+        **often,
+    )  # fmt: skip
+
+
 def _class(name: str) -> Any:
     return getattr(secant.optim, name)
 
@@ -197,6 +211,11 @@ _OTHERS = (
     (Entry("schedule-free AdamW", "peer", _schedule_free, _FINE, cosine=False), "schedulefree", "schedulefree"),
     (Entry(PACKAGED, "peer", _pytorch_optimizer("ScalableShampoo", **_BLOCKS), _FINE), *_PACKAGE),
     (Entry("pytorch_optimizer SOAP", "peer", _pytorch_optimizer("SOAP"), _FINE), *_PACKAGE),
+    (
+        Entry("facebookresearch Shampoo", "peer", _facebookresearch, _FINE),
+        "distributed_shampoo",
+        "git+https://github.com/facebookresearch/optimizers (Python 3.12 or later)",
+    ),
 )
 
 
