@@ -45,12 +45,18 @@ def test_every_contender_is_right(case, dtype):
     found = case.contenders(problem, no_compile)
     assert [one.name for one in found] == [*case.serving(CPU), "eager"]
     for one in found:
-        if one.kind == "peer" and dtype is torch.bfloat16 and case.op == "glm_hvp":
-            continue  # torch multiplies no bfloat16 by float32
         with one.timed.around():
             error = problem.error(one.probe())
         # Sums of at most 300 terms, and cross entropy rounded to its dtype.
         assert 0 <= error < 600 * torch.finfo(case.compute).eps + 4 * torch.finfo(dtype).eps, one.name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.entries], ids=named)
+def test_what_is_compiled_is_right(monkeypatch, case):
+    monkeypatch.setattr(hvp, "compiled", lambda function: torch.compile(function, backend="aot_eager"))
+    problem = Problem(case, CPU)
+    [one] = case.contenders(problem, lambda case, name: name == "compiled")
+    assert 0 <= problem.error(one.probe()) < 600 * torch.finfo(case.compute).eps
 
 
 @pytest.mark.parametrize("value", [1.01, math.nan])

@@ -33,6 +33,18 @@ def test_labels_are_moved_apart_in_order(positions, gap):
     assert sum(moved) == pytest.approx(sum(positions), abs=1e-6)
 
 
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8), st.floats(0.5, 50))
+def test_labels_stay_within_limits(positions, gap):
+    low, high = -200.0, -200.0 + max(gap * len(positions), 300.0)
+    moved = plot._spread(positions, gap, low, high)
+    by_height = sorted(moved)
+    assert by_height[0] >= low - 1e-6
+    assert by_height[-1] <= high + 1e-6
+    assert all(b - a >= gap * (1 - 1e-9) - 1e-9 for a, b in itertools.pairwise(by_height))
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    assert [moved[i] for i in order] == by_height
+
+
 def test_labels_that_do_not_touch_stay():
     assert plot._spread([30.0, 0.0, 10.0], 10.0) == [30.0, 0.0, 10.0]
 

@@ -57,34 +57,47 @@ def _title(ax: Axes, text: str, below: str) -> None:
         )  # fmt: skip
 
 
-def _spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart until neighbours are `gap` away, as little as that takes."""
+def _spread(positions: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Move positions apart until neighbours are `gap` away, as little as that takes; into [low, high] if they fit."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     groups: list[list[int]] = []
     centers: list[float] = []
+
+    def center(group: Sequence[int]) -> float:
+        reach = gap * (len(group) - 1) / 2
+        return max(min(sum(positions[j] for j in group) / len(group), high - reach), low + reach)
+
     for i in order:
         groups.append([i])
-        centers.append(positions[i])
+        centers.append(center([i]))
         # A group is centred on the mean of its members; one that touches the group below joins it.
         while len(groups) > 1 and centers[-1] - centers[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
             groups[-2:] = [groups[-2] + groups[-1]]
-            centers[-2:] = [sum(positions[j] for j in groups[-1]) / len(groups[-1])]
+            centers[-2:] = [center(groups[-1])]
     moved = list(positions)
-    for group, center in zip(groups, centers, strict=True):
+    for group, middle in zip(groups, centers, strict=True):
         for rank, i in enumerate(group):
-            moved[i] = center + gap * (rank - (len(group) - 1) / 2)
+            moved[i] = middle + gap * (rank - (len(group) - 1) / 2)
     return moved
 
 
+#: Labels that find room beside the points that they name; more of them stand in a column.
+BESIDE = 8
+
+
 def _end_labels(ax: Axes, series: Sequence[tuple[str, str, float, float]], points: float = 13.5) -> None:
-    """Label each (text, color, x, y) to the right of its point, without overlaps."""
-    scale = 72.0 / ax.figure.dpi
+    """Label each (text, color, x, y) to the right of its point, without overlaps; of many in a column, with leaders."""
+    scale, many = 72.0 / ax.figure.dpi, len(series) > BESIDE
     pixels = [ax.transData.transform((x, y)) for _, _, x, y in series]
-    heights = _spread([y * scale for _, y in pixels], points)
-    for (text, color, x, y), (_, y0), height in zip(series, pixels, heights, strict=True):
+    (_, bottom), (right, top) = ax.transAxes.transform([(0, 0), (1, 1)])
+    limits = (bottom * scale, top * scale) if many else ()
+    heights = _spread([y * scale for _, y in pixels], points, *limits)
+    for (text, color, x, y), (x0, y0), height in zip(series, pixels, heights, strict=True):
+        beside = (right - x0) * scale + 16 if many else 8
         ax.annotate(
-            text, (x, y), (8, height - y0 * scale), textcoords="offset points", va="center", color=color, fontsize=9.5,
-            fontweight="bold", annotation_clip=False,
+            text, (x, y), (beside, height - y0 * scale), textcoords="offset points", va="center", color=color,
+            fontsize=9.5, fontweight="bold", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.3, "relpos": (0, 0.5)} if many else None,
         )  # fmt: skip
 
 
@@ -371,7 +384,7 @@ def save_training(path: Path, rows: Sequence[Row], footer: str) -> None:
     figure = Figure(figsize=(22.0, tall * len(tasks) + 0.5), dpi=90, facecolor="white")
     FigureCanvasAgg(figure)
     top, bottom = 1 - 0.8 / (tall * len(tasks)), 0.9 / (tall * len(tasks))
-    grid = figure.add_gridspec(len(tasks), 3, left=0.04, right=0.9, top=top, bottom=bottom, wspace=0.5, hspace=0.33)
+    grid = figure.add_gridspec(len(tasks), 3, left=0.04, right=0.885, top=top, bottom=bottom, wspace=0.58, hspace=0.33)
     for i, op in enumerate(tasks):
         own = [row for row in whole if row.case.op == op]
         title, _, _ = own[0].case.title.partition(", to ")
