@@ -382,7 +382,8 @@ def test_registered_ops_check_what_a_kernel_trusts(name):
     }[op]  # fmt: skip
     getattr(OPS, op)(*right.values())
     for wrong in DIRECT[name]:
-        with pytest.raises(ValueError, match=rf"{op}: {argument}: expected"):
+        kind = ValueError if wrong.dtype is right[argument].dtype else TypeError
+        with pytest.raises(kind, match=rf"{op}: {argument}: expected"):
             getattr(OPS, op)(*(right | {argument: wrong}).values())
 
 

@@ -72,18 +72,15 @@ def _check(name: str, args: tuple[Any, ...]) -> None:
     """Shapes and dtypes of the contract, for who calls a registered op itself: a kernel trusts them."""
     first = args[0]
     wide = _checks.arithmetic(first.dtype)
-    sizes = _checks.shapes(
-        name,
-        (
-            (argument, x, shape, _dtype(name, argument, wide if name == "gram" else first.dtype, wide))
-            for argument, shape, x in zip(_KERNELS[name].arguments, _SHAPES[name], args, strict=True)
-            if shape != "-"
-        ),
-        first.device,
-    )
-    if "l" in sizes and sizes["l"] - sizes["d"] not in (0, 1):
-        expected = f"{sizes['d']} entries, or one more with an intercept"
-        raise _checks.fail(name, "v" if name.endswith("hvp") else "coef", expected, sizes["l"])
+    tensors = [
+        (argument, x, shape, _dtype(name, argument, wide if name == "gram" else first.dtype, wide))
+        for argument, shape, x in zip(_KERNELS[name].arguments, _SHAPES[name], args, strict=True)
+        if shape != "-"
+    ]
+    for argument, x, shape, _ in tensors[1:]:
+        if shape.startswith("l") and x.dim() and first.dim() == 2 and len(x) - first.shape[1] not in (0, 1):
+            raise _checks.fail(name, argument, f"{first.shape[1]} rows, or one more with an intercept", len(x))
+    _checks.shapes(name, tensors, first.device)
 
 
 def _kernel(schema: str) -> _register.Kernel:

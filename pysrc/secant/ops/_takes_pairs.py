@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,19 +19,15 @@ def settled_vectors(
     dtype: torch.dtype,
     device: torch.device,
     sizes: dict[str, int],
-    grad: Tensor | None,
-    s: Tensor | None,
-    y: Tensor | None,
-    y_prev: Tensor | None,
-    t: Tensor,
-    out: Tensor | None,
-    prev_out: Tensor | None,
+    given: Sequence[Any],
 ) -> tuple[Tensor | None, ...]:
-    """Check the vectors of a registered op, for who calls it itself, and lay out those that are read.
+    """Check the vectors of a registered op, for who calls it itself, and lay out those that are read, and t.
 
     Args:
         dtype, device: of the state. sizes: n, the length of a vector; b, how many there are, where it is a batch.
+        given: grad, s, y, y_prev, t, out and prev_out.
     """
+    grad, s, y, y_prev, t, out, prev_out = given
     vectors = {"grad": grad, "s": s, "y": y, "y_prev": y_prev, "out": out, "prev_out": prev_out}
     shape = "bn?" if sizes.get("b", 1) > 1 or any(x is not None and x.dim() == 2 for x in vectors.values()) else "n?"
     _checks.shapes(op, ((name, x, shape, dtype) for name, x in vectors.items()), device, {"b": 1} | sizes)

@@ -62,7 +62,7 @@ def _settled(*args: Any) -> tuple[Any, ...]:
     if sizes["m"] > MAX_HISTORY:
         raise _checks.fail(op, "s_ring", f"at most {MAX_HISTORY} pairs", sizes["m"])
     device = state.s.device
-    return (*state, *settled_vectors(op, given.dtype, device, sizes, *vectors, out, prev_out), tol, out, prev_out)
+    return (*state, *settled_vectors(op, given.dtype, device, sizes, (*vectors, out, prev_out)), tol, out, prev_out)
 
 
 _kernel = _register.Kernel(

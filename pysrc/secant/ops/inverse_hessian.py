@@ -49,7 +49,7 @@ def _settled(*args: Any) -> tuple[Any, ...]:
     n = _checks.shapes(op, expected, device, sizes)["n"]
     if not 0 <= rule < len(RULES):
         raise _checks.fail(op, "rule", f"0 to {len(RULES) - 1}", rule)
-    laid = settled_vectors(op, dtype, device, {"n": n}, *vectors, out, prev_out)
+    laid = settled_vectors(op, dtype, device, {"n": n}, (*vectors, out, prev_out))
     return (*state, *laid, tol, rule, out, prev_out)
 
 
