@@ -46,12 +46,12 @@ demo: build
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: build
-	$(PYTEST) --ignore tests/build -m "not slow and not gpu" --durations=25
+	$(PYTEST) --ignore tests/build --ignore-glob "*_standin.py" -m "not slow and not gpu" --durations=25
 
-# Of the kernels as they are built: sanitizers, the other instruction sets, what ptxas and Triton's compiler make of them,
-# hostile calls. Twelve minutes.
+# Of the kernels as they are built: sanitizers, the other instruction sets, CUDA's sources on the CPU, what ptxas and
+# Triton's compiler make of them, hostile calls. A quarter of an hour.
 test-build: build
-	$(PYTEST) tests/build -m "not slow and not gpu" --durations=25
+	$(PYTEST) tests/build tests/kernels/*_standin.py tests/kernels/*/*_standin.py -m "not slow and not gpu" --durations=25
 
 test-all: build
 	$(PYTEST) -m "not gpu"

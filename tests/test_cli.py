@@ -198,8 +198,7 @@ def test_bench(tmp_path, capsys):
     from matplotlib.image import imread
 
     path, picture = tmp_path / "x.json", tmp_path / "x.png"
-    # Compilation takes half a minute; the families have tests of what is compiled.
-    assert main(["bench", "--quick", "--without", "compiled", "--json", str(path), "--plot", str(picture)]) == 0
+    assert main(["bench", "--quick", "--json", str(path), "--plot", str(picture)]) == 0
     data = json.loads(path.read_text())
     assert data.keys() == {"machine", "rates", "families", "left_out"}
     assert tuple(data["families"]) == NAMES
@@ -235,8 +234,7 @@ def test_bench_begins_nothing_when_its_time_is_over(tmp_path, capsys):
     """One case of each family is measured whatever the time, and written; what was left out is said."""
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "x.json", tmp_path / "x.png"
-    options = ["--seconds", "0", "--without", "compiled", "--json", str(path), "--plot", str(picture)]
-    assert main(["bench", "--quick", *options]) == 0
+    assert main(["bench", "--quick", "--seconds", "0", "--json", str(path), "--plot", str(picture)]) == 0
     data = json.loads(path.read_text())
     for family in data["families"].values():
         assert len({(row["op"], row.get("n"), row.get("dtype")) for row in family["rows"]}) == 1
