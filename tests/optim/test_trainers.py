@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from secant.optim import AdaHessian, BlockAdam, Muon, Sophia, StochasticLBFGS
+from secant.optim import KFAC, SOAP, AdaHessian, BlockAdam, Muon, Shampoo, Sophia, StochasticLBFGS
 
 pytestmark = pytest.mark.trainers
 
 OPTIMIZERS = {
+    "shampoo": (Shampoo, {"precondition_frequency": 3}),
+    "soap": (SOAP, {"precondition_frequency": 3}),
+    "kfac": (KFAC, {"update_every": 3}),
     "muon": (Muon, {}),
     "block-adam": (BlockAdam, {"lr": 0.01}),
     "adahessian": (AdaHessian, {"update_every": 2}),
@@ -16,6 +19,12 @@ OPTIMIZERS = {
     "stochastic-lbfgs-same": (StochasticLBFGS, {"lr": 0.01, "pairs": "same-batch"}),
 }
 optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def made(name, model):
+    """The optimizer of a model, which K-FAC watches."""
+    make, options = OPTIMIZERS[name]
+    return make(model if make is KFAC else model.parameters(), **options)
 
 
 def network():
@@ -30,9 +39,8 @@ def data():
 
 def by_hand(name, epochs):
     """What both trainers do: batches of 16 in their order, a rate that falls to a half."""
-    make, options = OPTIMIZERS[name]
     model, (x, y) = network(), data()
-    optimizer = make(model.parameters(), **options)
+    optimizer = made(name, model)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=8)
     for _ in range(epochs):
         for rows in torch.arange(64).split(16):
@@ -57,7 +65,6 @@ def assert_same(model, expected):
 def test_lightning(name, tmp_path):
     """The same steps as by hand, and also where the run was stopped and continued from its checkpoint."""
     lightning = pytest.importorskip("lightning")
-    make, options = OPTIMIZERS[name]
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -71,7 +78,7 @@ def test_lightning(name, tmp_path):
             loss.backward(create_graph=getattr(self.optimizers().optimizer, "needs_graph", False))
 
         def configure_optimizers(self):
-            optimizer = make(self.parameters(), **options)
+            optimizer = made(name, self.model)
             schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=8)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -94,7 +101,6 @@ def test_lightning(name, tmp_path):
 def test_hugging_face(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    make, options = OPTIMIZERS[name]
     if name == "stochastic-lbfgs-same":
         pytest.skip("this trainer has no closure")
 
@@ -118,7 +124,7 @@ def test_hugging_face(name, tmp_path):
             return loss.detach()
 
     net, (x, y) = Net(), data()
-    optimizer = make(net.parameters(), **options)
+    optimizer = made(name, net.layers)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=8)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=16, max_grad_norm=0.0, use_cpu=True,
