@@ -389,7 +389,7 @@ def test_steps_of_other_tensors_compile(gpu, tmp_path, name, dtype, storage):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "dtype"), [(32, 32, F32), (20, 9, F32), slowly(32, 17, F64), slowly(33, 5, BF16)], ids=str
+    ("m", "n", "dtype"), [(32, 32, F32), (20, 9, F32), slowly(32, 17, F64), slowly(32, 5, BF16)], ids=str
 )
 def test_orthogonalisation_compiles_without_spills(gpu, tmp_path, m, n, dtype):
     x = torch.zeros(3, m, n, dtype=dtype)
