@@ -49,7 +49,7 @@ void run(int n, int64_t batch, int64_t stride, int threads) {
         kernels.solve[t](c);
       }
     }
-    c.out = out.get(), c.scaled = false;
+    c.out = out.get(), c.scaled = false, c.b = nullptr;  // else it is the basis to begin with
     for (const int root : {0, 4}) {
       c.root = root;
       kernels.function[t](c);
