@@ -57,23 +57,21 @@ _SHAPES = {
 }
 
 
-def _dtype(name: str, argument: str, first: torch.dtype, wide: torch.dtype) -> torch.dtype:
-    """Return what the contract has an argument in; wide: in which an op of this first argument computes."""
+def _dtype(name: str, argument: str, first: torch.dtype) -> torch.dtype:
+    """Return what the contract has an argument in where the first one is of this dtype."""
     if argument == "value":
         return torch.float64
     if argument == "target" and name == "softmax_value_grad":
         return torch.int64
-    if argument in ("x", "logits") or (argument != "lse" and name in ("cross_entropy_hvp", "paired_matmul")):
-        return first
-    return wide
+    as_it_comes = argument in ("x", "logits") or name in ("cross_entropy_hvp", "paired_matmul")
+    return first if as_it_comes and name != "gram" and argument != "lse" else _checks.arithmetic(first)
 
 
 def _check(name: str, args: tuple[Any, ...]) -> None:
     """Shapes and dtypes of the contract, for who calls a registered op itself: a kernel trusts them."""
     first = args[0]
-    wide = _checks.arithmetic(first.dtype)
     tensors = [
-        (argument, x, shape, _dtype(name, argument, wide if name == "gram" else first.dtype, wide))
+        (argument, x, shape, _dtype(name, argument, first.dtype))
         for argument, shape, x in zip(_KERNELS[name].arguments, _SHAPES[name], args, strict=True)
         if shape != "-"
     ]

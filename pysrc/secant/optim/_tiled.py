@@ -12,7 +12,7 @@ from torch import Tensor
 from secant import _checks, ops
 from secant._checks import Option
 from secant.ops.precond import ADAM, NONE, Rule
-from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due
+from secant.optim._per_parameter import BETAS, Batch, PerParameterOptimizer, is_due, wide
 
 #: Lists of parameters whose tiles are kept.
 _KEPT = 64
@@ -112,9 +112,9 @@ class TiledOptimizer(PerParameterOptimizer, abc.ABC):
 
     def _check_parameter(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         super()._check_parameter(name, p, group)
-        storage, wide = group["state_dtype"], _checks.arithmetic(p.dtype)
-        if storage not in (None, torch.bfloat16, wide):
-            raise _checks.fail(self._name, "state_dtype", f"None, bfloat16 or {wide} for {name} of {p.dtype}", storage)
+        storage, own = group["state_dtype"], wide(p.dtype)
+        if storage not in (None, torch.bfloat16, own):
+            raise _checks.fail(self._name, "state_dtype", f"None, bfloat16 or {own} for {name} of {p.dtype}", storage)
 
     def _update(self, batch: Batch) -> None:
         counts = self._counts(batch)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import secant
-from secant import backends
+from secant import _checks, backends
 from secant.benchmarks import machine
 from secant.benchmarks.case import (
     Bar,
@@ -83,7 +83,7 @@ class Case(Base):
     @property
     def compute(self) -> torch.dtype:
         """Return the dtype of the arithmetic."""
-        return torch.float64 if self.dtype is torch.float64 else torch.float32
+        return _checks.arithmetic(self.dtype)
 
     @property
     def limit_bytes(self) -> int:
